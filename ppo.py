@@ -1,0 +1,6 @@
+"""PPO on a language model: the original program's command, see README.md."""
+
+from deep_rlhf.cli.main import run
+
+if __name__ == "__main__":
+    run("ppo")

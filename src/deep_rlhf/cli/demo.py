@@ -1,0 +1,345 @@
+"""`deep-rlhf demo`: the whole way in a few minutes, in the embedded world, with the code of the real commands.
+
+A small GPT-2 learns the world's English and to answer (well or badly), simulated annotators compare its answers, a
+reward-model ensemble is fitted to what they said, PPO tunes the policy against it, and a hidden judge measures. The
+judge is the annotators' taste; reward model and PPO see nothing but the annotators' noisy answers.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+from deep_rlhf.algorithms.ppo import PPOTrainer
+from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.algorithms.reward import RewardConfig, RewardResult, train_reward_model
+from deep_rlhf.algorithms.sft import SFTConfig, train_sft
+from deep_rlhf.cli.flags import parse_flags, save_config
+from deep_rlhf.data.templates import HH
+from deep_rlhf.data.world import corpus, generate_prompts, judge, sft_pairs
+from deep_rlhf.evaluation.comparison import build_samples, win_rate
+from deep_rlhf.evaluation.report import write_report
+from deep_rlhf.evaluation.reward_quality import calibration
+from deep_rlhf.feedback.labelers import SimulatedAnnotators
+from deep_rlhf.models.policy import Policy
+from deep_rlhf.rollout.generate import generate_text
+from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
+from deep_rlhf.types import Preference, RowReport
+
+ANSWER_TOKENS = 64
+console = Console()
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The flags of the demo."""
+
+    seed: int = field(default=1, metadata={"help": "seed of everything that is drawn"})
+    output_dir: str = field(
+        default="outputs/demo", metadata={"help": "folder of the report, the summary and the models"}
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything; the defaults fit in four minutes on two cores."""
+
+    layers: int = 4
+    width: int = 128
+    corpus_texts: int = 6_000
+    sft_pairs: int = 6_000
+    comparisons: int = 900
+    updates: int = 40
+    batch_size: int = 96
+    gold_every: int = 5  # updates between two measurements by the judge
+    held_out_prompts: int = 160
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the demo and prints its closing table."""
+    (config,) = parse_flags(argv, DemoConfig, prog="deep-rlhf demo", description=__doc__.split("\n")[0])
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")
+    run_demo(config, Scale())
+
+
+def run_demo(config: DemoConfig, scale: Scale) -> dict[str, Any]:
+    """All stages; returns what summary.json holds."""
+    run = RunDirectory(config.output_dir)
+    save_config(run.path / "config.yaml", config)
+    stages = Stages()
+    train_prompts = [HH.prompt(text) for text in generate_prompts(config.seed, "train")]
+    held_out = [HH.prompt(text) for text in generate_prompts(config.seed, "test")][: scale.held_out_prompts]
+
+    with stages("language model and SFT") as stage:
+        tokenizer = build_tokenizer(config.seed)
+        model = pretrain(config.seed, scale, tokenizer)
+        before = write(Policy(model), tokenizer, held_out, config.seed)
+        gold_before = judged(held_out, before)
+        stage.says(f"judge {mean(gold_before):.2f} on {len(held_out)} held-out prompts")
+    with stages("people compare answers") as stage:
+        preferences, rows = compare_answers(model, tokenizer, train_prompts, config.seed, scale)
+        stage.says(str(rows))
+    with stages("reward model") as stage:
+        reward = fit_reward_model(model, tokenizer, preferences, config, run.path / "reward_model")
+        accuracy, baseline = reward.metrics["accuracy"], reward.metrics["accuracy_length_baseline"]
+        stage.says(f"accuracy {accuracy:.2f} on held-out pairs; longer answer wins: {baseline:.2f}")
+    with stages("PPO") as stage:
+        ppo_config = ppo_settings(config, scale)
+        trainer = PPOTrainer(ppo_config, model=model, tokenizer=tokenizer, prompts=train_prompts, reward=reward.model)
+        trainer.train(on_update=measured(trainer, run, held_out, scale))
+        last = trainer.history[-1]
+        stage.says(
+            f"reward {trainer.history[0]['score_mean']:.2f} → {last['score_mean']:.2f}, KL {last['kl']:.1f} nats"
+        )
+    with stages("measure and save") as stage:
+        after = trainer.generate(held_out, seed=config.seed)
+        gold_after = judged(held_out, after)
+        wins = win_rate(gold_after, gold_before)
+        trainer.save(run.path / "model")
+        stage.says(f"judge {mean(gold_before):.2f} → {mean(gold_after):.2f}, win rate {wins.rate:.2f}")
+
+    summary = {
+        "seed": config.seed,
+        "seconds": stages.seconds,
+        "gold_before": mean(gold_before),
+        "gold_after": mean(gold_after),
+        "win_rate": wins.rate,
+        "win_rate_ci": [wins.low, wins.high],
+        "kl": last["kl"],
+        "reward_accuracy": accuracy,
+        "reward_accuracy_length_baseline": baseline,
+        "response_tokens_before": mean_tokens(tokenizer, before),
+        "response_tokens_after": mean_tokens(tokenizer, after),
+        "comparisons": {"read": rows.read, "kept": rows.kept, "dropped": rows.dropped},
+        "stages": [{"name": name, "seconds": seconds, "result": result} for name, seconds, result in stages.rows],
+    }
+    write_summary(run.path / "summary.json", summary)
+    report = write_report(
+        run.path / "report.html",
+        title=f"Deep RLHF demo, seed {config.seed}",
+        summary=summary,
+        stages=stages.rows,
+        history=trainer.history,
+        calibration=calibration(reward.rewards[:, 0], reward.rewards[:, 1], reward.mu),
+        samples=build_samples(held_out, after, before=before, scores_after=gold_after, scores_before=gold_before),
+        config=vars(ppo_config),
+        notes=[
+            "The judge is the taste of the simulated annotators. Reward model and PPO never see it: they learn from"
+            " comparisons of which a tenth are answered at random."
+        ],
+    )
+    console.print(stages.table())
+    console.print(f"Report: {report}   Model: {run.path / 'model'}   Figures: {run.path / 'summary.json'}")
+    return summary
+
+
+def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE vocabulary of the world's English, with a [PAD] distinct from EOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1_536,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pairs = [HH.prompt(prompt) + HH.answer(answer) for prompt, answer in sft_pairs(4_000, seed)]
+    tokenizer.train_from_iterator(pairs, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        model_max_length=256,
+    )
+
+
+def pretrain(seed: int, scale: Scale, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """A GPT-2 from random weights: first plain text, then answers of mixed quality."""
+    set_seed(seed)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=256,
+            n_embd=scale.width,
+            n_layer=scale.layers,
+            n_head=4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    texts = [("", text) for text in corpus(scale.corpus_texts, seed)]
+    answers = [(HH.prompt(prompt), HH.answer(answer)) for prompt, answer in sft_pairs(scale.sft_pairs, seed)]
+    for examples, learning_rate in ((texts, 3e-3), (answers, 2e-3)):
+        with TemporaryDirectory() as folder:
+            train_sft(
+                SFTConfig(
+                    output_dir=folder,
+                    per_device_train_batch_size=32,
+                    num_train_epochs=1,
+                    learning_rate=learning_rate,
+                    lr_scheduler_type="cosine",
+                    warmup_steps=20,
+                    seed=seed,
+                    **QUIET,
+                ),
+                model,
+                tokenizer,
+                examples,
+            )
+    return model
+
+
+def compare_answers(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int, scale: Scale
+) -> tuple[list[Preference], RowReport]:
+    """Two samples of the policy for each of `scale.comparisons` prompts, compared by simulated annotators."""
+    asked = [prompts[i % len(prompts)] for i in range(scale.comparisons)]
+    policy = Policy(model)
+    first, second = (write(policy, tokenizer, asked, seed=seed * 100 + i) for i in (1, 2))
+    annotators = SimulatedAnnotators(judge.score, seed=seed)
+    return annotators.label_pairs(zip(asked, first, second, strict=True))
+
+
+def fit_reward_model(
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerFast,
+    preferences: list[Preference],
+    config: DemoConfig,
+    folder: Path,
+) -> RewardResult:
+    """An ensemble of heads on a copy of the policy's trunk; the last prompts' comparisons are held out."""
+    classifier = GPT2ForSequenceClassification(GPT2Config(**model.config.to_dict() | {"num_labels": 4}))
+    classifier.transformer.load_state_dict(model.transformer.state_dict())
+    held_out = len(preferences) // 6
+    result = train_reward_model(
+        RewardConfig(
+            output_dir=str(folder),
+            ensemble_size=4,
+            label_noise=0.1,
+            max_length=256,
+            per_device_train_batch_size=32,
+            num_train_epochs=4,
+            learning_rate=3e-4,
+            lr_scheduler_type="cosine",
+            seed=config.seed,
+            **QUIET,
+        ),
+        classifier,
+        tokenizer,
+        preferences[held_out:],
+        preferences[:held_out],
+    )
+    result.model.save(folder)
+    return result
+
+
+def ppo_settings(config: DemoConfig, scale: Scale) -> PPOConfig:
+    """What PPO runs with here; everything else is the default of `ppo.py`."""
+    return PPOConfig(
+        exp_name="demo",
+        seed=config.seed,
+        model_name="the demo's own SFT policy",
+        reward_model=str(Path(config.output_dir) / "reward_model"),
+        output_dir=config.output_dir,
+        max_new_tokens=ANSWER_TOKENS,
+        steps=scale.updates * scale.batch_size,
+        batch_size=scale.batch_size,
+        mini_batch_size=scale.batch_size // 2,
+        learning_rate=3e-4,
+        init_kl_coef=0.05,
+        adap_kl_ctrl=False,
+    )
+
+
+def measured(
+    trainer: PPOTrainer, run: RunDirectory, held_out: list[str], scale: Scale
+) -> Callable[[dict[str, float]], None]:
+    """Writes each update's metrics, and now and then lets the judge look at the policy from outside."""
+
+    def on_update(metrics: dict[str, float]) -> None:
+        step = int(metrics["step"])
+        if step % scale.gold_every == 0 or step == 1:
+            metrics["gold"] = mean(judged(held_out, trainer.generate(held_out, seed=1_000 + step)))
+        run.add_metrics(metrics)
+
+    return on_update
+
+
+def write(policy: Policy, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int) -> list[str]:
+    """One sampled answer to each prompt."""
+    return generate_text(policy, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, seed=seed)
+
+
+def judged(prompts: list[str], answers: list[str]) -> list[float]:
+    """The judge's score of each answer, 0 to 1."""
+    return [judge.score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def mean_tokens(tokenizer: PreTrainedTokenizerFast, answers: list[str]) -> float:
+    return mean([float(len(row)) for row in tokenizer(answers).input_ids])
+
+
+QUIET: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
+
+
+class Stages:
+    """The stages of the demo with their seconds and what each has to say."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, float, str]] = []
+        self._result = ""
+
+    @property
+    def seconds(self) -> float:
+        return sum(seconds for _, seconds, _ in self.rows)
+
+    def says(self, result: str) -> None:
+        """The current stage's result in words."""
+        self._result = result
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator["Stages"]:
+        console.rule(f"[bold]{len(self.rows) + 1}. {name}", align="left")
+        start = time.perf_counter()
+        yield self
+        seconds = time.perf_counter() - start
+        self.rows.append((name, seconds, self._result))
+        console.print(f"{self._result}  [dim]({seconds:.0f} s)")
+
+    def table(self) -> Table:
+        """All stages, for the end of the run."""
+        table = Table(title="Deep RLHF demo", title_justify="left")
+        for column in ("stage", "seconds", "result"):
+            table.add_column(column, justify="right" if column == "seconds" else "left")
+        for name, seconds, result in self.rows:
+            table.add_row(name, f"{seconds:.0f}", result)
+        table.add_row("all", f"{self.seconds:.0f}", "", style="bold")
+        return table

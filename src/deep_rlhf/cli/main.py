@@ -1,0 +1,47 @@
+"""`deep-rlhf COMMAND`: the commands, and what happens when one fails."""
+
+import logging
+import os
+import sys
+from importlib import import_module
+
+from deep_rlhf import __version__
+from deep_rlhf.types import UserError
+
+COMMANDS = {
+    "demo": "the whole way in a few minutes, in an embedded world: no network, no GPU",
+    "reward": "train a reward model on preferences (also: python reward_modeling.py)",
+    "ppo": "tune a policy against a reward (also: python ppo.py)",
+}
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    arguments = sys.argv[1:]
+    if arguments[:1] in (["--version"], ["-V"]):
+        sys.stdout.write(f"deep-rlhf {__version__}\n")
+    elif not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:<8}{what}" for name, what in COMMANDS.items()]
+        sys.stdout.write(
+            "\n".join(["usage: deep-rlhf COMMAND [--flags]", "", *lines, "", "deep-rlhf COMMAND --help\n"])
+        )
+    else:
+        run(arguments[0], arguments[1:])
+
+
+def run(command: str, argv: list[str] | None = None) -> None:
+    """Runs one command with the given arguments, sys.argv's by default. A user's mistake is one sentence and exit 2."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("deep_rlhf").setLevel(logging.INFO)
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"There is no command '{command}': choose one of {', '.join(COMMANDS)}.")
+        # Before transformers is imported: its own bars for loading a file would drown ours.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        import_module(f"deep_rlhf.cli.{command}").main(argv)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        sys.exit(130)

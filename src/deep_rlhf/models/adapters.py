@@ -1,0 +1,35 @@
+"""LoRA adapters by peft: small trainable matrices beside frozen weights (Hu et al. 2021)."""
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+def add_lora(
+    model: PreTrainedModel, *, r: int, alpha: float, task_type: str, modules_to_save: list[str] | None = None
+) -> Any:
+    """Wraps `model` in a peft.PeftModel whose only trainable weights are the adapters and `modules_to_save`.
+
+    Targets are peft's for the architecture, or every linear layer where peft names none. task_type is peft's, e.g.
+    "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS".
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN_TARGETS
+
+    known = model.config.model_type in KNOWN_TARGETS
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=None if known else "all-linear",
+        modules_to_save=modules_to_save,
+        fan_in_fan_out=model.config.model_type == "gpt2",  # its layers are Conv1D, stored [in, out]
+        task_type=task_type,
+    )
+    return get_peft_model(model, config)
+
+
+def merged(peft_model: Any) -> PreTrainedModel:
+    """A plain transformers copy with the adapters added into the weights; the original goes on training."""
+    return copy.deepcopy(peft_model).merge_and_unload()

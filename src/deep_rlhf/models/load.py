@@ -1,0 +1,63 @@
+"""Opens tokenizers and models by name or folder, with one clear sentence when it cannot be done."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from deep_rlhf.types import UserError
+
+T = TypeVar("T")
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a Hub name or folder. Raises UserError if there is none."""
+    return _opened("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+
+
+def load_language_model(name: str, *, seq2seq: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model that writes text, float32 on the CPU, dropout off. Raises UserError if it cannot be opened."""
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    model = _opened("language model", name, lambda: auto.from_pretrained(name, **_options(trust_remote_code)))
+    return disable_dropout(model)
+
+
+def load_sequence_classifier(name: str, *, num_labels: int, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model with `num_labels` scalar heads, float32 on the CPU. Raises UserError if it cannot be opened."""
+    options = _options(trust_remote_code) | {"num_labels": num_labels, "problem_type": "regression"}
+    auto = AutoModelForSequenceClassification
+    return _opened("reward model", name, lambda: auto.from_pretrained(name, **options))
+
+
+def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Sets every dropout probability to 0, so that train and eval mode compute the same (Huang et al. 2024)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout"):  # those given to functional dropout
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def _options(trust_remote_code: bool) -> dict[str, object]:
+    return {"trust_remote_code": trust_remote_code, "dtype": torch.float32, "use_safetensors": True}
+
+
+def _opened(what: str, name: str, load: Callable[[], T]) -> T:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"Cannot open the {what} '{name}': {reason} Give a folder that save_pretrained wrote, or a name on the Hub."
+        ) from error

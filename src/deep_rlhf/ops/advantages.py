@@ -1,0 +1,50 @@
+"""From per-token rewards to what the policy and the critic are trained towards."""
+
+import torch
+from torch import Tensor
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """r_t = −β·KL_t, plus the score on the last real token (Ziegler et al. 2019, eq. 2).
+
+    scores [N], kl [N, R] nats, mask [N, R] -> [N, R], zero outside the mask. A response without tokens gets no score.
+    """
+    rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, positions, -1).amax(1, keepdim=True)
+    return rewards + torch.where(positions == last, scores.unsqueeze(1), torch.zeros_like(rewards))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: δ_t = r_t + γV_{t+1} − V_t, A_t = δ_t + γλA_{t+1} (Schulman 2016, eq. 16).
+
+    rewards, values, mask [N, R]; values[t] is of the state before token t, and the state after the last token is
+    worth 0. Returns (advantages, returns = advantages + values), zero outside the mask. Masked-out positions are
+    stepped over as if they were not there, wherever they stand.
+    """
+    rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
+    values = torch.where(mask, values, torch.zeros_like(values))
+    advantages = torch.zeros_like(rewards)
+    next_value = torch.zeros_like(rewards[:, 0])
+    next_advantage = torch.zeros_like(next_value)
+    for t in reversed(range(rewards.shape[1])):
+        real = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(real, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(real, values[:, t], next_value)
+        advantages[:, t] = torch.where(real, next_advantage, torch.zeros_like(delta))
+    return advantages, advantages + values
+
+
+def leave_one_out(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of the OTHER samples of each sample's group (Kool et al. 2019; RLOO).
+
+    rewards [N], group [N] ids -> (baseline [N], std [N]); std is 0 where fewer than two others exist, and the
+    baseline of a group of one is 0.
+    """
+    same = (group.unsqueeze(0) == group.unsqueeze(1)).to(rewards.dtype)
+    others = same - torch.eye(len(rewards), dtype=rewards.dtype, device=rewards.device)
+    count = others.sum(1)
+    baseline = others @ rewards / count.clamp(min=1)
+    squared = (rewards.unsqueeze(0) - baseline.unsqueeze(1)) ** 2
+    return baseline, ((others * squared).sum(1) / (count - 1).clamp(min=1)).sqrt()

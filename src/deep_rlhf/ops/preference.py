@@ -1,0 +1,52 @@
+"""The preference model: how rewards become the probability that a person prefers one answer."""
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+# P(count <= 0), P(count <= 1), … of a Poisson(1) variable; it exceeds 18 with a chance of 3e-18.
+_POISSON_CDF = list(accumulate(math.exp(-1) / math.factorial(count) for count in range(19)))
+
+
+def bradley_terry_loss(
+    rewards_a: Tensor, rewards_b: Tensor, mu: Tensor, *, margin: Tensor | float = 0.0, label_noise: float = 0.0
+) -> Tensor:
+    """Cross-entropy of P(a ≻ b) = σ(r_a − r_b) against mu, per pair; all of one shape (Christiano et al. 2017, eq. 1).
+
+    mu is 1, 0, or ½ for a tie. `margin` ≥ 0 must be beaten by the preferred answer: σ(r_w − r_l − m) (Touvron et al.
+    2023, eq. 2). With `label_noise` e, a share e of answers is uniformly random: p' = (1 − e) p + e/2 (Christiano et
+    al. 2017, §2.2.3: 10 %), computed in log space.
+    """
+    difference = rewards_a - rewards_b
+
+    def log_probability(advantage: Tensor) -> Tensor:
+        clean = logsigmoid(advantage)
+        if label_noise == 0.0:
+            return clean
+        return torch.logaddexp(math.log1p(-label_noise) + clean, clean.new_tensor(math.log(label_noise / 2)))
+
+    return -(mu * log_probability(difference - margin) + (1.0 - mu) * log_probability(-difference - margin))
+
+
+def bootstrap_weights(ids: Sequence[str], members: int) -> Tensor:
+    """How often each ensemble member sees each pair: Poisson(1) counts [B, K], float32; all ones for one member.
+
+    Drawing |D| pairs with replacement gives each pair a Binomial(|D|, 1/|D|) ≈ Poisson(1) count (Oza & Russell 2001).
+    The count is a hash of pair id and member, so a member's bag survives refits, and its weight-0 pairs (a share 1/e)
+    are its exact validation set (Christiano et al. 2017, §2.2.3).
+    """
+    if members == 1:
+        return torch.ones(len(ids), 1)
+    counts = [_poisson_count(f"{pair}/{member}") for pair in ids for member in range(members)]
+    return torch.tensor(counts).reshape(len(ids), members)
+
+
+def _poisson_count(key: str) -> float:
+    uniform = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
+    return float(bisect_right(_POISSON_CDF, uniform))

@@ -1,0 +1,100 @@
+"""From prompts to a scored rollout: sample, decode, score the text, and look at it with policy and reference."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from deep_rlhf.data.batching import token_budget_batches
+from deep_rlhf.models.policy import Policy, Reference
+from deep_rlhf.rollout.records import select
+from deep_rlhf.rollout.sampler import Sampler
+from deep_rlhf.types import Completions, PromptBatch, Rollout, Scorer
+
+FORWARD_TOKENS = 8_192  # padded tokens in one forward pass
+
+
+def prompt_batch(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, pad_id: int, device: torch.device, *, left: bool = True
+) -> PromptBatch:
+    """Whole prompts as ids [B, P], padded on the left (on the right for an encoder, whose positions start there)."""
+    rows = tokenizer(texts).input_ids
+    width = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        input_ids[i, columns] = torch.tensor(row)
+        mask[i, columns] = True
+    return PromptBatch(texts=texts, input_ids=input_ids.to(device), mask=mask.to(device))
+
+
+def complete(
+    prompts: PromptBatch, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, uniforms: Tensor
+) -> Completions:
+    """One sampled response to each prompt, as ids and as text without special tokens."""
+    sampled = sampler.sample(prompts, uniforms)
+    prompt_ids = [ids[mask].tolist() for ids, mask in zip(prompts.input_ids, prompts.mask, strict=True)]
+    response_ids = [ids[mask].tolist() for ids, mask in zip(sampled.response_ids, sampled.response_mask, strict=True)]
+    responses = [_text_after(tokenizer, *ids) for ids in zip(prompt_ids, response_ids, strict=True)]
+    return Completions(
+        prompts=prompts.texts,
+        responses=responses,
+        prompt_ids=prompts.input_ids,
+        prompt_mask=prompts.mask,
+        response_ids=sampled.response_ids,
+        response_mask=sampled.response_mask,
+        sampler_logprobs=sampled.logprobs,
+        entropy=sampled.entropy,
+        finished=sampled.finished,
+    )
+
+
+def collect(
+    completions: Completions, policy: Policy, reference: Reference, scorer: Scorer, temperature: float
+) -> Rollout:
+    """Scores the text and adds log-probabilities of policy and reference and the policy's values; no gradients."""
+    scores = scorer.score(completions.prompts, completions.responses).to(policy.device)
+    shape, device = completions.response_mask.shape, policy.device
+    logprobs, ref_logprobs, values = (torch.zeros(shape, device=device) for _ in range(3))
+    with torch.no_grad(), reference.model() as frozen:
+        _fill(completions, frozen, temperature, ref_logprobs, None)
+    with torch.no_grad():
+        _fill(completions, policy, temperature, logprobs, values)
+    fields = {name: getattr(completions, name) for name in Completions.__dataclass_fields__}
+    return Rollout(
+        **fields,
+        scores=scores.mean(1),
+        score_std=scores.std(1) if scores.shape[1] > 1 else torch.zeros_like(scores[:, 0]),
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+    )
+
+
+def _text_after(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response_ids: list[int]) -> str:
+    """The response as it reads after its prompt: alone, a SentencePiece tokenizer would lose its leading space."""
+    before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    whole = tokenizer.decode(prompt_ids + response_ids, skip_special_tokens=True)
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return tokenizer.decode(response_ids, skip_special_tokens=True)
+
+
+def token_batches(completions: Completions, rows: Tensor) -> list[Tensor]:
+    """`rows` cut into batches of like length that one forward pass takes at once."""
+    lengths = (completions.prompt_mask[rows].sum(1) + completions.response_mask[rows].sum(1)).tolist()
+    batches = token_budget_batches(lengths, FORWARD_TOKENS)
+    return [rows[torch.tensor(batch, device=rows.device)] for batch in batches]
+
+
+def _fill(
+    completions: Completions, policy: Policy, temperature: float, logprobs: Tensor, values: Tensor | None
+) -> None:
+    everything = torch.arange(len(completions.response_mask), device=policy.device)
+    for rows in token_batches(completions, everything):
+        part = select(completions, rows)
+        states = policy.states(part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
+        width = part.response_ids.shape[1]
+        logprobs[rows, :width] = policy.logprobs(states, part.response_ids, part.response_mask, temperature)
+        if values is not None:
+            values[rows, :width] = torch.where(part.response_mask, policy.values(states), 0.0)

@@ -1,0 +1,50 @@
+"""Text from a policy, for looking at it and for comparing it; training samples come from `collect`."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deep_rlhf.models.policy import Policy
+from deep_rlhf.rollout.collect import complete, prompt_batch
+from deep_rlhf.rollout.engine import Engine
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id after which the model's own generation stops, or else the tokenizer's EOS."""
+    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills masked columns: the tokenizer's padding, or its EOS (masks, not ids, tell what is real here)."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    return 0
+
+
+def sampling_uniforms(seed: int, draw: int, count: int, tokens: int) -> torch.Tensor:
+    """The random numbers [count, tokens] of the `draw`-th batch of a run: the same whoever draws which rows."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
+    return torch.rand(count, tokens, generator=generator)
+
+
+def generate_text(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """One sampled response to each text, without special tokens."""
+    engine = Engine(
+        policy,
+        eos_ids=eos_token_ids(policy.language_model, tokenizer),
+        pad_id=pad_token_id(tokenizer),
+        temperature=temperature,
+    )
+    prompts = prompt_batch(texts, tokenizer, engine.pad_id, policy.device, left=not policy.is_seq2seq)
+    return complete(prompts, engine, tokenizer, sampling_uniforms(seed, 0, len(texts), max_new_tokens)).responses

@@ -1,0 +1,96 @@
+"""The records that flow between the parts, each field with its shape, and the one error users see.
+
+B prompts; N = B * G samples (G per prompt); P, R prompt and response length in tokens; K members of a reward ensemble.
+Every mask is True for a real token, and the EOS token is inside the response mask.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+
+class UserError(Exception):
+    """A user's mistake, told in one sentence: what is wrong, where, and what to do. The command line exits with code 2."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """One comparison of two answers to one prompt, all three as text; `prompt + a` is what a reward model reads."""
+
+    prompt: str
+    a: str
+    b: str
+    mu: float = 1.0  # probability that a is better: 1, 0, 1/2 for a tie, or a share of votes
+    weight: float = 1.0
+    margin: float = 0.0  # how much better the preferred answer is, in units of reward (0 = not said)
+    id: str = ""
+    source: str = ""
+    annotator: str = ""
+    subset: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RowReport:
+    """What became of the rows of a data set: how many were read, how many kept, and why the others were dropped."""
+
+    read: int
+    kept: int
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items() if count)
+        return f"{self.kept:,} of {self.read:,} rows kept" + (f"; dropped: {reasons}" if reasons else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptBatch:
+    """Prompts ready to be continued, padded on the left so that every response starts in the same column."""
+
+    texts: list[str]  # [B]
+    input_ids: Tensor  # [B, P] int64
+    mask: Tensor  # [B, P] bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """Sampled responses with the log-probabilities under which they were drawn."""
+
+    prompts: list[str]  # [N]
+    responses: list[str]  # [N] text without special tokens
+    prompt_ids: Tensor  # [N, P] int64, padded on the left
+    prompt_mask: Tensor  # [N, P] bool
+    response_ids: Tensor  # [N, R] int64, padded on the right
+    response_mask: Tensor  # [N, R] bool, EOS included
+    sampler_logprobs: Tensor  # [N, R] nats, at the sampling temperature
+    entropy: Tensor  # [N, R] nats, of the distribution each token was drawn from
+    finished: Tensor  # [N] bool: the response ended with EOS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout(Completions):
+    """Completions that were scored, with the policy's own and the reference model's view of each token."""
+
+    scores: Tensor  # [N] reward of the whole response
+    score_std: Tensor  # [N] spread across the K members (0 for one member)
+    logprobs: Tensor  # [N, R] the policy's, from the same forward that training uses
+    ref_logprobs: Tensor  # [N, R] the reference model's
+    values: Tensor  # [N, R] of the state before each token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience(Rollout):
+    """A rollout with the targets of the update."""
+
+    rewards: Tensor  # [N, R] per token: KL penalty, and the score on the last token
+    advantages: Tensor  # [N, R]
+    returns: Tensor  # [N, R]
+
+
+class Scorer(Protocol):
+    """Anything that rewards text: a reward model, an ensemble, a user's function."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """Return the reward of each response, [N, K] float32 on the CPU."""
+        ...

@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from deep_rlhf.ops.kl import adapted_kl_coef, kl_estimate, kl_full
+
+# d = log π − log π_ref = 1, 0, −1 and 3
+LOGPROBS = torch.tensor([-1.0, -2.0, -3.0, -0.5])
+REF_LOGPROBS = torch.tensor([-2.0, -2.0, -2.0, -3.5])
+E = math.e
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("kl", [1.0, 0.0, -1.0, 3.0]),
+        ("abs", [1.0, 0.0, 1.0, 3.0]),
+        ("mse", [0.5, 0.0, 0.5, 4.5]),
+        # e^−1 − 1 + 1 = 0.3678794, 1 − 1 + 0 = 0, e − 1 − 1 = 0.7182818, e^−3 − 1 + 3 = 2.0497871
+        ("k3", [0.3678794, 0.0, 0.7182818, 2.0497871]),
+    ],
+)
+def test_estimators(kind: str, expected: list[float]) -> None:
+    assert_close(kl_estimate(LOGPROBS, REF_LOGPROBS, kind), torch.tensor(expected))
+
+
+def test_the_plain_difference_is_the_default() -> None:
+    assert_close(kl_estimate(LOGPROBS, REF_LOGPROBS), torch.tensor([1.0, 0.0, -1.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # d clamped to ±0.5: 0.5, 0, −0.5, 0.5
+        ("kl", [0.5, 0.0, -0.5, 0.5]),
+        ("abs", [0.5, 0.0, 0.5, 0.5]),
+        ("mse", [0.125, 0.0, 0.125, 0.125]),
+        # e^−½ − 1 + ½ = 0.1065307 and e^½ − 1 − ½ = 0.1487213
+        ("k3", [0.1065307, 0.0, 0.1487213, 0.1065307]),
+    ],
+)
+def test_input_clamp_bounds_the_difference_on_both_sides(kind: str, expected: list[float]) -> None:
+    assert_close(kl_estimate(LOGPROBS, REF_LOGPROBS, kind, input_clamp=0.5), torch.tensor(expected))
+
+
+def test_output_clamp_bounds_the_estimate_on_both_sides() -> None:
+    assert_close(kl_estimate(LOGPROBS, REF_LOGPROBS, output_clamp=0.75), torch.tensor([0.75, 0.0, -0.75, 0.75]))
+    # of ½d² = ½, 0, ½, 4½ only the last is over 2
+    assert_close(kl_estimate(LOGPROBS, REF_LOGPROBS, "mse", output_clamp=2.0), torch.tensor([0.5, 0.0, 0.5, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("kl", [1.0, -1.0]),  # d = 3 and −1: slope 1 on both, and the mirror image for the reference
+        ("abs", [1.0, -1.0]),
+        ("mse", [3.0, -3.0]),  # d
+        ("k3", [0.9502129, -0.9502129]),  # 1 − e^−3
+    ],
+)
+def test_gradients(kind: str, expected: list[float]) -> None:
+    logprob, ref_logprob = torch.tensor(-0.5, requires_grad=True), torch.tensor(-3.5, requires_grad=True)
+    kl_estimate(logprob, ref_logprob, kind).backward()
+    assert_close(torch.stack([logprob.grad, ref_logprob.grad]), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("clamp", [{"input_clamp": 2.0}, {"output_clamp": 2.0}])
+@pytest.mark.parametrize("kind", ["kl", "abs", "mse", "k3"])
+def test_a_clamped_entry_has_no_gradient(kind: str, clamp: dict[str, float]) -> None:
+    # d = 3 and −3 are beyond every bound above; d = −1 is within all of them
+    logprobs = torch.tensor([3.0, -3.0, -1.0], requires_grad=True)
+    kl_estimate(logprobs, torch.zeros(3), kind, **clamp).sum().backward()
+    inside = {"kl": 1.0, "abs": -1.0, "mse": -1.0, "k3": 1.0 - E}[kind]
+    assert_close(logprobs.grad, torch.tensor([0.0, 0.0, inside]))
+
+
+def test_an_unknown_estimator_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown KL estimator 'k4'"):
+        kl_estimate(LOGPROBS, REF_LOGPROBS, "k4")  # type: ignore[arg-type]
+
+
+def test_full_kl_sums_over_the_vocabulary() -> None:
+    # two positions of one sequence:
+    # ½ ln(½ / ¼) + ½ ln(½ / ¾) = ½ (ln 2 − ln 1.5) = 0.1438410, and a distribution against itself: 0
+    policy = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
+    reference = torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log()
+    assert_close(kl_full(policy, reference), torch.tensor([[0.1438410, 0.0]]))
+    # the other way round: ¼ ln ½ + ¾ ln 1.5 = −0.1732868 + 0.3040988
+    assert_close(kl_full(reference, policy), torch.tensor([[0.1308120, 0.0]]))
+
+
+def test_estimators_agree_with_the_full_kl_in_expectation() -> None:
+    policy, reference = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.6, 0.3, 0.1])
+    exact = kl_full(policy.log(), reference.log())
+    for kind in ("kl", "k3"):
+        assert_close((policy * kl_estimate(policy.log(), reference.log(), kind)).sum(), exact)
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.15),  # on target
+        (6.5, 0.15032),  # error 0.5/6 = 0.0833333: 0.15 (1 + 0.0833333 · 256/10000) = 0.15 · 1.00213333
+        (12.0, 0.150768),  # error 1, clipped to 0.2: 0.15 · 1.00512
+        (5.4, 0.149616),  # error −0.1: 0.15 · 0.99744
+        (0.0, 0.149232),  # error −1, clipped to −0.2: 0.15 · 0.99488
+        (-3.0, 0.149232),  # a sampled KL may be negative
+    ],
+)
+def test_adapted_coefficient(kl: float, expected: float) -> None:
+    assert adapted_kl_coef(0.15, kl, target=6.0, horizon=10_000, samples=256) == pytest.approx(expected, rel=1e-9)
