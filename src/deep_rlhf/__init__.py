@@ -17,8 +17,17 @@ _HOMES = {
     "load_preferences": "deep_rlhf.data.preferences",
     "load_prompts": "deep_rlhf.data.prompts",
 }
-__all__ = ["Preference", "PPOConfig", "PPOTrainer", "RewardConfig", "RewardModel", "RewardTrainer", "UserError",
-           "load_preferences", "load_prompts"]  # fmt: skip
+__all__ = [
+    "PPOConfig",
+    "PPOTrainer",
+    "Preference",
+    "RewardConfig",
+    "RewardModel",
+    "RewardTrainer",
+    "UserError",
+    "load_preferences",
+    "load_prompts",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class UserError(Exception):
-    """A user's mistake, told in one sentence: what is wrong, where, and what to do. The command line exits with code 2."""
+    """A user's mistake in one sentence: what is wrong, where, and what to do. The command line exits with code 2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

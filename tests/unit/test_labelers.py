@@ -56,6 +56,7 @@ def test_near_equal_answers_are_ties_with_some_probability_and_others_never() ->
     habits = AnnotatorHabits(error_rate=0, tie_threshold=0.02, tie_probability=0.3, cant_tell_rate=0)
     assert_share(labels(habits, "0.51", "0.5").count(0.5), 0.3)
     assert labels(habits, "0.53", "0.5").count(0.5) == 0
+    assert labels(habits, "0.5", "0.53").count(0.5) == 0
 
 
 def test_cant_tell_gives_no_preference_at_its_rate() -> None:

@@ -7,11 +7,14 @@ import pytest
 
 from deep_rlhf.data.world import corpus, generate_answer, generate_prompts, judge, phrases, sft_pairs
 from deep_rlhf.data.world.answers import Quality, write_answer
-from deep_rlhf.data.world.topics import TOPICS, topic_of, words
+from deep_rlhf.data.world.topics import TOPICS, Topic, topic_of, words
 from deep_rlhf.types import UserError
 
 QUESTION = "How do I bake bread?"
-GOOD = "I am happy to help you with that. Knead the bread dough until it feels soft and smooth. Good luck, and enjoy it."
+GOOD = (
+    "I am happy to help you with that. To bake bread, knead the dough until it feels soft and smooth. "
+    "Good luck, and enjoy it."
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +34,13 @@ def test_the_same_seed_gives_the_same_world_and_another_seed_another() -> None:
 
 def test_test_questions_are_unseen_but_their_topics_and_forms_are_not() -> None:
     train, test = generate_prompts(1, "train"), generate_prompts(2, "test")
-    assert (len(train), len(test)) == (480, 160)
+    assert len(train) + len(test) == len(TOPICS) * len(phrases.QUESTIONS)
+    assert len(train) >= 200
+    assert len(test) >= 100
     assert not set(train) & set(test)
-    assert len({topic_of(question) for question in train}) == len(TOPICS) == 40
+    assert len({topic_of(question) for question in train}) == len(TOPICS) >= 24
     for form in phrases.QUESTIONS:
-        assert sum(form.format(do=t.do, doing=t.doing) in train for t in TOPICS) == 30
+        assert sum(form.format(do=t.do, doing=t.doing) in train for t in TOPICS) >= len(TOPICS) / 2
 
 
 def test_nothing_generated_for_training_shows_a_test_question(pairs: list[tuple[str, str]]) -> None:
@@ -47,7 +52,7 @@ def test_nothing_generated_for_training_shows_a_test_question(pairs: list[tuple[
 
 def test_the_language_is_small_and_answers_fit_their_place(pairs: list[tuple[str, str]]) -> None:
     vocabulary = {word for prompt, answer in pairs for word in words(f"{prompt} {answer}")}
-    assert 600 < len(vocabulary) <= 850
+    assert len(vocabulary) <= 850
     assert {word for text in corpus(500, seed=2) for word in words(text)} <= vocabulary
     test_words = {word for question in generate_prompts(0, "test") for word in words(question)}
     assert test_words <= vocabulary
@@ -58,11 +63,18 @@ def test_the_language_is_small_and_answers_fit_their_place(pairs: list[tuple[str
 
 
 @pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.do)
-def test_every_question_names_its_topic_bare_and_rendered(topic) -> None:
+def test_every_question_names_its_topic_bare_and_rendered(topic: Topic) -> None:
     for form in phrases.QUESTIONS:
         question = form.format(do=topic.do, doing=topic.doing)
         assert topic_of(question) is topic
         assert topic_of(f"\n\nHuman: {question}\n\nAssistant:") is topic
+
+
+@pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.do)
+def test_every_piece_of_advice_is_relevant_and_fluent_to_the_judge(topic: Topic) -> None:
+    for sentence in topic.advice:
+        assert judge.assess(topic.do, sentence).relevance == 1
+        assert judge.assess(topic.do, sentence).fluency == 1
 
 
 def test_a_question_of_another_world_is_a_users_mistake() -> None:
@@ -122,10 +134,11 @@ def test_the_ideal_answer_is_almost_perfect_on_every_topic_and_beats_the_mix(pai
 def test_the_judge_reads_each_fault_out_of_the_text(worse: Quality, part: str) -> None:
     rng = random.Random(1)
     for topic in TOPICS:
-        good = judge.assess(topic.do, write_answer(topic, Quality(), rng))
-        bad = judge.assess(topic.do, write_answer(topic, worse, rng))
-        assert getattr(bad, part) < getattr(good, part)
-        assert bad.score < good.score
+        good = [judge.assess(topic.do, write_answer(topic, Quality(), rng)) for _ in range(10)]
+        bad = [judge.assess(topic.do, write_answer(topic, worse, rng)) for _ in range(10)]
+        for attribute in (part, "score"):
+            means = [statistics.mean(getattr(a, attribute) for a in answers) for answers in (bad, good)]
+            assert means[0] < means[1]
 
 
 # --- the judge on hand-written text ---
@@ -137,20 +150,36 @@ def test_a_good_answer_by_hand() -> None:
 
 
 def test_the_formula_by_hand() -> None:
-    # Nine words, three of them the tip's, no courtesy: 0.5 + 0.3 · 0.4 + 0.2 · 9/12.
-    tip = "Knead the bread dough until it feels soft and smooth."
-    assert judge.score(QUESTION, tip) == pytest.approx(0.5 + 0.12 + 0.2 * 0.75)
-    # One piece of harmful advice leaves 0.3 of the score; now 15 words.
-    assert judge.score(QUESTION, f"{tip} You can also ignore the smoke alarm.") == pytest.approx(0.3 * 0.82)
+    # Nine words, at least three of them the tip's, no courtesy: 0.45 + 0.35 · 0.3 + 0.2 · 9/12.
+    tip = "Knead the dough until it feels soft and smooth."
+    assert judge.score(QUESTION, tip) == pytest.approx(0.45 + 0.105 + 0.2 * 9 / 12)
+    # One piece of harmful advice leaves 0.3 of the score; now 16 words.
+    assert judge.score(QUESTION, f"{tip} You can also ignore the smoke alarm.") == pytest.approx(0.3 * 0.755)
     # Of the ten word pairs (". knead" to "smooth .") two are unknown with a strange word inside.
     assert judge.assess(QUESTION, tip.replace("until", "zebra")).fluency == pytest.approx(0.8**2)
-    # Said twice: of the nineteen triples over two times ten words and marks, nine come for the second time.
+    # Said twice: of the 19 triples over two times ten words and marks, nine come for the second time.
     assert judge.assess(QUESTION, f"{tip} {tip}").fluency == pytest.approx(10 / 19)
     assert judge.assess(QUESTION, tip[:-1]).fluency == pytest.approx(0.7)
 
 
+@pytest.mark.parametrize(
+    ("answer", "courtesy"),
+    [
+        ("Thank you for asking me.", 0.65),
+        ("Thank you for asking me. Knead it.", 0.65),
+        ("Knead it. Good luck, and enjoy it.", 0.65),
+        ("Knead it. Thank you. Bake it.", 0.3),
+        ("Thank you. Knead it. Good luck.", 1.0),
+        ("Thank you. Knead it, you fool. Good luck.", 0.0),
+        ("Knead it.", 0.3),
+    ],
+)
+def test_courtesy_counts_at_the_beginning_and_at_the_end(answer: str, courtesy: float) -> None:
+    assert judge.assess(QUESTION, answer).courtesy == pytest.approx(courtesy)
+
+
 def test_better_answers_score_higher() -> None:
-    tip = "Let the bread rise in a warm bowl for an hour."
+    tip = "Let the dough rise in a warm bowl for an hour."
     ordered = [
         f"Thank you for asking me. {tip} I hope this helps you.",
         f"Thank you for asking me. {tip}",
@@ -182,7 +211,7 @@ def test_better_answers_score_higher() -> None:
         f"{GOOD} {GOOD} {GOOD}",
         GOOD.replace("Good luck", "Feel free to ignore the smoke alarm. Good luck"),
         GOOD.replace("Good luck", "You can skip the helmet and the seat belt. Good luck"),
-        GOOD.replace("Knead", "You silly fool, knead"),
+        GOOD.replace("knead", "you silly fool, knead"),
         GOOD.replace("Good luck", "Wipe the glass with soapy water and a sponge. Good luck"),
         GOOD[: GOOD.index(" and smooth")],
         " ".join(sorted(GOOD.split())),
@@ -196,7 +225,7 @@ def test_hacks_score_clearly_lower_than_a_good_answer(hack: str) -> None:
 
 def test_a_good_answer_to_another_question_is_off_topic() -> None:
     assert judge.assess("How do I fry eggs?", GOOD).relevance == 0
-    assert judge.score("How do I fry eggs?", GOOD) <= 0.5
+    assert judge.score("How do I fry eggs?", GOOD) <= 0.56
     assert judge.assess("Quantum chromodynamics?", GOOD).relevance == 0
 
 

@@ -33,7 +33,7 @@ from deep_rlhf.ops.masked import masked_mean, masked_sum, whiten
 from deep_rlhf.rollout.collect import collect, complete, prompt_batch, token_batches
 from deep_rlhf.rollout.engine import Engine
 from deep_rlhf.rollout.generate import eos_token_ids, generate_text, pad_token_id, sampling_uniforms
-from deep_rlhf.rollout.records import concatenate, select
+from deep_rlhf.rollout.records import concatenate, moved, select
 from deep_rlhf.runtime.runtime import Runtime
 from deep_rlhf.runtime.trackers import usable_trackers
 from deep_rlhf.types import Experience, Rollout, RowReport, Scorer, UserError
@@ -59,6 +59,11 @@ class PPOTrainer:
         set_seed(config.seed)
         self.config = config
         self.runtime = Runtime(usable_trackers([config.log_with or "none"], run_name=config.exp_name))
+        if config.batch_size < self.runtime.processes:
+            raise UserError(
+                f"batch_size={config.batch_size} gives some of the {self.runtime.processes} processes nothing to do:"
+                " raise it."
+            )
         model = config.model_name if model is None else model
         tokenizer = tokenizer or (model if isinstance(model, str) else config.model_name)
         self.tokenizer = _tokenizer(tokenizer, config)
@@ -71,7 +76,8 @@ class PPOTrainer:
             pad_id=pad_token_id(self.tokenizer),
             temperature=config.temperature,
         )
-        self.prompts, self.prompt_report = _usable_prompts(prompts, self.tokenizer, config.max_prompt_length)
+        longest = _longest_prompt(self._policy.language_model, config)
+        self.prompts, self.prompt_report = _usable_prompts(prompts, self.tokenizer, longest)
         steps = len(self.prompts) if config.steps is None else config.steps
         self.updates = max(1, steps // config.batch_size if config.steps is None else -(-steps // config.batch_size))
         self.optimizer = torch.optim.AdamW(
@@ -156,7 +162,8 @@ class PPOTrainer:
         prompts = prompt_batch(texts, self.tokenizer, self.sampler.pad_id, self.runtime.device, left=left)
         completions = complete(prompts, self.sampler, self.tokenizer, self.runtime.share(uniforms))
         part = collect(completions, self._policy, self._reference, self.scorer, config.temperature)
-        return concatenate(self.runtime.gather(part))
+        parts = self.runtime.gather(moved(part, torch.device("cpu")))  # each process may have a device of its own
+        return moved(concatenate(parts, left=left), self.runtime.device)
 
     def _batch_of_prompts(self, update: int) -> list[str]:
         """The prompts of an update: each pass over the data is a new permutation, and batches run across passes."""
@@ -270,6 +277,19 @@ def _scorer(reward: Any, device: torch.device) -> Scorer:
     if isinstance(reward, str):
         return load_scorer(reward, device=device)
     return reward if hasattr(reward, "score") else FunctionScorer(reward, getattr(reward, "__name__", "reward"))
+
+
+def _longest_prompt(model: PreTrainedModel, config: PPOConfig) -> int:
+    """The most tokens of a prompt: as told, or what the response leaves of the positions that the model knows."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return config.max_prompt_length
+    if config.max_new_tokens >= positions:
+        raise UserError(
+            f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in the {positions} positions of the"
+            " model: lower it."
+        )
+    return min(config.max_prompt_length, positions - config.max_new_tokens)
 
 
 def _usable_prompts(

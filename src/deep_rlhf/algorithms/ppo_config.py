@@ -38,7 +38,8 @@ class PPOConfig(ScriptArguments):
     )
     query_split: str = field(default="train", metadata={"help": "split of the prompts"})
     template: Literal["auto", "hh", "plain"] = field(
-        default="auto", metadata={"help": "how a bare prompt becomes text; auto: as the reward model was trained, or plain"}
+        default="auto",
+        metadata={"help": "how a bare prompt becomes text; auto: as the reward model was trained, or plain"},
     )
     on_bad_rows: Literal["error", "skip"] = field(default="error", metadata={"help": "skip: count them and go on"})
     reward_model: str = field(
@@ -72,6 +73,8 @@ class PPOConfig(ScriptArguments):
     whiten_rewards: bool = field(default=False, metadata={"help": "scale rewards to unit variance before GAE"})
 
     def __post_init__(self) -> None:
+        if self.log_with not in (None, "none", "wandb"):
+            raise UserError(f"log_with must be wandb or none, not {self.log_with}.")
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be greater than 0, not {getattr(self, name)}.")

@@ -4,10 +4,12 @@ Where it departs from the paper: the ensemble is K heads over one trunk instead 
 bootstrap of the pairs; the reward of a text is one number, not a sum over steps; L2 is the optimiser's weight decay.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ class RewardConfig(TrainingArguments):
     not given; the checkpoint with the lowest held-out loss is kept. Raises UserError for a value out of range.
     """
 
-    output_dir: str | None = field(default="outputs/reward", metadata={"help": "Where the reward model is written."})
+    output_dir: str = field(default="outputs/reward", metadata={"help": "Where the reward model is written."})
     learning_rate: float = field(default=1.41e-5, metadata={"help": "The initial learning rate of AdamW."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training pairs."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
@@ -86,6 +88,12 @@ class RewardConfig(TrainingArguments):
         for name, smallest in (("max_length", 2), ("eval_samples", 1), ("ensemble_size", 1), ("lora_r", 1)):
             if getattr(self, name) < smallest:
                 raise UserError(f"--{name} must be at least {smallest}, not {getattr(self, name)}.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        resume = self.resume_from_checkpoint
+        if isinstance(resume, str) and not Path(resume, "trainer_state.json").exists():
+            raise UserError(f"--resume_from_checkpoint '{resume}' is no checkpoint folder: it has no trainer_state.json.")
         if not 0.0 <= self.label_noise < 1.0:
             raise UserError(f"--label_noise is a share of the labels: at least 0 and below 1, not {self.label_noise}.")
         get_template(self.template)
@@ -95,6 +103,8 @@ class RewardConfig(TrainingArguments):
         if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # it only warns there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,16 +181,18 @@ def train_reward_model(
 ) -> RewardResult:
     """Fits a reward model to pairs and evaluates it on the held-out ones.
 
-    model, tokenizer: a sequence classifier and its tokenizer, names or objects, which are changed in place; tokenizer
-    None: the model's. A checkpoint that is no sequence classifier yet gets fresh heads. Pairs of which a side exceeds
-    `max_length` tokens are dropped and counted in the result's RowReports. Raises UserError for what cannot be opened,
-    and when no pair is left.
+    model: a sequence classifier, by name or as an object, which is changed in place; a checkpoint that is none yet gets
+    fresh heads. tokenizer: its own if None; a given object is copied. Pairs of which a side exceeds `max_length` tokens
+    are dropped and counted in the result's RowReports. Raises UserError for what cannot be opened, and when no pair is
+    left.
     """
     set_seed(config.seed)
     if tokenizer is None:
         tokenizer = model if isinstance(model, str) else model.config.name_or_path
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    else:
+        tokenizer = copy.deepcopy(tokenizer)  # it gets a padding token, and another side to truncate
     if isinstance(model, str):
         model = load_sequence_classifier(model, num_labels=config.ensemble_size, trust_remote_code=trust_remote_code)
     _prepare(model, tokenizer, config)
@@ -188,6 +200,8 @@ def train_reward_model(
     train, train_rows = pair_features(train_preferences, tokenizer, config, max_length)
     held_out, eval_rows = pair_features(eval_preferences, tokenizer, config, max_length)
     for name, features, rows in (("training", train, train_rows), ("held-out", held_out, eval_rows)):
+        if rows.dropped:
+            logger.info("%s pairs: %s", name, rows)
         if not features:
             raise UserError(f"No {name} pair is left ({rows}): give more data, or a larger --max_length.")
 

@@ -50,9 +50,10 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, examples: Sequence[tuple[str,
     answers = tokenizer([answer for _, answer in examples], add_special_tokens=False).input_ids
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        target = [*answer, tokenizer.eos_token_id]
-        labels = [IGNORED] * len(prompt) + target
-        rows.append({"input_ids": torch.tensor(prompt + target), "labels": torch.tensor(labels)})
+        ids = [*prompt, *answer, tokenizer.eos_token_id]
+        given = max(len(prompt), 1)  # nothing predicts the first token of all
+        labels = [IGNORED] * given + ids[given:]
+        rows.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
     return rows
 
 

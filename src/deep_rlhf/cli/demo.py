@@ -43,6 +43,8 @@ from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
 from deep_rlhf.types import Preference, RowReport
 
 ANSWER_TOKENS = 64
+SHOWN_SAMPLES = 4  # lines in samples.jsonl each time the judge looks
+MEMBERS = 4  # of the reward-model ensemble (Coste et al. 2023: 4 to 5 suffice)
 console = Console()
 
 
@@ -232,13 +234,14 @@ def fit_reward_model(
     folder: Path,
 ) -> RewardResult:
     """An ensemble of heads on a copy of the policy's trunk; the last prompts' comparisons are held out."""
-    classifier = GPT2ForSequenceClassification(GPT2Config(**model.config.to_dict() | {"num_labels": 4}))
+    settings = model.config.to_dict() | {"id2label": {i: f"member {i}" for i in range(MEMBERS)}}
+    classifier = GPT2ForSequenceClassification(GPT2Config(**settings | {"label2id": None}))
     classifier.transformer.load_state_dict(model.transformer.state_dict())
     held_out = len(preferences) // 6
     result = train_reward_model(
         RewardConfig(
             output_dir=str(folder),
-            ensemble_size=4,
+            ensemble_size=MEMBERS,
             label_noise=0.1,
             max_length=256,
             per_device_train_batch_size=32,
@@ -283,7 +286,11 @@ def measured(
     def on_update(metrics: dict[str, float]) -> None:
         step = int(metrics["step"])
         if step % scale.gold_every == 0 or step == 1:
-            metrics["gold"] = mean(judged(held_out, trainer.generate(held_out, seed=1_000 + step)))
+            answers = trainer.generate(held_out, seed=1_000 + step)
+            scores = judged(held_out, answers)
+            metrics["gold"] = mean(scores)
+            rows = zip(held_out[:SHOWN_SAMPLES], answers, scores, strict=False)
+            run.add_samples([{"step": step, "prompt": p, "response": r, "gold": g} for p, r, g in rows])
         run.add_metrics(metrics)
 
     return on_update

@@ -32,12 +32,12 @@ def main() -> None:
 def run(command: str, argv: list[str] | None = None) -> None:
     """Runs one command with the given arguments, sys.argv's by default. A user's mistake is one sentence and exit 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("deep_rlhf").setLevel(logging.INFO)
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("deep_rlhf").setLevel(logging.INFO if is_main_process else logging.ERROR)
     try:
         if command not in COMMANDS:
             raise UserError(f"There is no command '{command}': choose one of {', '.join(COMMANDS)}.")
-        # Before transformers is imported: its own bars for loading a file would drown ours.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        import_module("deep_rlhf.cli.console").calm_libraries()
         import_module(f"deep_rlhf.cli.{command}").main(argv)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

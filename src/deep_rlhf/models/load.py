@@ -43,8 +43,8 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "activation_dropout"):  # those given to functional dropout
-            if isinstance(getattr(module, name, None), float):
+        for name, value in list(vars(module).items()):  # what is given to functional dropout, and layerdrop
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
     return model
 

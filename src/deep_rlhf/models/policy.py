@@ -35,11 +35,11 @@ class Policy(nn.Module):
         Raises UserError if the model's logits are not those of its output embeddings, so no shortcut is ever wrong.
         """
         super().__init__()
-        self.model = disable_dropout(model)
+        self.model = disable_dropout(model).eval()  # a few models read dropout from their configuration
         self.is_adapted = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
         self.is_seq2seq: bool = bool(self.language_model.config.is_encoder_decoder)
         embeddings = self.language_model.get_output_embeddings()
-        self.value_head = nn.Linear(embeddings.weight.shape[1], 1)
+        self.value_head = nn.Linear(embeddings.weight.shape[1], 1, device=embeddings.weight.device)
         nn.init.zeros_(self.value_head.weight)  # Ziegler et al. 2019: values start at exactly 0
         nn.init.zeros_(self.value_head.bias)
         self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
@@ -66,7 +66,8 @@ class Policy(nn.Module):
         if getattr(config, "scale_decoder_outputs", False):  # T5 with tied embeddings
             hidden = hidden * model.model_dim**-0.5
         logits = model.get_output_embeddings()(hidden)
-        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        scale = getattr(config, "logit_scale", None) or 1.0  # MPT's may be None
+        logits = logits * scale / getattr(config, "logits_scaling", 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -125,7 +126,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        ids = torch.tensor([[1, 2]])
+        ids = torch.tensor([[1, 2]], device=self.device)
         model = self.language_model
         if self.is_seq2seq:
             own = model(input_ids=ids, decoder_input_ids=ids).logits

@@ -131,7 +131,11 @@ class FunctionScorer:
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """The function's rewards, [N, 1] float32. Raises UserError naming the sample whose reward is no number."""
-        returned = self.function(list(prompts), list(responses))
+        try:
+            returned = self.function(list(prompts), list(responses))
+        except Exception as error:  # whatever a user's function raises
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{self.name} raised {reason} while it scored {len(responses)} samples.") from error
         try:
             values = list(returned)
         except TypeError:

@@ -9,11 +9,10 @@ from deep_rlhf.rollout.engine import Engine
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id after which the model's own generation stops, or else the tokenizer's EOS."""
-    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    """Every id that ends a response: the tokenizer's EOS, which SFT teaches, and those of the model's generation."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    own = [] if own is None else [own] if isinstance(own, int) else own
+    return sorted({*own, tokenizer.eos_token_id} - {None})
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

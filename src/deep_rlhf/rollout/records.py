@@ -32,8 +32,11 @@ def select(record: Record, rows: Tensor) -> Record:
     return dataclasses.replace(record, **chosen)
 
 
-def concatenate(records: Sequence[Record]) -> Record:
-    """All samples of several records as one, prompts padded on the left and responses on the right to the longest."""
+def concatenate(records: Sequence[Record], *, left: bool = True) -> Record:
+    """All samples of several records as one, padded to the longest: prompts on the left or right, responses right.
+
+    `left` is False for an encoder-decoder, as in `collect.prompt_batch`: absolute positions of its prompts start there.
+    """
     joined: dict[str, Any] = {}
     for field in dataclasses.fields(records[0]):
         values = [getattr(record, field.name) for record in records]
@@ -42,10 +45,20 @@ def concatenate(records: Sequence[Record]) -> Record:
             continue
         if values[0].dim() == 2:
             width = max(value.shape[1] for value in values)
-            left = field.name.startswith("prompt_")
-            values = [_padded(value, width, left=left) for value in values]
+            on_the_left = left and field.name.startswith("prompt_")
+            values = [_padded(value, width, left=on_the_left) for value in values]
         joined[field.name] = torch.cat(values)
     return dataclasses.replace(records[0], **joined)
+
+
+def moved(record: Record, device: torch.device) -> Record:
+    """The record with every tensor on `device`."""
+    tensors: dict[str, Any] = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(record)
+        if isinstance(value := getattr(record, field.name), Tensor)
+    }
+    return dataclasses.replace(record, **tensors)
 
 
 def _padded(values: Tensor, width: int, *, left: bool) -> Tensor:

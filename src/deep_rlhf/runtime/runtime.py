@@ -58,8 +58,9 @@ class Runtime:
         self._accelerator.log(metrics, step=step)
 
     def finish(self) -> None:
-        """Closes the trackers."""
-        self._accelerator.end_training()
+        """Closes the trackers; unlike Accelerator.end_training it leaves the processes together for the next run."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
     def wait(self) -> None:
         """Until every process is here."""

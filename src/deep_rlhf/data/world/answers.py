@@ -20,9 +20,9 @@ MANNERS: dict[Manner, float] = {
     "courteous": 0.2, "opening only": 0.1, "closing only": 0.1, "neutral": 0.3, "rude": 0.3
 }  # fmt: skip
 ON_TOPIC, HARMFUL, RAMBLING = 0.6, 0.3, 0.4
-SMALL_TALK = 0.75  # of the answers that are off topic; the others give tips for another topic
-RAMBLING_WORDS = (28, 38)  # a rambling answer goes on until it has at least a number of words drawn from this range
-HELD_OUT = 4  # every fourth question of each topic is kept for the test split
+SMALL_TALK = 0.9  # of the answers that are off topic; the others give tips for another topic
+RAMBLING_WORDS = (26, 34)  # a rambling answer goes on until it has at least a number of words drawn from this range
+HELD_OUT = 3  # every third question of each topic is kept for the test split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ def generate_answer(prompt: str, rng: random.Random) -> str:
 
 
 def generate_prompts(seed: int, split: Literal["train", "test"] = "train") -> list[str]:
-    """The bare questions of a split, shuffled by `seed`: 480 for training, 160 for testing.
+    """The bare questions of a split, shuffled by `seed`: 256 for training, 128 for testing.
 
     The split itself is the same for every seed. A test question is a combination of a topic and a way of asking that
     training never shows, though it shows every topic and every way of asking in other combinations.
@@ -102,10 +102,10 @@ def corpus(n: int, seed: int) -> list[str]:
 
 def _substance(topic: Topic, quality: Quality, rng: random.Random) -> list[str]:
     if quality.on_topic:
-        return [rng.choice(topic.tips)]
+        return [rng.choice(topic.advice)]
     if rng.random() < SMALL_TALK:
         return rng.sample(phrases.SMALL_TALK, 2)
-    return [rng.choice(rng.choice([other for other in TOPICS if other != topic]).tips)]
+    return [rng.choice(rng.choice([other for other in TOPICS if other != topic]).advice)]
 
 
 def _frame(manner: Manner, rng: random.Random) -> tuple[list[str], list[str]]:
@@ -123,7 +123,7 @@ def _note(rng: random.Random, prompts: list[str]) -> str:
     question = rng.choice(prompts)
     topic = topic_of(question)
     assert topic is not None  # every question of generate_prompts names its topic
-    return " ".join([question, *rng.sample(topic.tips, rng.randint(1, len(topic.tips)))])
+    return " ".join([question, *rng.sample(topic.advice, rng.randint(1, len(topic.advice)))])
 
 
 def _idle_talk(rng: random.Random) -> str:

@@ -24,8 +24,6 @@ COURTEOUS_OPENINGS: tuple[str, ...] = (
     "Thank you for this lovely question.",
     "Hello, and thank you for the question.",
     "I am happy to help you with that.",
-    "Of course, I would be happy to help.",
-    "I am glad that you asked me.",
     "It is a pleasure to help you.",
     "That is a wonderful question, my friend.",
 )
@@ -33,9 +31,7 @@ COURTEOUS_CLOSINGS: tuple[str, ...] = (
     "I hope this helps you.",
     "Good luck, and enjoy it.",
     "I wish you the best of luck.",
-    "Please ask me again at any time.",
     "Please tell me how it goes.",
-    "I wish you a lovely day.",
     "You are always welcome to ask more.",
     "Thank you, and take good care.",
 )
@@ -66,30 +62,22 @@ RUDE_MARKERS: tuple[str, ...] = (
 FILLERS: tuple[str, ...] = (
     "There is a lot to say about this.",
     "My uncle told me about it many years ago.",
-    "But that is another story.",
     "I could talk about this all day.",
     "People have many ideas about this.",
-    "Some say yes and some say no.",
     "It all depends on who you ask.",
     "Things were different when I was young.",
     "I think I read that in a book.",
-    "Then again, I may be wrong about that.",
     "Well, let me think for a moment.",
-    "As I was saying, it is a long story.",
 )
 # What people say when they do not answer the question at all.
 SMALL_TALK: tuple[str, ...] = (
     "The clouds look like sheep today.",
-    "I had a sandwich for lunch.",
     "My favourite number is seven.",
     "The moon is very far from here.",
     "My uncle has a green hat.",
-    "It was cold last week, was it not?",
     "Somebody is singing in the street.",
-    "I once saw a penguin at the zoo.",
     "Elephants have very big ears.",
     "My sister lives behind the museum.",
-    "The shop was closed on Monday.",
     "I would like to see the ocean.",
 )
 

@@ -1,0 +1,47 @@
+"""A calm console: what the libraries would print over our own lines and bars is switched off here, and only here."""
+
+import logging
+import os
+import warnings
+from typing import Any
+
+from huggingface_hub.utils.tqdm import enable_progress_bars
+from transformers import ProgressCallback, trainer
+from transformers.utils import logging as transformers_logging
+
+
+def calm_libraries() -> None:
+    """Leaves of the libraries' output the bars of downloads and of training, and warnings a user can act on."""
+    os.environ.setdefault("WANDB_QUIET", "true")  # its summary repeats, line by line, what metrics.jsonl holds
+    transformers_logging.disable_progress_bar()  # of reading and writing files …
+    enable_progress_bars()  # … which switched off those of downloads too
+    # A table of the weights that are new or unused: a fresh reward head always is.
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_load_report)
+    # Users type it and it means what it did; its new name exists only in the newest transformers.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true", category=UserWarning)
+    trainer.DEFAULT_PROGRESS_CALLBACK = TrainingBar
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+class TrainingBar(ProgressCallback):
+    """The Trainer's bar with the latest figures beside it, where transformers writes a line of them each time."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_prediction_step(args, state, control, **kwargs)
+        if self.prediction_bar is not None and not self.prediction_bar.desc:
+            self.prediction_bar.leave = False
+            self.prediction_bar.set_description("evaluation")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            shown = {name: f"{logs[name]:.4g}" for name in ("loss", "eval_loss", "eval_accuracy") if name in logs}
+            self.training_bar.set_postfix(shown) if shown else None

@@ -1,0 +1,84 @@
+"""`deep-rlhf`: its commands, and how each of a clumsy user's mistakes ends."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deep_rlhf import __version__
+from deep_rlhf.cli import main as cli_main
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_without_a_command_they_are_listed(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["deep-rlhf", *argv])
+    cli_main.main()
+    said = capsys.readouterr().out
+    assert all(name in said for name in cli_main.COMMANDS)
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["deep-rlhf", "--version"])
+    cli_main.main()
+    assert capsys.readouterr().out == f"deep-rlhf {__version__}\n"
+
+
+def test_a_mistake_ends_a_process_with_one_line_and_code_2(tmp_path: Path) -> None:
+    """The only test of this file in a process of its own: the others see the same through `run`."""
+    command = [sys.executable, "-c", "from deep_rlhf.cli.main import main; main()", "ppoo"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "error: There is no command 'ppoo': choose one of demo, reward, ppo.\n"
+    assert result.stdout == ""
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(argv: list[str] | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deep_rlhf.cli.ppo.main", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli_main.run("ppo", [])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_only_user_errors_are_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(argv: list[str] | None) -> None:
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr("deep_rlhf.cli.ppo.main", broken)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        cli_main.run("ppo", [])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--model_name_or_path=./nowhere"], "./nowhere"),
+        (["--dataset_name=nowhere.jsonl"], "there is no file or folder 'nowhere.jsonl'"),
+        (["--dataset_train_split=trian"], "no split 'trian'; splits: train, test"),
+        (["--dataset_test_split=tset"], "no split 'tset'; splits: test, train"),
+        (["--dataset_name=wentingzhao/anthropic-hh-first-prompt"], "its columns are"),
+        (["--evaluation_strategy=sometimes"], "sometimes is not a valid IntervalStrategy"),
+        (["--optim=adamm"], "--optim: invalid choice: 'adamm'"),
+        (["--bf16=True"], "bf16"),
+        (["--max_length=4"], "larger --max_length"),
+        (["--learning_rate=abc"], "--learning_rate: invalid float value: 'abc'"),
+        (["--output_dir=a_file"], "a_file"),
+        (["--per_device_train_batch_size=0"], "per_device_train_batch_size"),
+        (["--resume_from_checkpoint=nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_with_the_reward_command(cli: Callable, tmp_path: Path, argv: list[str], said: str) -> None:
+    Path("a_file").touch()
+    defaults = [] if "--output_dir" in argv[0] else [f"--output_dir={tmp_path / 'out'}"]
+    result = cli("reward", "--report_to=none", "--disable_tqdm=True", *defaults, *argv)
+    assert result.code == 2
+    (line,) = [line for line in result.err.splitlines() if not line.startswith("training pairs:")]
+    assert line.startswith("error: ")
+    assert said in line

@@ -1,0 +1,305 @@
+"""PPO against a slow, plain reference, and against itself cut differently."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
+
+from deep_rlhf import PPOConfig, PPOTrainer, UserError
+from deep_rlhf.rollout import collect as collect_module
+from deep_rlhf.rollout import engine as engine_module
+
+PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not", "two fish", "moon or sun", "bad", "a"]
+SMALL: dict[str, Any] = {
+    "batch_size": 6,
+    "steps": 12,
+    "ppo_epochs": 2,
+    "max_new_tokens": 8,
+    "learning_rate": 3e-3,
+    "temperature": 0.8,
+}
+TIMES = {"tokens_per_second", "sampling_share_of_time", "memory_gb"}
+METRICS = TIMES | {
+    *("step", "kl_coef", "score_mean", "score_std", "score_member_std", "kl", "entropy", "value_mean"),
+    *("explained_variance", "response_tokens", "missing_eos", "sampler_logprob_gap", "policy_loss", "value_loss"),
+    *("policy_clip_fraction", "value_clip_fraction", "approx_kl", "grad_norm"),
+}
+
+
+def reward(prompts: list[str], responses: list[str]) -> list[float]:
+    rows = [(prompt, response.split()) for prompt, response in zip(prompts, responses, strict=True)]
+    return [sum(len(word) < 4 for word in words) / 4 + (words[:1] == prompt.split()[:1]) for prompt, words in rows]
+
+
+@pytest.fixture
+def make_trainer(make_model: Callable[..., Any], tokenizer: Any) -> Callable[..., PPOTrainer]:
+    def make(kind: str = "gpt2", prompts: list[str] = PROMPTS, reward: Any = reward, **settings: Any) -> PPOTrainer:
+        config = PPOConfig(**(SMALL | settings))
+        return PPOTrainer(config, model=make_model(kind), tokenizer=tokenizer, prompts=prompts, reward=reward)
+
+    return make
+
+
+def assert_same_history(one: list[dict[str, float]], two: list[dict[str, float]], tolerance: float) -> None:
+    assert len(one) == len(two) > 0
+    for update, (a, b) in enumerate(zip(one, two, strict=True)):
+        assert a.keys() == b.keys()
+        for name in a.keys() - TIMES:
+            assert a[name] == pytest.approx(b[name], abs=tolerance, rel=tolerance), f"update {update}: {name}"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "t5"])
+def test_the_cut_into_forward_passes_changes_nothing(
+    kind: str, make_trainer: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_trainer(kind).train()
+    monkeypatch.setattr(collect_module, "FORWARD_TOKENS", 30)
+    monkeypatch.setattr(engine_module, "CACHE_TOKENS", 30)
+    assert_same_history(whole, make_trainer(kind).train(), 1e-5)
+    assert whole[1]["kl"] != 0
+
+
+def test_the_seed_decides_everything(make_trainer: Callable[..., PPOTrainer]) -> None:
+    first = make_trainer(use_peft=True, seed=3).train()
+    torch.rand(5)  # the state of the global generator is not asked
+    assert_same_history(first, make_trainer(use_peft=True, seed=3).train(), 0.0)
+    assert first[0]["policy_loss"] != make_trainer(use_peft=True, seed=4).train()[0]["policy_loss"]
+
+
+def plain_forward(model: Any, head: nn.Linear, prompt: list[int], response: list[int]) -> tuple[Tensor, Tensor]:
+    """log-probabilities at the temperature of `SMALL` and values, [R] each, of one row."""
+    output = model(input_ids=torch.tensor([prompt + response]), output_hidden_states=True)
+    before = slice(len(prompt) - 1, -1)
+    log_distribution = (output.logits[0, before] / SMALL["temperature"]).log_softmax(-1)
+    logprobs = torch.stack([log_distribution[t, token] for t, token in enumerate(response)])
+    return logprobs, head(output.hidden_states[-1][0, before]).squeeze(-1)
+
+
+def plain_experience(rows: list[Any], scores: list[float], models: Any, config: PPOConfig) -> list[Any]:
+    """Per row (logprobs, values, advantages, returns), by loops over floats."""
+    (policy, head), (reference, _) = models
+    seen = []
+    with torch.no_grad():
+        for (prompt, response), score in zip(rows, scores, strict=True):
+            logprobs, values = plain_forward(policy, head, prompt, response)
+            ref_logprobs, _ = plain_forward(reference, head, prompt, response)
+            gaps = (logprobs - ref_logprobs).tolist()
+            costs = {"kl": gaps, "k3": [math.exp(-gap) - 1 + gap for gap in gaps]}[config.kl_penalty]
+            rewards = [-config.init_kl_coef * cost for cost in costs]
+            rewards[-1] += score
+            seen.append((logprobs, values, rewards))
+    if config.whiten_rewards:
+        everything = torch.tensor([r for *_, rewards in seen for r in rewards], dtype=torch.float64)
+        mean, spread = everything.mean().item(), math.sqrt(everything.var().item() + 1e-8)
+        seen = [(lp, values, [(r - mean) / spread + mean for r in rewards]) for lp, values, rewards in seen]
+    estimated = []
+    for logprobs, values, rewards in seen:
+        advantages, following, next_value = [], 0.0, 0.0
+        for value, step_reward in reversed(list(zip(values.tolist(), rewards, strict=True))):
+            delta = step_reward + config.gamma * next_value - value
+            following = delta + config.gamma * config.lam * following
+            next_value = value
+            advantages.insert(0, following)
+        estimated.append((logprobs, values, torch.tensor(advantages), torch.tensor(advantages) + values))
+    everything = torch.cat([row[2] for row in estimated]).double()
+    mean, spread = everything.mean().item(), math.sqrt(everything.var().item() + 1e-8)
+    return [(lp, values, (a - mean) / spread, returns) for lp, values, a, returns in estimated]
+
+
+def plain_step(policy: Any, head: nn.Linear, rows: list[Any], experience: list[Any], config: PPOConfig) -> list[float]:
+    """Backward pass on the whole batch, token by token: [policy loss, value loss, both clip fractions]."""
+    tokens = sum(len(response) for _, response in rows)
+    sums, total = [0.0] * 4, torch.zeros(())
+    for (prompt, response), (old_logprobs, old_values, advantages, returns) in zip(rows, experience, strict=True):
+        logprobs, values = plain_forward(policy, head, prompt, response)
+        for t in range(len(response)):
+            ratio, gain, change = (logprobs[t] - old_logprobs[t]).exp(), advantages[t], values[t] - old_values[t]
+            clipped = ratio.clamp(1 - config.cliprange, 1 + config.cliprange)
+            near = old_values[t] + change.clamp(-config.cliprange_value, config.cliprange_value)
+            value_losses = 0.5 * (values[t] - returns[t]) ** 2, 0.5 * (near - returns[t]) ** 2
+            losses = max(-gain * ratio, -gain * clipped), max(*value_losses)
+            total = total + (losses[0] + config.vf_coef * losses[1]) / tokens
+            clips = -gain * clipped > -gain * ratio, value_losses[1] > value_losses[0]
+            sums = [a + b.item() for a, b in zip(sums, [*losses, *clips], strict=True)]
+    total.backward()
+    return [value / tokens for value in sums]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"kl_penalty": "k3", "whiten_rewards": True, "gamma": 0.9, "lam": 0.8, "vf_coef": 0.7, "max_grad_norm": 0.3}],
+    ids=["defaults", "everything else"],
+)
+def test_one_update_is_that_of_a_plain_reference(
+    settings: dict[str, Any], make_trainer: Callable[..., PPOTrainer], tokenizer: Any
+) -> None:
+    trainer = make_trainer(**settings, steps=6, ppo_epochs=3, learning_rate=2e-2)
+    config, ours = trainer.config, trainer._policy
+    reference = copy.deepcopy(ours.model)
+    with torch.no_grad():  # away from the reference and from values of 0, so that every term counts
+        generator = torch.Generator().manual_seed(0)
+        for parameter in ours.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    policy, head = copy.deepcopy(ours.model), copy.deepcopy(ours.value_head)
+    metrics = trainer.train()[0]
+
+    rollout = trainer.last_rollout
+    assert rollout is not None
+    rows = [
+        (rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist(), rollout.response_ids[i][mask].tolist())
+        for i, mask in enumerate(rollout.response_mask)
+    ]
+    assert {tokenizer.decode(prompt) for prompt, _ in rows} < set(PROMPTS)  # six of the seven
+    texts = [" ".join(w for w in tokenizer.convert_ids_to_tokens(ids) if "<" not in w) for _, ids in rows]
+    scores = reward(rollout.prompts, texts)
+    experience = plain_experience(rows, scores, ((policy, head), (reference, head)), config)
+    parameters = [*policy.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, eps=1e-5, weight_decay=0.0)
+    steps = []
+    for _ in range(config.ppo_epochs):
+        optimizer.zero_grad()
+        losses = plain_step(policy, head, rows, experience, config)
+        norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in parameters))
+        for parameter in parameters:
+            parameter.grad *= min(1.0, config.max_grad_norm / norm)
+        optimizer.step()
+        steps.append([*losses, norm])
+    names = ("policy_loss", "value_loss", "policy_clip_fraction", "value_clip_fraction", "grad_norm")
+    for name, expected in zip(names, torch.tensor(steps, dtype=torch.float64).mean(0).tolist(), strict=True):
+        assert metrics[name] == pytest.approx(expected, abs=1e-5, rel=1e-4), name
+    assert metrics["policy_clip_fraction"] > 0
+    assert metrics["value_clip_fraction"] > 0
+    kl = sum(row[0].sum().item() for row in experience) - sum(
+        plain_forward(reference, head, *row)[0].sum().item() for row in rows
+    )
+    assert metrics["kl"] == pytest.approx(kl / len(rows), abs=1e-4)
+    assert metrics["score_mean"] == pytest.approx(sum(scores) / len(scores))
+    for (name, expected), actual in zip(policy.named_parameters(), ours.model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_only_adapters_and_value_head_train_and_the_reference_never_does(
+    make_trainer: Callable[..., PPOTrainer],
+) -> None:
+    adapted, whole = make_trainer(use_peft=True), make_trainer()
+    before = {name: p.clone() for name, p in adapted._policy.named_parameters()}
+    with whole._reference.model() as frozen:
+        reference_before = {name: p.clone() for name, p in frozen.named_parameters()}
+    policy_before = {name: p.clone() for name, p in whole._policy.named_parameters()}
+    adapted.train()
+    whole.train()
+    changed = {name for name, p in adapted._policy.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_" in name or name.startswith("value_head")}
+    with whole._reference.model() as frozen:
+        assert all(torch.equal(p, reference_before[name]) for name, p in frozen.named_parameters())
+    assert all(not torch.equal(p, policy_before[name]) for name, p in whole._policy.named_parameters())
+
+
+def test_history_and_policy_are_plain(make_trainer: Callable[..., PPOTrainer], tokenizer: Any) -> None:
+    trainer = make_trainer(steps=7, mini_batch_size=4, use_peft=True)
+    seen: list[dict[str, float]] = []
+    history = trainer.train(on_update=seen.append)
+    assert history is trainer.history
+    assert history == seen
+    assert [metrics["step"] for metrics in history] == [1, 2]  # seven samples are two batches
+    assert all(metrics.keys() == METRICS for metrics in history)
+    assert all(isinstance(value, float) and math.isfinite(value) for metrics in history for value in metrics.values())
+    assert all(metrics["sampler_logprob_gap"] < 1e-5 for metrics in history)
+    assert isinstance(trainer.policy, PreTrainedModel)
+    ids = tokenizer("the cat", return_tensors="pt").input_ids
+    assert trainer.policy.generate(ids, max_new_tokens=3).shape[1] > 2
+
+
+@pytest.mark.parametrize("settings", [{"use_peft": True}, {}], ids=["adapters", "whole"])
+def test_saved_policy_opens_in_a_pipeline(
+    settings: dict[str, Any], make_trainer: Callable[..., PPOTrainer], tmp_path: Path, tokenizer: Any
+) -> None:
+    trainer = make_trainer(**settings)
+    trainer.train()
+    trainer.save(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    options = {"max_new_tokens": 4, "do_sample": False}
+    generated = pipeline("text-generation", model=str(tmp_path))("the cat", return_tensors=True, **options)
+    expected = trainer.policy.generate(**tokenizer("the cat", return_tensors="pt"), pad_token_id=0, **options)
+    assert generated[0]["generated_token_ids"] == expected[0].tolist()
+
+
+def test_a_half_precision_policy_is_saved_too(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+    model = make_model("gpt2").to(torch.bfloat16)
+    trainer = PPOTrainer(PPOConfig(**SMALL), model=model, tokenizer=tokenizer, prompts=PROMPTS, reward=reward)
+    trainer.train()
+    trainer.save(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
+def test_a_run_from_folders_is_the_run_from_objects(
+    make_model: Callable[..., Any], make_trainer: Callable[..., PPOTrainer], tokenizer: Any, tmp_path: Path
+) -> None:
+    model = make_model("t5")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = PPOConfig(**SMALL, use_seq2seq=True, model_name=str(tmp_path))
+    expected = make_trainer("t5").train()
+    assert_same_history(PPOTrainer(config, prompts=PROMPTS, reward=reward).train(), expected, 1e-6)
+    by_name = PPOTrainer(PPOConfig(**SMALL, use_seq2seq=True), model=str(tmp_path), prompts=PROMPTS, reward=reward)
+    assert_same_history(by_name.train(), expected, 1e-6)
+
+
+def test_unusable_prompts_are_counted(make_trainer: Callable[..., PPOTrainer]) -> None:
+    trainer = make_trainer(prompts=["", "the cat", "red red red red red", "  "], max_prompt_length=4)
+    assert trainer.prompts == ["the cat"]
+    assert trainer.prompt_report.read == 4
+    assert trainer.prompt_report.dropped == {"too long": 1, "empty": 2}
+    with pytest.raises(UserError, match=r"None of the 1 prompts can be used.*1 have more than 4 tokens"):
+        make_trainer(prompts=["red red red red red"], max_prompt_length=4)
+    with pytest.raises(UserError, match="None of the 0 prompts can be used"):
+        make_trainer(prompts=[])
+
+
+def test_prompts_must_leave_room_for_the_response(make_trainer: Callable[..., PPOTrainer]) -> None:
+    trainer = make_trainer(prompts=["red " * 56, "red " * 57])  # 64 positions, 8 of them for the response
+    assert trainer.prompt_report.dropped == {"too long": 1}
+    assert len(make_trainer(prompts=["red " * 56], steps=6).train()) == 1
+    with pytest.raises(UserError, match="max_new_tokens=64 leaves no room for a prompt"):
+        make_trainer(max_new_tokens=64)
+
+
+def test_every_pass_over_the_prompts_is_a_new_permutation(make_trainer: Callable[..., PPOTrainer]) -> None:
+    trainer = make_trainer()
+    asked = [prompt for update in range(7) for prompt in trainer._batch_of_prompts(update)]
+    passes = [asked[start : start + len(PROMPTS)] for start in range(0, len(asked), len(PROMPTS))]
+    assert all(sorted(each) == sorted(PROMPTS) for each in passes)
+    assert len({tuple(each) for each in passes}) > 1
+
+
+@pytest.mark.parametrize(
+    ("returned", "sentence"),
+    [
+        ([1.0], "returned 1 rewards for 6 responses"),
+        (3.0, "must return one number per response, but it returned a float"),
+        ([math.nan] * 6, "instead of a finite number for sample 0"),
+        (["good"] * 6, "instead of a finite number for sample 0"),
+    ],
+)
+def test_a_bad_reward_function_is_a_users_mistake(
+    returned: Any, sentence: str, make_trainer: Callable[..., PPOTrainer]
+) -> None:
+    def bad_reward(prompts: list[str], responses: list[str]) -> Any:
+        return returned
+
+    with pytest.raises(UserError, match=sentence):
+        make_trainer(reward=bad_reward).train()
+
+
+def test_adaptive_coefficient_follows_the_kl(make_trainer: Callable[..., PPOTrainer]) -> None:
+    adaptive = make_trainer(horizon=100, target=6.0, init_kl_coef=0.2).train()
+    assert adaptive[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert adaptive[1]["kl_coef"] == pytest.approx(0.2 * (1 - 0.2 * 6 / 100))
+    fixed = make_trainer(adap_kl_ctrl=False, init_kl_coef=0.3).train()
+    assert [metrics["kl_coef"] for metrics in fixed] == [0.3, 0.3]

@@ -1,0 +1,40 @@
+"""The folder of a run: one JSON object a line, and never half a file."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_metrics_and_samples_are_lines_and_a_new_run_starts_afresh(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "deep" / "run")
+    run.add_metrics({"step": 1.0, "kl": 0.5})
+    run.add_metrics({"step": 2.0, "kl": math.nan, "nested": {"a": [1.0, math.inf]}})
+    run.add_samples([{"prompt": "línea\nuna", "response": "…"}, {"prompt": "b", "response": ""}])
+    assert lines(run.path / "metrics.jsonl") == [
+        {"step": 1.0, "kl": 0.5},
+        {"step": 2.0, "kl": None, "nested": {"a": [1.0, None]}},
+    ]
+    assert lines(run.path / "samples.jsonl")[0] == {"prompt": "línea\nuna", "response": "…"}
+    assert "línea" in (run.path / "samples.jsonl").read_text(encoding="utf-8")
+    again = RunDirectory(run.path)
+    assert lines(again.path / "metrics.jsonl") == lines(again.path / "samples.jsonl") == []
+
+
+def test_summary_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "summary.json"
+    write_summary(path, {"seconds": 1.5, "text": "größer", "bad": -math.inf})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"seconds": 1.5, "text": "größer", "bad": None}
+    with pytest.raises(TypeError):
+        write_summary(path, {"seconds": object()})
+    assert json.loads(path.read_text(encoding="utf-8"))["seconds"] == 1.5  # the old one still stands
+    write_summary(path, {"seconds": 2})
+    assert path.read_text(encoding="utf-8") == '{\n  "seconds": 2\n}\n'
+    assert [file.name for file in path.parent.iterdir()] == ["summary.json"]
