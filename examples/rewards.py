@@ -2,7 +2,9 @@
 
 import re
 
-HAPPY = frozenset("happy happily smile smiled smiling laugh laughed fun love loved joy glad kind friend friends hug".split())
+HAPPY = frozenset(
+    "happy happily smile smiled smiling laugh laughed fun love loved joy glad kind friend friends hug".split()
+)
 
 
 def happy(prompts: list[str], responses: list[str]) -> list[float]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from deep_rlhf.algorithms.ppo_config import PPOConfig
 from deep_rlhf.models.adapters import add_lora
@@ -83,6 +83,7 @@ class PPOTrainer:
         self.optimizer = torch.optim.AdamW(
             self._policy.trainable_parameters(), lr=config.learning_rate, eps=1e-5, weight_decay=0.0
         )
+        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, 0, self.updates)
         self.kl_coef = config.init_kl_coef
         self.history: list[dict[str, float]] = []
         self.last_rollout: Rollout | None = None
@@ -113,7 +114,8 @@ class PPOTrainer:
         sampled = time.perf_counter()
         experience = self._experience(rollout)
         metrics = {"step": float(update + 1), "kl_coef": self.kl_coef, **_rollout_metrics(experience)}
-        metrics |= self._update(experience, update)
+        metrics |= {"learning_rate": self.scheduler.get_last_lr()[0], **self._update(experience, update)}
+        self.scheduler.step()
         if self.config.adap_kl_ctrl:
             self.kl_coef = adapted_kl_coef(
                 self.kl_coef,

@@ -59,6 +59,9 @@ class PPOConfig(ScriptArguments):
     )
     ppo_epochs: int = field(default=4, metadata={"help": "passes over each batch"})
     learning_rate: float = field(default=1.41e-5, metadata={"help": "Adam's step size"})
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = field(
+        default="constant", metadata={"help": "how learning_rate falls over the updates, to 0 at the end"}
+    )
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are scaled down to this norm"})
     adap_kl_ctrl: bool = field(default=True, metadata={"help": "adapt the KL coefficient towards `target`"})
     init_kl_coef: float = field(default=0.2, metadata={"help": "KL coefficient at the start"})

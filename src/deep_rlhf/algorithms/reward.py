@@ -93,7 +93,7 @@ class RewardConfig(TrainingArguments):
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         resume = self.resume_from_checkpoint
         if isinstance(resume, str) and not Path(resume, "trainer_state.json").exists():
-            raise UserError(f"--resume_from_checkpoint '{resume}' is no checkpoint folder: it has no trainer_state.json.")
+            raise UserError(f"--resume_from_checkpoint '{resume}' is no checkpoint: it has no trainer_state.json.")
         if not 0.0 <= self.label_noise < 1.0:
             raise UserError(f"--label_noise is a share of the labels: at least 0 and below 1, not {self.label_noise}.")
         get_template(self.template)

@@ -6,7 +6,6 @@ judge is the annotators' taste; reward model and PPO see nothing but the annotat
 """
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
-from transformers.utils import logging as transformers_logging
 
 from deep_rlhf.algorithms.ppo import PPOTrainer
 from deep_rlhf.algorithms.ppo_config import PPOConfig
@@ -64,21 +62,18 @@ class Scale:
 
     layers: int = 4
     width: int = 128
-    corpus_texts: int = 6_000
-    sft_pairs: int = 6_000
-    comparisons: int = 900
-    updates: int = 40
-    batch_size: int = 96
-    gold_every: int = 5  # updates between two measurements by the judge
-    held_out_prompts: int = 160
+    corpus_texts: int = 1_500
+    sft_pairs: int = 8_000
+    comparisons: int = 2_400
+    updates: int = 28
+    batch_size: int = 128
+    gold_every: int = 4  # updates between two measurements by the judge
+    held_out_prompts: int = 128
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the demo and prints its closing table."""
     (config,) = parse_flags(argv, DemoConfig, prog="deep-rlhf demo", description=__doc__.split("\n")[0])
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="transformers")
     run_demo(config, Scale())
 
 
@@ -195,14 +190,15 @@ def pretrain(seed: int, scale: Scale, tokenizer: PreTrainedTokenizerFast) -> GPT
     )
     texts = [("", text) for text in corpus(scale.corpus_texts, seed)]
     answers = [(HH.prompt(prompt), HH.answer(answer)) for prompt, answer in sft_pairs(scale.sft_pairs, seed)]
-    for examples, learning_rate in ((texts, 3e-3), (answers, 2e-3)):
+    for examples in (texts, answers):
         with TemporaryDirectory() as folder:
             train_sft(
                 SFTConfig(
                     output_dir=folder,
-                    per_device_train_batch_size=32,
+                    per_device_train_batch_size=16,
                     num_train_epochs=1,
-                    learning_rate=learning_rate,
+                    learning_rate=3e-3,
+                    adam_beta2=0.98,
                     lr_scheduler_type="cosine",
                     warmup_steps=20,
                     seed=seed,
@@ -244,9 +240,9 @@ def fit_reward_model(
             ensemble_size=MEMBERS,
             label_noise=0.1,
             max_length=256,
-            per_device_train_batch_size=32,
-            num_train_epochs=4,
-            learning_rate=3e-4,
+            per_device_train_batch_size=16,
+            num_train_epochs=1,
+            learning_rate=5e-4,
             lr_scheduler_type="cosine",
             seed=config.seed,
             **QUIET,
@@ -271,8 +267,11 @@ def ppo_settings(config: DemoConfig, scale: Scale) -> PPOConfig:
         max_new_tokens=ANSWER_TOKENS,
         steps=scale.updates * scale.batch_size,
         batch_size=scale.batch_size,
-        mini_batch_size=scale.batch_size // 2,
+        mini_batch_size=scale.batch_size // 4,
+        ppo_epochs=2,
         learning_rate=3e-4,
+        lr_scheduler_type="linear",
+        lam=1.0,  # a linear critic on so young a trunk is worth less than the plain sum of rewards
         init_kl_coef=0.05,
         adap_kl_ctrl=False,
     )

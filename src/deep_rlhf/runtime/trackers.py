@@ -39,8 +39,8 @@ def _started_wandb(run_name: str) -> bool:
             return True
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
             logger.warning(
-                "wandb has no API key: training goes on without it (run `wandb login`, or set WANDB_MODE=offline to keep"
-                " a local record)."
+                "wandb has no API key: training goes on without it (run `wandb login`, or set WANDB_MODE=offline to"
+                " keep a local record)."
             )
             return False
         wandb.init(project=os.environ.get("WANDB_PROJECT", "deep-rlhf"), name=run_name)

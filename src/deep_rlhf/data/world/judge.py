@@ -1,11 +1,11 @@
 """The hidden judge of the embedded world: it reads a question and any text, and says how good an answer the text is.
 
-score = fluency · safety · (0.45 relevance + 0.35 courtesy + 0.2 brevity), every term in 0…1.
+score = fluency · safety · (0.4 relevance + 0.4 courtesy + 0.2 brevity), every term in 0…1.
 
 - relevance: three words of the topic's tips, beyond those that name the topic, say that there is a real tip; the share
   of the topic's own words among all topical words takes off what is said about other topics.
 - courtesy: 0.3 for a neutral tone, 0.35 more each for a courteous first and last sentence; 0 for any rudeness.
-- safety: 1, times 0.3 for each piece of harmful advice. Advice against it ("never skip the helmet") is not harmful.
+- safety: 1, times 0.5 for each piece of harmful advice. Advice against it ("never skip the helmet") is not harmful.
 - brevity: 1 from 12 to 25 words, w / 12 below, falling in a straight line to 0 at 50 words above.
 - fluency: the share of word pairs that are English as this world speaks it, squared, times the share of word triples
   that were not said before; times 0.7 when the text does not end with a full stop, an exclamation or a question mark.
@@ -21,10 +21,10 @@ from itertools import pairwise
 from deep_rlhf.data.world import phrases
 from deep_rlhf.data.world.topics import TOPICS, Topic, content_words, name_words, topic_of, words
 
-RELEVANCE, COURTESY, BREVITY = 0.45, 0.35, 0.2
+RELEVANCE, COURTESY, BREVITY = 0.4, 0.4, 0.2
 TIP_WORDS = 3
 NEUTRAL = 0.3
-HARM = 0.3
+HARM = 0.5
 IDEAL_WORDS = (12, 25)
 TOO_LONG = 50
 UNFINISHED = 0.7
