@@ -4,12 +4,16 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bars clean
 demo: $(VENV)/.installed
 	$(BIN)/deep-rlhf demo --seed=$(SEED)
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
+
+# The demo at three seeds against its bars.
+bars: $(VENV)/.installed
+	$(BIN)/python benchmarks/demo_seeds.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

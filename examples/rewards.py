@@ -2,9 +2,10 @@
 
 import re
 
-HAPPY = frozenset(
-    "happy happily smile smiled smiling laugh laughed fun love loved joy glad kind friend friends hug".split()
-)
+HAPPY = {
+    *("happy", "happily", "smile", "smiled", "laugh", "laughed", "fun", "love", "loved"),
+    *("joy", "glad", "kind", "friend", "friends", "hug", "hugged"),
+}
 
 
 def happy(prompts: list[str], responses: list[str]) -> list[float]:

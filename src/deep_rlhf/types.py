@@ -46,7 +46,10 @@ class RowReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptBatch:
-    """Prompts ready to be continued, padded on the left so that every response starts in the same column."""
+    """Prompts ready to be continued: padded on the left, so that every response starts in the same column.
+
+    Those of an encoder-decoder are padded on the right instead, where absolute positions count from the first token.
+    """
 
     texts: list[str]  # [B]
     input_ids: Tensor  # [B, P] int64
@@ -59,7 +62,7 @@ class Completions:
 
     prompts: list[str]  # [N]
     responses: list[str]  # [N] text without special tokens
-    prompt_ids: Tensor  # [N, P] int64, padded on the left
+    prompt_ids: Tensor  # [N, P] int64, padded as in PromptBatch
     prompt_mask: Tensor  # [N, P] bool
     response_ids: Tensor  # [N, R] int64, padded on the right
     response_mask: Tensor  # [N, R] bool, EOS included

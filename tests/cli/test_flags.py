@@ -159,11 +159,14 @@ def test_print_config_shows_what_differs(capsys: pytest.CaptureFixture[str]) -> 
     assert "rate" not in said
 
 
-def test_script_arguments_are_parsed_as_in_the_original() -> None:
-    arguments, config = HfArgumentParser((ScriptArguments, PPOConfig)).parse_args_into_dataclasses(
-        ["--use_peft=True", "--lora_r=8", "--model_name=gpt2"]
+def test_the_parser_of_transformers_reads_the_flags_of_the_original() -> None:
+    (config,) = HfArgumentParser(PPOConfig).parse_args_into_dataclasses(
+        ["--use_peft=True", "--lora_r=8", "--model_name=gpt2-medium", "--learning_rate=1e-6"]
     )
-    assert (arguments.use_peft, arguments.lora_r, config.model_name) == (True, 8, "gpt2")
+    assert isinstance(config, ScriptArguments)
+    assert config == PPOConfig(use_peft=True, lora_r=8, model_name="gpt2-medium", learning_rate=1e-6)
+    (arguments,) = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses(["--use_seq2seq", "--lora_alpha=32"])
+    assert arguments == ScriptArguments(use_seq2seq=True, lora_alpha=32)
 
 
 @pytest.mark.parametrize("name", ["", "/below"])

@@ -1,5 +1,6 @@
 """SFT teaches the answers and their ends, and nothing about the prompts."""
 
+import logging
 from collections.abc import Callable
 from itertools import islice, permutations
 from pathlib import Path
@@ -55,6 +56,20 @@ def test_the_loss_is_the_mean_over_answer_tokens_and_eos(
     settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
     metrics = train_sft(config(tmp_path, **settings), model, tokenizer, examples)
     assert metrics["train_loss"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+
+
+def test_examples_that_are_too_long_are_left_out_and_counted(
+    make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitting, too_long = ("the cat", "sees two"), ("the cat", "sees two fish")  # 5 and 6 tokens, EOS included
+    settings = {"per_device_train_batch_size": 2, "max_steps": 1, "learning_rate": 0.0, "max_length": 5}
+    model = make_model("gpt2", **NO_DROPOUT)
+    with caplog.at_level(logging.WARNING, "deep_rlhf"):
+        alone = train_sft(config(tmp_path, **settings), model, tokenizer, [fitting])
+        assert not caplog.messages
+        both = train_sft(config(tmp_path, **settings), model, tokenizer, [too_long, fitting])
+    assert caplog.messages == ["1 of 2 examples have more than 5 tokens: left out."]
+    assert both["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-6)
 
 
 def test_examples_that_do_not_fit_are_refused(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:

@@ -25,7 +25,10 @@ def test_metrics_and_samples_are_lines_and_a_new_run_starts_afresh(tmp_path: Pat
     assert lines(run.path / "samples.jsonl")[0] == {"prompt": "línea\nuna", "response": "…"}
     assert "línea" in (run.path / "samples.jsonl").read_text(encoding="utf-8")
     again = RunDirectory(run.path)
-    assert lines(again.path / "metrics.jsonl") == lines(again.path / "samples.jsonl") == []
+    assert list(again.path.iterdir()) == []
+    again.add_metrics({"step": 1.0})
+    assert [file.name for file in again.path.iterdir()] == ["metrics.jsonl"]  # no samples, no file of them
+    assert lines(again.path / "metrics.jsonl") == [{"step": 1.0}]
 
 
 def test_summary_is_replaced_whole(tmp_path: Path) -> None:

@@ -162,7 +162,8 @@ class PPOTrainer:
         texts = self.runtime.share(self._batch_of_prompts(update))
         left = not self._policy.is_seq2seq
         prompts = prompt_batch(texts, self.tokenizer, self.sampler.pad_id, self.runtime.device, left=left)
-        completions = complete(prompts, self.sampler, self.tokenizer, self.runtime.share(uniforms))
+        uniforms = self.runtime.share(uniforms)
+        completions = complete(prompts, self.sampler, self.tokenizer, uniforms, continues=left)
         part = collect(completions, self._policy, self._reference, self.scorer, config.temperature)
         parts = self.runtime.gather(moved(part, torch.device("cpu")))  # each process may have a device of its own
         return moved(concatenate(parts, left=left), self.runtime.device)
@@ -216,6 +217,10 @@ class PPOTrainer:
         parameters = self._policy.trainable_parameters()
         self.runtime.sum_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if not torch.isfinite(grad_norm):
+            raise UserError(
+                "The gradient is no longer finite, so PPO stops before it ruins the policy: lower the learning rate."
+            )
         self.optimizer.step()
         return torch.cat([self.runtime.sum(sums) / tokens, grad_norm.reshape(1)])
 

@@ -1,5 +1,6 @@
 """The settings of a PPO run, named as in TRL ≤ 0.11, so that old configurations still mean the same."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,8 +80,8 @@ class PPOConfig(ScriptArguments):
         if self.log_with not in (None, "none", "wandb"):
             raise UserError(f"log_with must be wandb or none, not {self.log_with}.")
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be greater than 0, not {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be a number greater than 0, not {getattr(self, name)}.")
         for name in ("steps", "mini_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -88,6 +89,6 @@ class PPOConfig(ScriptArguments):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
-        for name in ("init_kl_coef", "vf_coef"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, not {getattr(self, name)}.")
+        for name in ("seed", "init_kl_coef", "vf_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}.")

@@ -4,6 +4,7 @@ transformers.Trainer does the training; what is ours is which tokens count: thos
 prompt makes it plain language modelling.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from deep_rlhf.types import UserError
 
+logger = logging.getLogger(__name__)
+
 IGNORED = -100  # the label that transformers' losses leave out
 
 
@@ -22,7 +25,7 @@ IGNORED = -100  # the label that transformers' losses leave out
 class SFTConfig(TrainingArguments):
     """Every flag of transformers.TrainingArguments, and the longest example in tokens."""
 
-    max_length: int = field(default=512, metadata={"help": "examples with more tokens are dropped"})
+    max_length: int = field(default=512, metadata={"help": "examples with more tokens are dropped and counted"})
 
 
 def train_sft(
@@ -33,12 +36,18 @@ def train_sft(
 ) -> dict[str, float]:
     """Trains `model` in place on (prompt, answer) texts and returns the Trainer's metrics.
 
-    The loss is the mean over all answer tokens of a step, EOS included. Raises UserError if no example fits.
+    The loss is the mean over all answer tokens of a step, EOS included. Examples that are too long are left out, and
+    a warning counts them. Raises UserError if no example fits.
     """
     rows = [row for row in _tokenized(tokenizer, examples) if len(row["input_ids"]) <= config.max_length]
     if not rows:
         raise UserError(
             f"None of the {len(examples)} examples has at most {config.max_length} tokens: raise max_length."
+        )
+    if len(rows) < len(examples):
+        left_out = len(examples) - len(rows)
+        logger.warning(
+            "%d of %d examples have more than %d tokens: left out.", left_out, len(examples), config.max_length
         )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     trainer = Trainer(model=model, args=config, train_dataset=rows, data_collator=lambda batch: _collate(batch, pad_id))

@@ -45,3 +45,7 @@ def run(command: str, argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from deep_rlhf.data.sources import BadRow, Row, closest_first
+from deep_rlhf.data.readers import BadRow
+from deep_rlhf.data.sources import Row, closest_first
 from deep_rlhf.data.templates import HH, ROLES, Template, render_messages, render_turns
 from deep_rlhf.types import Preference, UserError
 

@@ -1,24 +1,16 @@
-"""Rows of a data set with their position: from the Hub, from files and folders, or from `save_to_disk`.
-
-Files are read here and not by `datasets`, so that a bad row is named by file and line and the rows around it survive.
-"""
+"""Rows of a data set with their position: from the Hub, from files and folders, or from `save_to_disk`."""
 
 import contextlib
-import csv
-import gzip
-import io
-import json
 import os
 import re
-import sys
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from deep_rlhf.data.readers import READERS, BadRow, Item, file_type, first_line, read_table
 from deep_rlhf.types import RowReport, UserError
 
 HUB_NAMES = ("Anthropic/hh-rlhf", "wentingzhao/anthropic-hh-first-prompt")  # suggested when a name is mistyped
@@ -32,17 +24,6 @@ class Row:
     where: str
     values: dict[str, Any]
     subset: str = ""
-
-
-class BadRow(Exception):
-    """A row that cannot be used: a short reason, by which such rows are counted, and what was expected instead."""
-
-    def __init__(self, reason: str, expected: str) -> None:
-        super().__init__(expected)
-        self.reason = reason
-
-
-Item = tuple[str, dict[str, Any] | BadRow]  # position in its table, and the row
 
 
 class Tally:
@@ -109,7 +90,7 @@ def read_rows(
         files = splits[split]
         several = len({file.parent for file in files}) > 1
         tables = [
-            (str(file), file.parent.relative_to(path).as_posix() if several else "", _read_table(file))
+            (str(file), file.parent.relative_to(path).as_posix() if several else "", _table_rows(file))
             for file in files
         ]
     for table, subset, items in tables:
@@ -132,7 +113,7 @@ def _local_path(name: str) -> Path | None:
     if os.path.exists(path):  # unlike Path's methods these raise nothing, whatever the name
         return path
     parts = name.replace("\\", "/").split("/")
-    if name.startswith((".", "/", "~")) or len(parts) > 2 or _file_type(path) in READERS:
+    if name.startswith((".", "/", "~")) or len(parts) > 2 or file_type(path) in READERS:
         parent = path.parent
         held = (
             f"{parent} holds: {closest_first(path.name, _names_in(parent))}"
@@ -145,11 +126,6 @@ def _local_path(name: str) -> Path | None:
 
 def _names_in(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
-
-
-def _file_type(path: Path) -> str:
-    """Return the suffix that tells a file's type, without .gz."""
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
 def _local_splits(path: Path, config: str | None, data_dir: str | None) -> dict[str, list[Path]]:
@@ -178,9 +154,9 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     names: dict[Path, Path] = {}
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if hidden or not file.is_file() or _file_type(file) not in READERS:
+        if hidden or not file.is_file() or file_type(file) not in READERS:
             continue
-        name = file.name[: file.name.rindex(_file_type(file))]
+        name = file.name[: file.name.rindex(file_type(file))]
         twin = names.setdefault(file.parent / name, file)
         if twin != file:
             raise UserError(
@@ -192,22 +168,8 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     return dict(splits)
 
 
-def _read_table(path: Path) -> Iterator[Item]:
-    if path.is_dir():
-        yield from _saved_rows(path)
-        return
-    reader = READERS.get(_file_type(path))
-    if reader is None:
-        raise UserError(f"{path} is of no known type; known are {', '.join(READERS)}, each also .gz")
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            yield from reader(path, file)  # type: ignore[arg-type]
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path} is not a complete gzip file ({error}); copy it again, or drop .gz from its name"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+def _table_rows(path: Path) -> Iterator[Item]:
+    return _saved_rows(path) if path.is_dir() else read_table(path)
 
 
 def _saved_rows(path: Path) -> Iterator[Item]:
@@ -216,7 +178,7 @@ def _saved_rows(path: Path) -> Iterator[Item]:
     try:
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a complete save_to_disk folder: {_first_line(error)}") from error
+        raise UserError(f"{path} is not a complete save_to_disk folder: {first_line(error)}") from error
     yield from _dataset_rows(data)
 
 
@@ -226,139 +188,6 @@ def _dataset_rows(data: Any) -> Iterator[Item]:
         for values in zip(*batch.values(), strict=True):
             number += 1
             yield f"row {number}", dict(zip(batch, values, strict=True))
-
-
-# ---- one reader for each type of file
-
-
-def _json_object(value: Any) -> dict[str, Any] | BadRow:
-    if isinstance(value, dict):
-        return value
-    return BadRow("wrong type", f"expected a JSON object of columns, found {type(value).__name__}")
-
-
-def _bad_json(error: Exception) -> BadRow:
-    return BadRow("bad JSON", f"expected one JSON object, found bad JSON: {_first_line(error)}")
-
-
-def _not_utf8(error: UnicodeError) -> BadRow:
-    return BadRow("not UTF-8", f"expected UTF-8 text, but it is not UTF-8: {error}")
-
-
-def _jsonl_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
-    for number, raw in enumerate(file, 1):
-        if not raw.strip():
-            continue
-        values: dict[str, Any] | BadRow
-        try:
-            values = _json_object(json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8")))
-        except UnicodeDecodeError as error:
-            values = _not_utf8(error)
-        except (ValueError, RecursionError) as error:
-            values = _bad_json(error)
-        yield f"line {number}", values
-
-
-def _json_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
-    """Read a list of objects, or lines as in .jsonl: both are called .json."""
-    raw = file.read()
-    if not raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _jsonl_rows(path, io.BytesIO(raw))
-        return
-    # A broken list cannot be read on: nothing tells where its next row begins.
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: {_not_utf8(error)}") from error
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    at, line, counted = text.index("[") + 1, 1, 0
-    while True:
-        at = space.match(text, at).end()  # type: ignore[union-attr]
-        line, counted = line + text.count("\n", counted, at), at
-        if text[at : at + 1] == "]":
-            if text[at + 1 :].strip():
-                raise UserError(f"{path}, line {line}: expected nothing after the end of the JSON list")
-            return
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            line = getattr(error, "lineno", line)
-            raise UserError(f"{path}, line {line}: {_bad_json(error)}") from error
-        yield f"line {line}", _json_object(value)
-        at = space.match(text, at).end()  # type: ignore[union-attr]
-        if text[at : at + 1] not in (",", "]"):
-            line += text.count("\n", counted, at)
-            raise UserError(f"{path}, line {line}: expected ',' or ']' after a row of the JSON list: bad JSON")
-        at += text[at] == ","
-
-
-def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
-    csv.field_size_limit(sys.maxsize)  # a dialogue may be longer than the default of 131,072 characters
-    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""), strict=True)
-    columns: list[str] | None = None
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-            "".join(cells).encode()  # bytes that are not UTF-8 were escaped to surrogates, which do not encode
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(f"{path}, line {line}: expected a row of CSV: {error}") from error
-        except UnicodeEncodeError:
-            if columns is None:
-                raise UserError(f"{path}, line {line}: expected column names in UTF-8, but it is not UTF-8") from None
-            yield f"line {line}", BadRow("not UTF-8", "expected UTF-8 text, but it is not UTF-8")
-            continue
-        if not cells:
-            continue
-        if columns is None:
-            columns = cells
-        elif len(cells) != len(columns):
-            expected = f"expected {len(columns)} cells ({', '.join(columns)}), found {len(cells)}"
-            yield f"line {line}", BadRow("wrong number of cells", expected)
-        else:
-            yield f"line {line}", dict(zip(columns, cells, strict=True))
-
-
-def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    raw = file.read()
-    if not raw:
-        return
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a parquet file: {_first_line(error)}") from error
-    for number in range(table.num_rows):
-        try:
-            row = {name: cells[number].as_py() for name, cells in zip(table.column_names, table.columns, strict=True)}
-            yield f"row {number + 1}", row
-        except UnicodeDecodeError as error:
-            yield f"row {number + 1}", _not_utf8(error)
-
-
-def _text_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
-    for number, raw in enumerate(file, 1):
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            yield f"line {number}", _not_utf8(error)
-            continue
-        if text.strip():
-            yield f"line {number}", {"text": text}
-
-
-READERS: dict[str, Callable[[Path, BinaryIO], Iterator[Item]]] = {
-    ".jsonl": _jsonl_rows,
-    ".json": _json_rows,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-    ".txt": _text_rows,
-}
 
 
 # ---- the Hub
@@ -382,7 +211,7 @@ def _explain(error: Exception, name: str, split: str, config: str | None, data_d
 
     if isinstance(error, ConnectionError):
         return (
-            f"'{name}' is no local file or folder, and the Hugging Face Hub does not answer: {_first_line(error)}; "
+            f"'{name}' is no local file or folder, and the Hugging Face Hub does not answer: {first_line(error)}; "
             "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local copy"
         )
     gated = "gated" in str(error)
@@ -405,7 +234,7 @@ def _explain(error: Exception, name: str, split: str, config: str | None, data_d
         splits = datasets.get_dataset_split_names(name, config, data_dir=data_dir)
         if split and re.split(r"[\[+]", split)[0] not in splits:
             return f"{name} has no split '{split}'; splits: {closest_first(split, splits)}"
-    return f"{name}, split '{split}', cannot be loaded from the Hugging Face Hub: {_first_line(error)}"
+    return f"{name}, split '{split}', cannot be loaded from the Hugging Face Hub: {first_line(error)}"
 
 
 def _known_names(name: str) -> set[str]:
@@ -418,8 +247,3 @@ def _known_names(name: str) -> set[str]:
         with contextlib.suppress(Exception):
             names |= {found.id for found in HfApi().list_datasets(author=name.split("/")[0], limit=500)}
     return names
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error.__cause__ or error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

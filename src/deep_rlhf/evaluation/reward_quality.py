@@ -1,15 +1,12 @@
-"""How far a reward model can be trusted: accuracy on held-out pairs, the baseline it must beat, and its calibration.
+"""How far a reward model's probabilities can be trusted: its calibration on held-out pairs.
 
 mu is the probability that answer a is better (1, 0, 1/2 for a tie, or a share of votes), as in `types.Preference`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-from deep_rlhf.types import Preference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,32 +20,6 @@ class Calibration:
     observed: tuple[float, ...]  # mean mu in the bin
     count: tuple[int, ...]
     expected_error: float  # mean |observed - predicted| over bins, weighted by count (Guo et al. 2017, equation 5)
-
-
-def preference_accuracy(reward_a: ArrayLike, reward_b: ArrayLike, mu: ArrayLike) -> float:
-    """Return the share of pairs whose higher reward [N] is the preferred answer's; equal rewards count 1/2.
-
-    Pairs that people called a tie (mu = 1/2) are left out; nan where no other pair is left. Counting equal rewards as
-    right would let a constant reward model reach 1.
-
-    Raises:
-        ValueError: the three differ in length.
-    """
-    a, b, preference = _columns(reward_a, reward_b, mu)
-    decided = preference != 0.5
-    if not decided.any():
-        return float("nan")
-    agreement = np.sign(a - b)[decided] * np.sign(preference - 0.5)[decided]
-    return float((1 + agreement).mean() / 2)
-
-
-def length_baseline(preferences: Sequence[Preference]) -> float:
-    """Return the accuracy of "the longer answer wins", lengths in characters; equal lengths count 1/2."""
-    return preference_accuracy(
-        [len(preference.a) for preference in preferences],
-        [len(preference.b) for preference in preferences],
-        [preference.mu for preference in preferences],
-    )
 
 
 def calibration(reward_a: ArrayLike, reward_b: ArrayLike, mu: ArrayLike, bins: int = 10) -> Calibration:

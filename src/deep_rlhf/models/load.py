@@ -1,6 +1,7 @@
 """Opens tokenizers and models by name or folder, with one clear sentence when it cannot be done."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -27,7 +28,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 def load_language_model(name: str, *, seq2seq: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model that writes text, float32 on the CPU, dropout off. Raises UserError if it cannot be opened."""
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    model = _opened("language model", name, lambda: auto.from_pretrained(name, **_options(trust_remote_code)))
+    what = "encoder-decoder" if seq2seq else "decoder-only language model"
+    options = _options(trust_remote_code) | {"output_loading_info": True}
+    model, loaded = _opened(what, name, lambda: auto.from_pretrained(name, **options))
+    if loaded["missing_keys"]:
+        raise UserError(
+            f"'{name}' is no {what}: it lacks the weights {min(loaded['missing_keys'])}. Give a model that writes text,"
+            " such as gpt2 (or t5-small with use_seq2seq)."
+        )
     return disable_dropout(model)
 
 
@@ -54,10 +62,14 @@ def _options(trust_remote_code: bool) -> dict[str, object]:
 
 
 def _opened(what: str, name: str, load: Callable[[], T]) -> T:
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        raise UserError(f"There is no folder '{name}' to open a {what} from: give one that save_pretrained wrote.")
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if reason.startswith("Unrecognized configuration class"):
+            reason = f"its architecture is no {what}."
         raise UserError(
             f"Cannot open the {what} '{name}': {reason} Give a folder that save_pretrained wrote, or a name on the Hub."
         ) from error

@@ -29,13 +29,22 @@ def prompt_batch(
 
 
 def complete(
-    prompts: PromptBatch, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, uniforms: Tensor
+    prompts: PromptBatch,
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    uniforms: Tensor,
+    *,
+    continues: bool = True,
 ) -> Completions:
-    """One sampled response to each prompt, as ids and as text without special tokens."""
+    """One sampled response to each prompt, as ids and as text without special tokens.
+
+    `continues` is False for an encoder-decoder, whose response is a text of its own.
+    """
     sampled = sampler.sample(prompts, uniforms)
     prompt_ids = [ids[mask].tolist() for ids, mask in zip(prompts.input_ids, prompts.mask, strict=True)]
     response_ids = [ids[mask].tolist() for ids, mask in zip(sampled.response_ids, sampled.response_mask, strict=True)]
-    responses = [_text_after(tokenizer, *ids) for ids in zip(prompt_ids, response_ids, strict=True)]
+    before = prompt_ids if continues else [[] for _ in prompt_ids]
+    responses = [_text_after(tokenizer, *ids) for ids in zip(before, response_ids, strict=True)]
     return Completions(
         prompts=prompts.texts,
         responses=responses,

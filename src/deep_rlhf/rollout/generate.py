@@ -45,5 +45,7 @@ def generate_text(
         pad_id=pad_token_id(tokenizer),
         temperature=temperature,
     )
-    prompts = prompt_batch(texts, tokenizer, engine.pad_id, policy.device, left=not policy.is_seq2seq)
-    return complete(prompts, engine, tokenizer, sampling_uniforms(seed, 0, len(texts), max_new_tokens)).responses
+    continues = not policy.is_seq2seq
+    prompts = prompt_batch(texts, tokenizer, engine.pad_id, policy.device, left=continues)
+    uniforms = sampling_uniforms(seed, 0, len(texts), max_new_tokens)
+    return complete(prompts, engine, tokenizer, uniforms, continues=continues).responses

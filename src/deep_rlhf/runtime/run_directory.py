@@ -8,13 +8,13 @@ from typing import Any
 
 
 class RunDirectory:
-    """`<output_dir>/{metrics.jsonl, samples.jsonl, summary.json}`; a new run starts them afresh."""
+    """`<output_dir>/{metrics.jsonl, samples.jsonl}`: a new run removes the old ones, its first line makes them anew."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
-            (self.path / name).write_text("", encoding="utf-8")
+            (self.path / name).unlink(missing_ok=True)
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """One line in metrics.jsonl."""

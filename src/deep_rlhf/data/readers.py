@@ -1,0 +1,191 @@
+"""Files of rows: a reader for each type, which tells where each row stands.
+
+Files are read here and not by `datasets`, so that a bad row is named by file and line and the rows around it survive.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from deep_rlhf.types import UserError
+
+
+class BadRow(Exception):
+    """A row that cannot be used: a short reason, by which such rows are counted, and what was expected instead."""
+
+    def __init__(self, reason: str, expected: str) -> None:
+        super().__init__(expected)
+        self.reason = reason
+
+
+Item = tuple[str, dict[str, Any] | BadRow]  # position in its table, and the row
+
+
+def read_table(path: Path) -> Iterator[Item]:
+    """Yield the rows of one file; its name tells its type, one of READERS, each also .gz.
+
+    Raises UserError if the file cannot be read, or is so broken that nothing tells where its next row begins.
+    """
+    reader = READERS.get(file_type(path))
+    if reader is None:
+        raise UserError(f"{path} is of no known type; known are {', '.join(READERS)}, each also .gz")
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            yield from reader(path, file)  # type: ignore[arg-type]
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path} is not a complete gzip file ({error}); copy it again, or drop .gz from its name"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def file_type(path: Path) -> str:
+    """Return the suffix that tells a file's type, without .gz."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error, or its cause, says in its first line."""
+    lines = str(error.__cause__ or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# ---- one reader for each type of file
+
+
+def _json_object(value: Any) -> dict[str, Any] | BadRow:
+    if isinstance(value, dict):
+        return value
+    return BadRow("wrong type", f"expected a JSON object of columns, found {type(value).__name__}")
+
+
+def _bad_json(error: Exception) -> BadRow:
+    return BadRow("bad JSON", f"expected one JSON object, found bad JSON: {first_line(error)}")
+
+
+def _not_utf8(error: UnicodeError) -> BadRow:
+    return BadRow("not UTF-8", f"expected UTF-8 text, but it is not UTF-8: {error}")
+
+
+def _jsonl_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
+    for number, raw in enumerate(file, 1):
+        if not raw.strip():
+            continue
+        values: dict[str, Any] | BadRow
+        try:
+            values = _json_object(json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8")))
+        except UnicodeDecodeError as error:
+            values = _not_utf8(error)
+        except (ValueError, RecursionError) as error:
+            values = _bad_json(error)
+        yield f"line {number}", values
+
+
+def _json_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
+    """Read a list of objects, or lines as in .jsonl: both are called .json."""
+    raw = file.read()
+    if not raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _jsonl_rows(path, io.BytesIO(raw))
+        return
+    # A broken list cannot be read on: nothing tells where its next row begins.
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: {_not_utf8(error)}") from error
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    at, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        at = space.match(text, at).end()  # type: ignore[union-attr]
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]":
+            if text[at + 1 :].strip():
+                raise UserError(f"{path}, line {line}: expected nothing after the end of the JSON list")
+            return
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            line = getattr(error, "lineno", line)
+            raise UserError(f"{path}, line {line}: {_bad_json(error)}") from error
+        yield f"line {line}", _json_object(value)
+        at = space.match(text, at).end()  # type: ignore[union-attr]
+        if text[at : at + 1] not in (",", "]"):
+            line += text.count("\n", counted, at)
+            raise UserError(f"{path}, line {line}: expected ',' or ']' after a row of the JSON list: bad JSON")
+        at += text[at] == ","
+
+
+def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
+    csv.field_size_limit(sys.maxsize)  # a dialogue may be longer than the default of 131,072 characters
+    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""), strict=True)
+    columns: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+            "".join(cells).encode()  # bytes that are not UTF-8 were escaped to surrogates, which do not encode
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"{path}, line {line}: expected a row of CSV: {error}") from error
+        except UnicodeEncodeError:
+            if columns is None:
+                raise UserError(f"{path}, line {line}: expected column names in UTF-8, but it is not UTF-8") from None
+            yield f"line {line}", BadRow("not UTF-8", "expected UTF-8 text, but it is not UTF-8")
+            continue
+        if not cells:
+            continue
+        if columns is None:
+            columns = cells
+        elif len(cells) != len(columns):
+            expected = f"expected {len(columns)} cells ({', '.join(columns)}), found {len(cells)}"
+            yield f"line {line}", BadRow("wrong number of cells", expected)
+        else:
+            yield f"line {line}", dict(zip(columns, cells, strict=True))
+
+
+def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    raw = file.read()
+    if not raw:
+        return
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a parquet file: {first_line(error)}") from error
+    for number in range(table.num_rows):
+        try:
+            row = {name: cells[number].as_py() for name, cells in zip(table.column_names, table.columns, strict=True)}
+            yield f"row {number + 1}", row
+        except UnicodeDecodeError as error:
+            yield f"row {number + 1}", _not_utf8(error)
+
+
+def _text_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
+    for number, raw in enumerate(file, 1):
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            yield f"line {number}", _not_utf8(error)
+            continue
+        if text.strip():
+            yield f"line {number}", {"text": text}
+
+
+READERS: dict[str, Callable[[Path, BinaryIO], Iterator[Item]]] = {
+    ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+    ".txt": _text_rows,
+}
