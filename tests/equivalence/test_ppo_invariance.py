@@ -28,7 +28,7 @@ TIMES = {"tokens_per_second", "sampling_share_of_time", "memory_gb"}
 METRICS = TIMES | {
     *("step", "kl_coef", "score_mean", "score_std", "score_member_std", "kl", "entropy", "value_mean"),
     *("explained_variance", "response_tokens", "missing_eos", "sampler_logprob_gap", "policy_loss", "value_loss"),
-    *("policy_clip_fraction", "value_clip_fraction", "approx_kl", "grad_norm"),
+    *("policy_clip_fraction", "value_clip_fraction", "approx_kl", "grad_norm", "learning_rate"),
 }
 
 

@@ -18,16 +18,16 @@ GREATER_THAN_0 = [
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        *(({name: 0}, f"{name} must be greater than 0, not 0.") for name in GREATER_THAN_0),
-        *(({name: -1}, f"{name} must be greater than 0, not -1.") for name in GREATER_THAN_0),
-        ({"learning_rate": float("nan")}, "learning_rate must be greater than 0, not nan."),
+        *(({name: 0}, f"{name} must be a number greater than 0, not 0.") for name in GREATER_THAN_0),
+        *(({name: -1}, f"{name} must be a number greater than 0, not -1.") for name in GREATER_THAN_0),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number greater than 0, not nan."),
         ({"steps": 0}, "steps must be at least 1, not 0."),
         ({"mini_batch_size": -2}, "mini_batch_size must be at least 1, not -2."),
         ({"gamma": 1.01}, "gamma must lie between 0 and 1, not 1.01."),
         ({"lam": -0.1}, "lam must lie between 0 and 1, not -0.1."),
-        ({"init_kl_coef": -0.1}, "init_kl_coef must not be negative, not -0.1."),
+        ({"init_kl_coef": -0.1}, "init_kl_coef must be 0 or more, not -0.1."),
         ({"log_with": "tensorboard"}, "log_with must be wandb or none, not tensorboard."),
-        ({"vf_coef": -1}, "vf_coef must not be negative, not -1."),
+        ({"vf_coef": -1}, "vf_coef must be 0 or more, not -1."),
     ],
 )
 def test_a_value_that_cannot_work_is_refused(settings: dict[str, Any], sentence: str) -> None:
