@@ -9,5 +9,5 @@ HAPPY = {
 
 
 def happy(prompts: list[str], responses: list[str]) -> list[float]:
-    """The share of DIFFERENT happy words among the first ten: repeating one word does not help."""
-    return [min(10, len(HAPPY & set(re.findall(r"[a-z]+", response.lower())))) / 10 for response in responses]
+    """How many DIFFERENT happy words an answer has, at most five: repeating one word does not help."""
+    return [min(5, len(HAPPY & set(re.findall(r"[a-z]+", response.lower())))) for response in responses]

@@ -10,7 +10,6 @@ advantages (GAE), then a few epochs of clipped policy and value losses. The math
 """
 
 import dataclasses
-import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from deep_rlhf.algorithms.ppo_config import PPOConfig
 from deep_rlhf.models.adapters import add_lora
 from deep_rlhf.models.load import load_language_model, load_tokenizer
 from deep_rlhf.models.policy import Policy, Reference
-from deep_rlhf.models.reward import FunctionScorer, load_scorer
+from deep_rlhf.models.reward import FunctionScorer, RewardModel, load_scorer
 from deep_rlhf.ops.advantages import gae, token_rewards
 from deep_rlhf.ops.kl import adapted_kl_coef, kl_estimate
 from deep_rlhf.ops.losses import explained_variance, policy_loss, value_loss
@@ -34,7 +33,7 @@ from deep_rlhf.rollout.collect import collect, complete, prompt_batch, token_bat
 from deep_rlhf.rollout.engine import Engine
 from deep_rlhf.rollout.generate import eos_token_ids, generate_text, pad_token_id, sampling_uniforms
 from deep_rlhf.rollout.records import concatenate, moved, select
-from deep_rlhf.runtime.runtime import Runtime
+from deep_rlhf.runtime.runtime import Runtime, peak_memory_gb
 from deep_rlhf.runtime.trackers import usable_trackers
 from deep_rlhf.types import Experience, Rollout, RowReport, Scorer, UserError
 
@@ -65,7 +64,7 @@ class PPOTrainer:
                 " raise it."
             )
         model = config.model_name if model is None else model
-        tokenizer = tokenizer or (model if isinstance(model, str) else config.model_name)
+        tokenizer = tokenizer or (model if isinstance(model, str) else model.name_or_path or config.model_name)
         self.tokenizer = _tokenizer(tokenizer, config)
         self._policy = _policy(model, config).to(self.runtime.device)
         self._reference = Reference(self._policy)
@@ -127,7 +126,7 @@ class PPOTrainer:
         tokens = float(experience.response_mask.sum())
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - start)
         metrics["sampling_share_of_time"] = (sampled - start) / (time.perf_counter() - start)
-        metrics["memory_gb"] = _peak_memory_gb()
+        metrics["memory_gb"] = peak_memory_gb()
         return metrics
 
     def generate(self, prompts: Sequence[str], *, seed: int = 0) -> list[str]:
@@ -259,12 +258,6 @@ def _rollout_metrics(experience: Experience) -> dict[str, float]:
     }
 
 
-def _peak_memory_gb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def _tokenizer(tokenizer: PreTrainedTokenizerBase | str, config: PPOConfig) -> PreTrainedTokenizerBase:
     if isinstance(tokenizer, str):
         return load_tokenizer(tokenizer, trust_remote_code=config.trust_remote_code)
@@ -282,7 +275,9 @@ def _policy(model: PreTrainedModel | str, config: PPOConfig) -> Policy:
 
 def _scorer(reward: Any, device: torch.device) -> Scorer:
     if isinstance(reward, str):
-        return load_scorer(reward, device=device)
+        reward = load_scorer(reward)
+    if isinstance(reward, RewardModel):
+        reward.model.to(device)
     return reward if hasattr(reward, "score") else FunctionScorer(reward, getattr(reward, "__name__", "reward"))
 
 

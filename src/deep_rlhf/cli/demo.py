@@ -64,10 +64,10 @@ class Scale:
     width: int = 128
     corpus_texts: int = 1_500
     sft_pairs: int = 8_000
-    comparisons: int = 2_400
-    updates: int = 28
+    comparisons: int = 3_200
+    updates: int = 30
     batch_size: int = 128
-    gold_every: int = 4  # updates between two measurements by the judge
+    gold_every: int = 5  # updates between two measurements by the judge
     held_out_prompts: int = 128
 
 
@@ -229,11 +229,11 @@ def fit_reward_model(
     config: DemoConfig,
     folder: Path,
 ) -> RewardResult:
-    """An ensemble of heads on a copy of the policy's trunk; the last prompts' comparisons are held out."""
+    """An ensemble of heads on a copy of the policy's trunk; the comparisons of a sixth of the prompts are held out."""
     settings = model.config.to_dict() | {"id2label": {i: f"member {i}" for i in range(MEMBERS)}}
     classifier = GPT2ForSequenceClassification(GPT2Config(**settings | {"label2id": None}))
     classifier.transformer.load_state_dict(model.transformer.state_dict())
-    held_out = len(preferences) // 6
+    held_out = set(sorted({pair.prompt for pair in preferences})[::6])
     result = train_reward_model(
         RewardConfig(
             output_dir=str(folder),
@@ -249,8 +249,8 @@ def fit_reward_model(
         ),
         classifier,
         tokenizer,
-        preferences[held_out:],
-        preferences[:held_out],
+        [pair for pair in preferences if pair.prompt not in held_out],
+        [pair for pair in preferences if pair.prompt in held_out],
     )
     result.model.save(folder)
     return result

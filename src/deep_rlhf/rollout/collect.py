@@ -41,9 +41,8 @@ def complete(
     `continues` is False for an encoder-decoder, whose response is a text of its own.
     """
     sampled = sampler.sample(prompts, uniforms)
-    prompt_ids = [ids[mask].tolist() for ids, mask in zip(prompts.input_ids, prompts.mask, strict=True)]
-    response_ids = [ids[mask].tolist() for ids, mask in zip(sampled.response_ids, sampled.response_mask, strict=True)]
-    before = prompt_ids if continues else [[] for _ in prompt_ids]
+    response_ids = _real_ids(sampled.response_ids, sampled.response_mask)
+    before = _real_ids(prompts.input_ids, prompts.mask) if continues else [[] for _ in response_ids]
     responses = [_text_after(tokenizer, *ids) for ids in zip(before, response_ids, strict=True)]
     return Completions(
         prompts=prompts.texts,
@@ -78,6 +77,10 @@ def collect(
         ref_logprobs=ref_logprobs,
         values=values,
     )
+
+
+def _real_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]
 
 
 def _text_after(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response_ids: list[int]) -> str:

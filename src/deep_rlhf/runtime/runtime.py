@@ -1,5 +1,7 @@
 """The only place that knows accelerate: which device, how many processes, and how they agree."""
 
+import resource
+import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -9,6 +11,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+
+def peak_memory_gb() -> float:
+    """The most memory this process has held so far: the GPU's, or without one its resident memory; 1e9 bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Runtime:
