@@ -18,6 +18,7 @@ SHOWN = ("seed", "seconds", "gold_before", "gold_after", "win_rate", "win_rate_c
 
 def main() -> None:
     rows = []
+    RESULTS.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS:
             command = [

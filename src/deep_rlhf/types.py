@@ -1,7 +1,7 @@
 """The records that flow between the parts, each field with its shape, and the one error users see.
 
-B prompts; N = B * G samples (G per prompt); P, R prompt and response length in tokens; K members of a reward ensemble.
-Every mask is True for a real token, and the EOS token is inside the response mask.
+B prompts; N samples; P, R prompt and response length in tokens; K members of a reward ensemble. Masks are True for
+real tokens, and EOS is a real token of its response.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,12 @@ from torch import Tensor
 
 class UserError(Exception):
     """A user's mistake in one sentence: what is wrong, where, and what to do. The command line exits with code 2."""
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that some generator would refuse."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be between 0 and {2**32 - 1}, not {seed}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ SMALL = Scale(
     width=32,
     corpus_texts=64,
     sft_pairs=256,
-    comparisons=64,
+    comparisons=48,
     updates=2,
     batch_size=16,
     gold_every=1,
@@ -37,8 +37,10 @@ def test_the_summary_has_every_figure(finished: tuple[Path, dict]) -> None:
     )
     assert all(isinstance(written[name], float) for name in numbers)
     assert 0 <= written["win_rate_ci"][0] <= written["win_rate"] <= written["win_rate_ci"][1] <= 1
-    assert written["comparisons"]["read"] == 64
-    assert [stage["name"] for stage in written["stages"]][1:4] == ["people compare answers", "reward model", "PPO"]
+    assert [round_["read"] for round_ in written["comparisons"]] == [48, 48]
+    assert [stage["name"] for stage in written["stages"]][3:6] == [
+        *("PPO, round 1", "people compare answers, round 2", "reward model, round 2"),
+    ]
 
 
 def test_the_run_leaves_a_report_metrics_samples_and_models(finished: tuple[Path, dict]) -> None:
@@ -49,8 +51,10 @@ def test_the_run_leaves_a_report_metrics_samples_and_models(finished: tuple[Path
     assert "Judge score" in report
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [1, 2]
-    assert all("gold" in row for row in metrics)
-    assert len((folder / "samples.jsonl").read_text().splitlines()) == 8
+    assert metrics[0]["kl"] == 0
+    assert metrics[0]["gold"] == pytest.approx(json.loads((folder / "summary.json").read_text())["gold_before"])
+    assert "gold" in metrics[1]
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 4
     assert (folder / "reward_model" / "reward_model.json").exists()
     written = pipeline("text-generation", str(folder / "model"))("\n\nHuman: How do I bake bread?", max_new_tokens=4)
     assert written[0]["generated_text"].startswith("\n\nHuman: How do I bake bread?")

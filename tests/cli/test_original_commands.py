@@ -121,7 +121,7 @@ def test_wandb_without_a_key_is_one_line(workplace: Workplace) -> None:
     assert "training goes on without it" in said[0]
 
 
-def test_wandb_offline_leaves_a_run_of_that_name(workplace: Workplace) -> None:
+def test_wandb_offline_leaves_a_run(workplace: Workplace) -> None:
     assert list((workplace.folder / "wandb").glob("offline-run-*"))
 
 

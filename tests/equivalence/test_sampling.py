@@ -12,7 +12,7 @@ from deep_rlhf.models.policy import Policy
 from deep_rlhf.rollout import engine as engine_module
 from deep_rlhf.rollout.collect import complete, prompt_batch
 from deep_rlhf.rollout.engine import Engine, draw
-from deep_rlhf.rollout.generate import eos_token_ids, generate_text, pad_token_id, sampling_uniforms
+from deep_rlhf.rollout.generate import eos_token_ids, generate_text, sampling_uniforms
 from deep_rlhf.rollout.sampler import Sampled
 from deep_rlhf.types import PromptBatch
 
@@ -35,11 +35,11 @@ def policy(request: pytest.FixtureRequest, make_model: Callable[..., Any]) -> Po
 
 
 def batch(tokenizer: Any, policy: Policy, texts: list[str]) -> PromptBatch:
-    return prompt_batch(texts, tokenizer, pad_token_id(tokenizer), torch.device("cpu"), left=not policy.is_seq2seq)
+    return prompt_batch(texts, tokenizer, torch.device("cpu"), left=not policy.is_seq2seq)
 
 
 def engine(policy: Policy, temperature: float = TEMPERATURE, stops: list[int] = STOPS) -> Engine:
-    return Engine(policy, eos_ids=stops, pad_id=0, temperature=temperature)
+    return Engine(policy, eos_ids=stops, temperature=temperature)
 
 
 @torch.no_grad()

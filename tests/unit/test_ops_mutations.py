@@ -112,8 +112,10 @@ def _examine(name: str) -> tuple[bool, int, list[str], bool]:
     for mutant in _mutants(tree):
         _load(tree, module)
         made += 1
+        faulthandler.dump_traceback_later(120, exit=True)  # a mutant that loops for ever fails the test
         if _tests_pass(name):
             survivors.append(f"{name}.py {mutant}")
+    faulthandler.cancel_dump_traceback_later()
     _load(tree, module)
     return passed_before, made, survivors, _tests_pass(name)
 
@@ -121,7 +123,6 @@ def _examine(name: str) -> tuple[bool, int, list[str], bool]:
 def _prepare_process() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    faulthandler.dump_traceback_later(300, exit=True)  # a mutant that loops for ever fails the test
 
 
 @pytest.fixture(scope="module")

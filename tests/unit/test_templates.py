@@ -7,7 +7,6 @@ from deep_rlhf.data.templates import (
     get_template,
     render_messages,
     render_turns,
-    split_dialogue,
 )
 from deep_rlhf.types import UserError
 
@@ -77,13 +76,3 @@ def test_system_message_opens_the_next_human_turn() -> None:
 def test_system_message_is_not_put_into_the_assistants_mouth() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Hello."}]
     assert render_turns(messages) == "\n\nHuman: Be brief.\n\nAssistant: Hello."
-
-
-def test_split_dialogue() -> None:
-    turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Why?")]
-    assert split_dialogue(DIALOGUE) == turns
-    assert split_dialogue(DIALOGUE + " So.") == [*turns, ("assistant", "So.")]
-    assert split_dialogue("Once.\n\nHuman: Hi") == [("system", "Once."), ("user", "Hi")]
-    assert split_dialogue("\n\nHuman: a\n\nAssistant:\n\nHuman: b") == [("user", "a"), ("assistant", ""), ("user", "b")]
-    assert split_dialogue("") == []
-    assert split_dialogue("no markers") == [("system", "no markers")]

@@ -31,9 +31,9 @@ from deep_rlhf.ops.losses import explained_variance, policy_loss, value_loss
 from deep_rlhf.ops.masked import masked_mean, masked_sum, whiten
 from deep_rlhf.rollout.collect import collect, complete, prompt_batch, token_batches
 from deep_rlhf.rollout.engine import Engine
-from deep_rlhf.rollout.generate import eos_token_ids, generate_text, pad_token_id, sampling_uniforms
+from deep_rlhf.rollout.generate import eos_token_ids, generate_text, sampling_uniforms
 from deep_rlhf.rollout.records import concatenate, moved, select
-from deep_rlhf.runtime.runtime import Runtime, peak_memory_gb
+from deep_rlhf.runtime.runtime import Runtime
 from deep_rlhf.runtime.trackers import usable_trackers
 from deep_rlhf.types import Experience, Rollout, RowReport, Scorer, UserError
 
@@ -64,15 +64,16 @@ class PPOTrainer:
                 " raise it."
             )
         model = config.model_name if model is None else model
-        tokenizer = tokenizer or (model if isinstance(model, str) else model.name_or_path or config.model_name)
+        tokenizer = tokenizer or (model if isinstance(model, str) else model.name_or_path)
+        if not tokenizer:
+            raise UserError("Give PPOTrainer the model's tokenizer: this model object does not say where it came from.")
         self.tokenizer = _tokenizer(tokenizer, config)
         self._policy = _policy(model, config).to(self.runtime.device)
         self._reference = Reference(self._policy)
-        self.scorer = _scorer(reward, self.runtime.device)
+        self.scorer = _scorer(reward, self.runtime.device, config.trust_remote_code)
         self.sampler = Engine(
             self._policy,
             eos_ids=eos_token_ids(self._policy.language_model, self.tokenizer),
-            pad_id=pad_token_id(self.tokenizer),
             temperature=config.temperature,
         )
         longest = _longest_prompt(self._policy.language_model, config)
@@ -92,10 +93,18 @@ class PPOTrainer:
         """The tuned model as plain transformers knows it (adapters merged into a copy)."""
         return self._policy.plain_model()
 
-    def train(self, on_update: Callable[[dict[str, float]], None] | None = None) -> list[dict[str, float]]:
-        """Runs all updates and returns `history`, one dict of metrics each; `on_update` may add to each dict."""
-        self.runtime.start_trackers("deep-rlhf", dataclasses.asdict(self.config))
-        bar = tqdm(range(self.updates), desc="PPO", unit="update", disable=not self.runtime.is_main)
+    def train(
+        self, on_update: Callable[[dict[str, float]], None] | None = None, *, updates: int | None = None
+    ) -> list[dict[str, float]]:
+        """Runs the next `updates` updates (default: all that are left) and returns `history`, a dict of metrics each.
+
+        `on_update` may add to each dict. Between two calls `scorer` may be replaced, by one refitted to new answers.
+        """
+        done = len(self.history)
+        end = self.updates if updates is None else min(self.updates, done + updates)
+        if done == 0:
+            self.runtime.start_trackers("deep-rlhf", dataclasses.asdict(self.config))
+        bar = tqdm(range(done, end), desc="PPO", unit="update", disable=not self.runtime.is_main)
         for update in bar:
             metrics = self.step(update)
             bar.set_postfix(score=f"{metrics['score_mean']:.3f}", kl=f"{metrics['kl']:.2f}")
@@ -103,7 +112,8 @@ class PPOTrainer:
                 on_update(metrics)
             self.history.append(metrics)
             self.runtime.log(metrics, update + 1)
-        self.runtime.finish()
+        if end == self.updates:
+            self.runtime.finish()
         return self.history
 
     def step(self, update: int) -> dict[str, float]:
@@ -126,7 +136,7 @@ class PPOTrainer:
         tokens = float(experience.response_mask.sum())
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - start)
         metrics["sampling_share_of_time"] = (sampled - start) / (time.perf_counter() - start)
-        metrics["memory_gb"] = peak_memory_gb()
+        metrics["memory_gb"] = self.runtime.peak_memory_gb()
         return metrics
 
     def generate(self, prompts: Sequence[str], *, seed: int = 0) -> list[str]:
@@ -147,7 +157,9 @@ class PPOTrainer:
         model = self.policy
         model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
-        reopened = load_language_model(str(folder), seq2seq=self._policy.is_seq2seq).state_dict()
+        reopened = load_language_model(
+            str(folder), seq2seq=self._policy.is_seq2seq, trust_remote_code=self.config.trust_remote_code
+        ).state_dict()
         for name, weight in model.state_dict().items():
             if not torch.equal(reopened[name], weight.cpu()):
                 raise UserError(
@@ -160,7 +172,7 @@ class PPOTrainer:
         uniforms = sampling_uniforms(config.seed, update, config.batch_size, config.max_new_tokens)
         texts = self.runtime.share(self._batch_of_prompts(update))
         left = not self._policy.is_seq2seq
-        prompts = prompt_batch(texts, self.tokenizer, self.sampler.pad_id, self.runtime.device, left=left)
+        prompts = prompt_batch(texts, self.tokenizer, self.runtime.device, left=left)
         uniforms = self.runtime.share(uniforms)
         completions = complete(prompts, self.sampler, self.tokenizer, uniforms, continues=left)
         part = collect(completions, self._policy, self._reference, self.scorer, config.temperature)
@@ -273,9 +285,9 @@ def _policy(model: PreTrainedModel | str, config: PPOConfig) -> Policy:
     return Policy(model)
 
 
-def _scorer(reward: Any, device: torch.device) -> Scorer:
+def _scorer(reward: Any, device: torch.device, trust_remote_code: bool) -> Scorer:
     if isinstance(reward, str):
-        reward = load_scorer(reward)
+        reward = load_scorer(reward, trust_remote_code=trust_remote_code)
     if isinstance(reward, RewardModel):
         reward.model.to(device)
     return reward if hasattr(reward, "score") else FunctionScorer(reward, getattr(reward, "__name__", "reward"))

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from deep_rlhf.ops.kl import KLPenalty
-from deep_rlhf.types import UserError
+from deep_rlhf.types import UserError, check_seed
 
 _POSITIVE = (
     *("max_prompt_length", "max_new_tokens", "temperature", "batch_size", "ppo_epochs", "learning_rate"),
@@ -43,6 +43,10 @@ class PPOConfig(ScriptArguments):
         metadata={"help": "how a bare prompt becomes text; auto: as the reward model was trained, or plain"},
     )
     on_bad_rows: Literal["error", "skip"] = field(default="error", metadata={"help": "skip: count them and go on"})
+    query_config: str | None = field(default=None, metadata={"help": "configuration of a data set on the Hub"})
+    query_column: str | None = field(
+        default=None, metadata={"help": "column of the prompts; default: the first known name"}
+    )
     reward_model: str = field(
         default="./reward_modeling_anthropic_hh",
         metadata={"help": "a folder, a Hub name, or python:module:function taking (prompts, responses)"},
@@ -79,6 +83,9 @@ class PPOConfig(ScriptArguments):
     def __post_init__(self) -> None:
         if self.log_with not in (None, "none", "wandb"):
             raise UserError(f"log_with must be wandb or none, not {self.log_with}.")
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)}.")
         for name in _POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be a number greater than 0, not {getattr(self, name)}.")
@@ -89,6 +96,7 @@ class PPOConfig(ScriptArguments):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
-        for name in ("seed", "init_kl_coef", "vf_coef"):
+        check_seed(self.seed)
+        for name in ("init_kl_coef", "vf_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}.")

@@ -37,7 +37,7 @@ from deep_rlhf.models.reward import (
     tokenize,
 )
 from deep_rlhf.ops.preference import bootstrap_weights, bradley_terry_loss
-from deep_rlhf.types import Preference, RowReport, UserError
+from deep_rlhf.types import Preference, RowReport, UserError, check_seed
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class RewardConfig(TrainingArguments):
     template: str = field(default="hh", metadata={"help": "How a dialogue is written: hh or plain."})
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for name, smallest in (("max_length", 2), ("eval_samples", 1), ("ensemble_size", 1), ("lora_r", 1)):
             if getattr(self, name) < smallest:
                 raise UserError(f"--{name} must be at least {smallest}, not {getattr(self, name)}.")
@@ -152,7 +153,7 @@ class RewardTrainer(Trainer):
         mu, margin = inputs["labels"][:, None].expand_as(a), inputs["margin"][:, None]
         loss = inputs["weight"] * bradley_terry_loss(a, b, mu, margin=margin, label_noise=self.args.label_noise)
         if self.args.center_rewards_coefficient is not None:
-            loss = loss + self.args.center_rewards_coefficient * (a + b) ** 2
+            loss = loss + self.args.center_rewards_coefficient * (inputs["weight"] > 0) * (a + b) ** 2
         total = loss.mean(dim=1).sum()
         if num_items_in_batch is None:
             mean = total / len(a)
@@ -314,7 +315,10 @@ def accuracy(advantage: Tensor, mu: Tensor) -> float:
 
 
 def out_of_bag_accuracy(rewards: Tensor, features: Sequence[Features]) -> list[float]:
-    """Each member's accuracy on the training pairs it never saw (weight 0), from rewards [N, 2, K]."""
+    """Each member's accuracy on the pairs outside its bag (weight 0), from rewards [N, 2, K].
+
+    Its head never saw them; the shared trunk did, through other members, so the figure is optimistic.
+    """
     mu = torch.tensor([pair["labels"] for pair in features])
     outside = torch.stack([pair["weight"] for pair in features]) == 0  # [N, K]
     advantage = rewards[:, 0] - rewards[:, 1]

@@ -1,10 +1,13 @@
 """`deep-rlhf demo`: the whole way in a few minutes, in the embedded world, with the code of the real commands.
 
 A small GPT-2 learns the world's English and to answer (well or badly), simulated annotators compare its answers, a
-reward-model ensemble is fitted to what they said, PPO tunes the policy against it, and a hidden judge measures. The
-judge is the annotators' taste; reward model and PPO see nothing but the annotators' noisy answers.
+reward-model ensemble is fitted to what they said, PPO tunes the policy against it; then once more, with comparisons of
+what the tuned policy says (labels of the first policy alone teach the reward model nothing about the mistakes of the
+later one: Christiano et al. 2017, section 3.3). A hidden judge measures. It is the annotators' taste; reward model and
+PPO see nothing but the annotators' noisy answers.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -28,7 +32,7 @@ from deep_rlhf.algorithms.ppo import PPOTrainer
 from deep_rlhf.algorithms.ppo_config import PPOConfig
 from deep_rlhf.algorithms.reward import RewardConfig, RewardResult, train_reward_model
 from deep_rlhf.algorithms.sft import SFTConfig, train_sft
-from deep_rlhf.cli.flags import parse_flags, save_config
+from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
 from deep_rlhf.data.templates import HH
 from deep_rlhf.data.world import corpus, generate_prompts, judge, sft_pairs
 from deep_rlhf.evaluation.comparison import build_samples, win_rate
@@ -41,6 +45,7 @@ from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
 from deep_rlhf.types import Preference, RowReport
 
 ANSWER_TOKENS = 64
+PROMPTS_AT_ONCE = 400
 SHOWN_SAMPLES = 4  # lines in samples.jsonl each time the judge looks
 MEMBERS = 4  # of the reward-model ensemble (Coste et al. 2023: 4 to 5 suffice)
 console = Console()
@@ -64,8 +69,9 @@ class Scale:
     width: int = 128
     corpus_texts: int = 1_500
     sft_pairs: int = 8_000
-    comparisons: int = 3_200
-    updates: int = 30
+    rounds: int = 2  # of comparing, fitting the reward model, and PPO
+    comparisons: int = 1_200  # in each round
+    updates: int = 26  # in all rounds together
     batch_size: int = 128
     gold_every: int = 5  # updates between two measurements by the judge
     held_out_prompts: int = 128
@@ -74,6 +80,7 @@ class Scale:
 def main(argv: list[str] | None = None) -> None:
     """Runs the demo and prints its closing table."""
     (config,) = parse_flags(argv, DemoConfig, prog="deep-rlhf demo", description=__doc__.split("\n")[0])
+    output_folder(config.output_dir)
     run_demo(config, Scale())
 
 
@@ -91,23 +98,35 @@ def run_demo(config: DemoConfig, scale: Scale) -> dict[str, Any]:
         before = write(Policy(model), tokenizer, held_out, config.seed)
         gold_before = judged(held_out, before)
         stage.says(f"judge {mean(gold_before):.2f} on {len(held_out)} held-out prompts")
-    with stages("people compare answers") as stage:
-        preferences, rows = compare_answers(model, tokenizer, train_prompts, config.seed, scale)
-        stage.says(str(rows))
-    with stages("reward model") as stage:
-        reward = fit_reward_model(model, tokenizer, preferences, config, run.path / "reward_model")
-        accuracy, baseline = reward.metrics["accuracy"], reward.metrics["accuracy_length_baseline"]
-        stage.says(f"accuracy {accuracy:.2f} on held-out pairs; longer answer wins: {baseline:.2f}")
-    with stages("PPO") as stage:
-        ppo_config = ppo_settings(config, scale)
-        trainer = PPOTrainer(ppo_config, model=model, tokenizer=tokenizer, prompts=train_prompts, reward=reward.model)
-        trainer.train(on_update=measured(trainer, run, held_out, scale))
-        last = trainer.history[-1]
-        stage.says(
-            f"reward {trainer.history[0]['score_mean']:.2f} → {last['score_mean']:.2f}, KL {last['kl']:.1f} nats"
-        )
+    sft_model = copy.deepcopy(model)
+    ppo_config = ppo_settings(config, scale)
+    preferences: list[Preference] = []
+    reports: list[RowReport] = []
+    trainer: PPOTrainer | None = None
+    for round_ in range(1, scale.rounds + 1):
+        with stages(f"people compare answers, round {round_}") as stage:
+            answered, rows = compare_answers(model, tokenizer, train_prompts, config.seed * 100 + round_, scale)
+            preferences += answered
+            reports.append(rows)
+            stage.says(str(rows))
+        with stages(f"reward model, round {round_}") as stage:
+            reward = fit_reward_model(sft_model, tokenizer, preferences, config, run.path / "reward_model")
+            accuracy, baseline = reward.metrics["accuracy"], reward.metrics["accuracy_length_baseline"]
+            stage.says(f"accuracy {accuracy:.2f} on held-out pairs; longer answer wins: {baseline:.2f}")
+        with stages(f"PPO, round {round_}") as stage:
+            if trainer is None:
+                trainer = PPOTrainer(
+                    ppo_config, model=model, tokenizer=tokenizer, prompts=train_prompts, reward=reward.model
+                )
+                on_update = measured(trainer, run, held_out, scale, mean(gold_before))
+            trainer.scorer = reward.model
+            first = len(trainer.history)
+            trainer.train(on_update, updates=scale.updates // scale.rounds)
+            begin, last = trainer.history[first], trainer.history[-1]
+            stage.says(f"reward {begin['score_mean']:.2f} → {last['score_mean']:.2f}, KL {last['kl']:.1f} nats")
+    assert trainer is not None
     with stages("measure and save") as stage:
-        after = trainer.generate(held_out, seed=config.seed)
+        after = write(Policy(model), tokenizer, held_out, config.seed)
         gold_after = judged(held_out, after)
         wins = win_rate(gold_after, gold_before)
         trainer.save(run.path / "model")
@@ -125,7 +144,7 @@ def run_demo(config: DemoConfig, scale: Scale) -> dict[str, Any]:
         "reward_accuracy_length_baseline": baseline,
         "response_tokens_before": mean_tokens(tokenizer, before),
         "response_tokens_after": mean_tokens(tokenizer, after),
-        "comparisons": {"read": rows.read, "kept": rows.kept, "dropped": rows.dropped},
+        "comparisons": [{"read": rows.read, "kept": rows.kept, "dropped": rows.dropped} for rows in reports],
         "stages": [{"name": name, "seconds": seconds, "result": result} for name, seconds, result in stages.rows],
     }
     write_summary(run.path / "summary.json", summary)
@@ -134,7 +153,7 @@ def run_demo(config: DemoConfig, scale: Scale) -> dict[str, Any]:
         title=f"Deep RLHF demo, seed {config.seed}",
         summary=summary,
         stages=stages.rows,
-        history=trainer.history,
+        history=[*trainer.history, {"step": scale.updates + 1, "gold": mean(gold_after)}],
         calibration=calibration(reward.rewards[:, 0], reward.rewards[:, 1], reward.mu),
         samples=build_samples(held_out, after, before=before, scores_after=gold_after, scores_before=gold_before),
         config=vars(ppo_config),
@@ -149,7 +168,7 @@ def run_demo(config: DemoConfig, scale: Scale) -> dict[str, Any]:
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE vocabulary of the world's English, with a [PAD] distinct from EOS."""
+    """A byte-level BPE vocabulary of the world's English, with padding distinct from EOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -278,26 +297,38 @@ def ppo_settings(config: DemoConfig, scale: Scale) -> PPOConfig:
 
 
 def measured(
-    trainer: PPOTrainer, run: RunDirectory, held_out: list[str], scale: Scale
+    trainer: PPOTrainer, run: RunDirectory, held_out: list[str], scale: Scale, gold_before: float
 ) -> Callable[[dict[str, float]], None]:
-    """Writes each update's metrics, and now and then lets the judge look at the policy from outside."""
+    """Writes each update's metrics, and now and then lets the judge look at the policy from outside.
+
+    Metrics tell of the policy that an update began with, so the judge's view after an update stands with the next.
+    """
+    gold: float | None = gold_before
 
     def on_update(metrics: dict[str, float]) -> None:
+        nonlocal gold
         step = int(metrics["step"])
-        if step % scale.gold_every == 0 or step == 1:
+        if gold is not None:
+            metrics["gold"] = gold
+        run.add_metrics(metrics)
+        gold = None
+        if step % scale.gold_every == 0 and step < scale.updates:
             answers = trainer.generate(held_out, seed=1_000 + step)
             scores = judged(held_out, answers)
-            metrics["gold"] = mean(scores)
+            gold = mean(scores)
             rows = zip(held_out[:SHOWN_SAMPLES], answers, scores, strict=False)
             run.add_samples([{"step": step, "prompt": p, "response": r, "gold": g} for p, r, g in rows])
-        run.add_metrics(metrics)
 
     return on_update
 
 
 def write(policy: Policy, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int) -> list[str]:
     """One sampled answer to each prompt."""
-    return generate_text(policy, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, seed=seed)
+    answers: list[str] = []
+    for start in tqdm(range(0, len(prompts), PROMPTS_AT_ONCE), desc="sampling", leave=False):
+        part = prompts[start : start + PROMPTS_AT_ONCE]
+        answers += generate_text(policy, tokenizer, part, max_new_tokens=ANSWER_TOKENS, seed=seed * 1_000 + start)
+    return answers
 
 
 def judged(prompts: list[str], answers: list[str]) -> list[float]:

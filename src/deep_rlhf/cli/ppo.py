@@ -31,7 +31,12 @@ def main(argv: list[str] | None = None) -> None:
     scorer = load_scorer(config.reward_model, trust_remote_code=config.trust_remote_code)
     template = _template(config, scorer)
     prompts, rows = load_prompts(
-        config.query_dataset, split=config.query_split, template=template, on_bad_rows=config.on_bad_rows
+        config.query_dataset,
+        split=config.query_split,
+        config=config.query_config,
+        column=config.query_column,
+        template=template,
+        on_bad_rows=config.on_bad_rows,
     )
     trainer = PPOTrainer(config, prompts=prompts, reward=scorer)
     is_main = trainer.runtime.is_main
@@ -40,12 +45,21 @@ def main(argv: list[str] | None = None) -> None:
         console.print(f"Prompts: {rows}.{_too_long(trainer.prompt_report)} Template: {template}.", highlight=False)
     run = RunDirectory(output_dir) if is_main else None
     if run:
-        save_config(run.path / "config.yaml", config)
+        resolved = dataclasses.replace(
+            config,
+            output_dir=str(output_dir),
+            template=template,
+            steps=trainer.updates * config.batch_size,
+            mini_batch_size=config.mini_batch_size or config.batch_size,
+        )
+        save_config(run.path / "config.yaml", resolved)
     shown = trainer.prompts[:SHOWN_PROMPTS]
     before = trainer.generate(shown, seed=config.seed)
-    trainer.train(on_update=_recorder(trainer, run))
+    try:
+        trainer.train(on_update=_recorder(trainer, run))
+    finally:  # whatever ends the training, what was learned so far is kept
+        trainer.save(output_dir / "model")
     after = trainer.generate(shown, seed=config.seed)
-    trainer.save(output_dir / "model")
     if run is None:
         return
 

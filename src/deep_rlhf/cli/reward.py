@@ -37,7 +37,7 @@ class RewardArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "The split to learn from."})
     dataset_test_split: str = field(
         default="test",
-        metadata={"help": "The split to evaluate on; where there is none, 5 % of the prompts are held out."},
+        metadata={"help": "The split to evaluate on; if there is but one split, 5 % of its prompts are held out."},
     )
     data_dir: str | None = field(default=None, metadata={"help": "A folder inside the data set."})
     on_bad_rows: str = field(default="error", metadata={"help": "What to do with malformed rows: error or skip."})
@@ -82,8 +82,9 @@ def load_splits(
     source = {"config": arguments.dataset_config, "data_dir": arguments.data_dir}
     options: dict[str, Any] = {**source, "template": template, "on_bad_rows": arguments.on_bad_rows}
     train, train_rows = load_preferences(name, split=train_split, **options)
-    if split_names(name, **source) != [train_split]:
-        held_out, test_rows = load_preferences(name, split=arguments.dataset_test_split, **options)
+    wanted = arguments.dataset_test_split
+    if wanted != RewardArguments.dataset_test_split or split_names(name, **source) != [train_split]:
+        held_out, test_rows = load_preferences(name, split=wanted, **options)
         return train, train_rows, held_out, test_rows
     logger.info("'%s' has no split but '%s': 5 %% of its prompts are held out for testing.", name, train_split)
     train, held_out = hold_out(train)

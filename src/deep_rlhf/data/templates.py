@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,16 +74,3 @@ def render_turns(messages: Sequence[Mapping[str, str]]) -> str:
 def render_messages(messages: Sequence[Mapping[str, str]]) -> str:
     """Return prompt messages as hh text that ends in the assistant's marker."""
     return render_turns(messages) + HH.assistant
-
-
-def split_dialogue(text: str) -> list[tuple[str, str]]:
-    """Split hh text into (role, words) turns, roles "user" and "assistant", words stripped.
-
-    Text before the first marker is a "system" turn; a last assistant's turn that still waits for its words is left out.
-    """
-    pieces = re.split(f"({re.escape(HH.human)}|{re.escape(HH.assistant)})", text)
-    roles = ["system"] + ["user" if marker == HH.human else "assistant" for marker in pieces[1::2]]
-    turns = [(role, words.strip()) for role, words in zip(roles, pieces[0::2], strict=True)]
-    if not turns[0][1]:
-        turns = turns[1:]
-    return turns[:-1] if turns and turns[-1] == ("assistant", "") else turns

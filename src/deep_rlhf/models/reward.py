@@ -5,6 +5,7 @@ head per member over a shared trunk), with `reward_model.json` beside the weight
 scaled by, how dialogues were rendered as text, the longest input, and the metrics it was saved with.
 """
 
+import copy
 import importlib
 import json
 import logging
@@ -53,6 +54,7 @@ class RewardModel:
         std: Tensor | None = None,
         metrics: dict[str, Any] | None = None,
     ) -> None:
+        tokenizer = copy.deepcopy(tokenizer)  # the policy may use the same object, and its vocabulary stays as it is
         ensure_pad_token(model, tokenizer)
         tokenizer.truncation_side = "left"  # the answer is at the end
         members = model.config.num_labels
@@ -98,9 +100,7 @@ class RewardModel:
         (Path(folder) / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(
-        cls, name: str | Path, *, device: str | torch.device = "cpu", trust_remote_code: bool = False
-    ) -> "RewardModel":
+    def load(cls, name: str | Path, *, trust_remote_code: bool = False) -> "RewardModel":
         """Opens a folder or Hub name: a saved RewardModel, or any classifier with one label (normalisation: identity).
 
         Raises UserError if it cannot be opened, is no sequence classifier, or has several labels and no
@@ -119,7 +119,7 @@ class RewardModel:
             )
         model = load_sequence_classifier(name, num_labels=config.num_labels, trust_remote_code=trust_remote_code)
         settings = _settings(card, name, config.num_labels) if card else {}
-        return cls(disable_dropout(model).to(device), tokenizer, **settings)
+        return cls(disable_dropout(model), tokenizer, **settings)
 
 
 class FunctionScorer:
@@ -153,10 +153,10 @@ class FunctionScorer:
         return torch.tensor(rewards, dtype=torch.float32).reshape(-1, 1)
 
 
-def load_scorer(spec: str, *, device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Scorer:
+def load_scorer(spec: str, *, trust_remote_code: bool = False) -> Scorer:
     """The scorer that `spec` names: a folder, a Hub name, or `python:module:function`. Raises UserError."""
     if not spec.startswith("python:"):
-        return RewardModel.load(spec, device=device, trust_remote_code=trust_remote_code)
+        return RewardModel.load(spec, trust_remote_code=trust_remote_code)
     module_name, _, function_name = spec.removeprefix("python:").partition(":")
     if not module_name or not function_name:
         raise UserError(f"The reward '{spec}' should read python:module:function, like python:my_rewards:politeness.")

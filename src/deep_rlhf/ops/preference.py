@@ -39,7 +39,7 @@ def bootstrap_weights(ids: Sequence[str], members: int) -> Tensor:
 
     Drawing |D| pairs with replacement gives each pair a Binomial(|D|, 1/|D|) ≈ Poisson(1) count (Oza & Russell 2001).
     The count is a hash of pair id and member, so a member's bag survives refits, and its weight-0 pairs (a share 1/e)
-    are its exact validation set (Christiano et al. 2017, §2.2.3).
+    are what it never saw: an independent member's validation set (Christiano et al. 2017, §2.2.3).
     """
     if members == 1:
         return torch.ones(len(ids), 1)

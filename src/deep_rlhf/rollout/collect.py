@@ -14,12 +14,15 @@ FORWARD_TOKENS = 8_192  # padded tokens in one forward pass
 
 
 def prompt_batch(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, pad_id: int, device: torch.device, *, left: bool = True
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, device: torch.device, *, left: bool = True
 ) -> PromptBatch:
-    """Whole prompts as ids [B, P], padded on the left (on the right for an encoder, whose positions start there)."""
+    """Whole prompts as ids [B, P], padded on the left (on the right for an encoder, whose positions start there).
+
+    The filling is id 0, whatever the tokenizer's padding is: the mask tells what is real, and every model has an id 0.
+    """
     rows = tokenizer(texts).input_ids
     width = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
         columns = slice(width - len(row), width) if left else slice(0, len(row))

@@ -16,11 +16,10 @@ CACHE_TOKENS = 16_384  # tokens whose keys and values are held at once: about 1.
 class Engine:
     """A `Sampler` over a Policy that lives in this process."""
 
-    def __init__(self, policy: Policy, *, eos_ids: list[int], pad_id: int, temperature: float = 1.0) -> None:
-        """A response ends after any of `eos_ids`; `pad_id` only fills what the mask hides."""
+    def __init__(self, policy: Policy, *, eos_ids: list[int], temperature: float = 1.0) -> None:
+        """A response ends after any of `eos_ids`."""
         self.policy = policy
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.int64)
-        self.pad_id = pad_id
         self.temperature = temperature
 
     @torch.no_grad()
@@ -28,7 +27,7 @@ class Engine:
         count, limit = uniforms.shape
         device = self.policy.device
         result = Sampled(
-            response_ids=torch.full((count, limit), self.pad_id, dtype=torch.int64, device=device),
+            response_ids=torch.zeros(count, limit, dtype=torch.int64, device=device),
             response_mask=torch.zeros(count, limit, dtype=torch.bool, device=device),
             logprobs=torch.zeros(count, limit, device=device),
             entropy=torch.zeros(count, limit, device=device),

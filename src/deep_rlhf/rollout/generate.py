@@ -15,14 +15,6 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted({*own, tokenizer.eos_token_id} - {None})
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills masked columns: the tokenizer's padding, or its EOS (masks, not ids, tell what is real here)."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    return 0
-
-
 def sampling_uniforms(seed: int, draw: int, count: int, tokens: int) -> torch.Tensor:
     """The random numbers [count, tokens] of the `draw`-th batch of a run: the same whoever draws which rows."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
@@ -42,10 +34,9 @@ def generate_text(
     engine = Engine(
         policy,
         eos_ids=eos_token_ids(policy.language_model, tokenizer),
-        pad_id=pad_token_id(tokenizer),
         temperature=temperature,
     )
     continues = not policy.is_seq2seq
-    prompts = prompt_batch(texts, tokenizer, engine.pad_id, policy.device, left=continues)
+    prompts = prompt_batch(texts, tokenizer, policy.device, left=continues)
     uniforms = sampling_uniforms(seed, 0, len(texts), max_new_tokens)
     return complete(prompts, engine, tokenizer, uniforms, continues=continues).responses

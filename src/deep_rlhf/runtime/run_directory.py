@@ -8,12 +8,12 @@ from typing import Any
 
 
 class RunDirectory:
-    """`<output_dir>/{metrics.jsonl, samples.jsonl}`: a new run removes the old ones, its first line makes them anew."""
+    """`<output_dir>/{metrics.jsonl, samples.jsonl}`; a new run removes an earlier one's figures and report."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "report.html"):
             (self.path / name).unlink(missing_ok=True)
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:

@@ -13,14 +13,6 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
-def peak_memory_gb() -> float:
-    """The most memory this process has held so far: the GPU's, or without one its resident memory; 1e9 bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, kilobytes on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 class Runtime:
     """The processes that train together: `rank` of `processes`, each on its `device`."""
 
@@ -72,6 +64,9 @@ class Runtime:
         for tracker in self._accelerator.trackers:
             tracker.finish()
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        self._accelerator.wait_for_everyone()
+    def peak_memory_gb(self) -> float:
+        """The most memory this process has held so far: the GPU's, or on a CPU its resident memory; 1e9 bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, kilobytes on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
