@@ -159,7 +159,9 @@ def run_demo(config: DemoConfig, scale: Scale) -> dict[str, Any]:
         config=vars(ppo_config),
         notes=[
             "The judge is the taste of the simulated annotators. Reward model and PPO never see it: they learn from"
-            " comparisons of which a tenth are answered at random."
+            " comparisons of which a tenth are answered at random.",
+            f"After update {scale.updates // scale.rounds} the reward model is fitted again, with comparisons of the"
+            " tuned policy's answers too, so the scale of the reward changes there.",
         ],
     )
     console.print(stages.table())
