@@ -134,7 +134,8 @@ def test_a_decoder_gets_a_padding_token_of_its_own(make_tokenizer, pad_token):
     tokenizer.pad_token = pad_token
     model = RewardModel(classifier("GPT2", vocab_size=len(tokenizer)), tokenizer)
     pad = model.model.config.pad_token_id
-    assert pad == tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert pad == model.tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.pad_token == pad_token  # a policy may use the caller's tokenizer, so it stays as it is
     assert model.model.get_input_embeddings().num_embeddings > pad
     together = model.raw_scores(["red", "green blue black"])
     torch.testing.assert_close(together[:1], model.raw_scores(["red"]), atol=1e-6, rtol=0)

@@ -64,8 +64,9 @@ class PPOTrainer:
                 " raise it."
             )
         model = config.model_name if model is None else model
-        tokenizer = tokenizer or (model if isinstance(model, str) else model.name_or_path)
-        if not tokenizer:
+        if tokenizer is None:
+            tokenizer = model if isinstance(model, str) else model.name_or_path or None
+        if tokenizer is None:
             raise UserError("Give PPOTrainer the model's tokenizer: this model object does not say where it came from.")
         self.tokenizer = _tokenizer(tokenizer, config)
         self._policy = _policy(model, config).to(self.runtime.device)
