@@ -82,3 +82,14 @@ def test_a_mistake_with_the_reward_command(cli: Callable, tmp_path: Path, argv: 
     (line,) = [line for line in result.err.splitlines() if not line.startswith("training pairs:")]
     assert line.startswith("error: ")
     assert said in line
+
+
+@pytest.mark.parametrize("command", ["demo", "reward", "ppo"])
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_a_seed_that_no_generator_takes_is_one_sentence(
+    command: str, seed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli_main.run(command, [f"--seed={seed}"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == f"error: seed must be between 0 and 4294967295, not {seed}.\n"

@@ -42,7 +42,7 @@ from deep_rlhf.feedback.labelers import SimulatedAnnotators
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.rollout.generate import generate_text
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
-from deep_rlhf.types import Preference, RowReport
+from deep_rlhf.types import Preference, RowReport, check_seed
 
 ANSWER_TOKENS = 64
 PROMPTS_AT_ONCE = 400
@@ -59,6 +59,9 @@ class DemoConfig:
     output_dir: str = field(
         default="outputs/demo", metadata={"help": "folder of the report, the summary and the models"}
     )
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
