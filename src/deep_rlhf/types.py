@@ -6,9 +6,11 @@ real tokens, and EOS is a real token of its response.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
+
+CriticKind = Literal["shared", "separate", "reward"]
 
 
 class UserError(Exception):
@@ -75,17 +77,20 @@ class Completions:
     sampler_logprobs: Tensor  # [N, R] nats, at the sampling temperature
     entropy: Tensor  # [N, R] nats, of the distribution each token was drawn from
     finished: Tensor  # [N] bool: the response ended with EOS
+    group: Tensor  # [N] int64: responses to one and the same prompt of a batch share a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout(Completions):
     """Completions that were scored, with the policy's own and the reference model's view of each token."""
 
-    scores: Tensor  # [N] reward of the whole response
+    scores: Tensor  # [N] reward of the whole response, mean of the K members
     score_std: Tensor  # [N] spread across the K members (0 for one member)
+    shaped_scores: Tensor  # [N] what is maximised: after the ensemble's rule, missing-EOS penalty, scaling and clipping
     logprobs: Tensor  # [N, R] the policy's, from the same forward that training uses
     ref_logprobs: Tensor  # [N, R] the reference model's
-    values: Tensor  # [N, R] of the state before each token
+    kl: Tensor  # [N, R] nats, by the estimator that was asked for
+    values: Tensor  # [N, R] of the state before each token (0 without a critic)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

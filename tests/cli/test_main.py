@@ -32,15 +32,18 @@ def test_a_mistake_ends_a_process_with_one_line_and_code_2(tmp_path: Path) -> No
     command = [sys.executable, "-c", "from deep_rlhf.cli.main import main; main()", "ppoo"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 2
-    assert result.stderr == "error: There is no command 'ppoo': choose one of demo, reward, ppo.\n"
+    assert (
+        result.stderr
+        == "error: There is no command 'ppoo': choose one of demo, reward, ppo, trpo, rloo, grpo, reinforce_plus_plus, dpo.\n"
+    )
     assert result.stdout == ""
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(argv: list[str] | None) -> None:
+    def interrupted(command: str, argv: list[str] | None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deep_rlhf.cli.ppo.main", interrupted)
+    monkeypatch.setattr("deep_rlhf.cli.online.main", interrupted)
     with pytest.raises(SystemExit) as stop:
         cli_main.run("ppo", [])
     assert stop.value.code == 130
@@ -48,10 +51,10 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_only_user_errors_are_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(argv: list[str] | None) -> None:
+    def broken(command: str, argv: list[str] | None) -> None:
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr("deep_rlhf.cli.ppo.main", broken)
+    monkeypatch.setattr("deep_rlhf.cli.online.main", broken)
     with pytest.raises(RuntimeError, match="a bug of ours"):
         cli_main.run("ppo", [])
 

@@ -141,8 +141,8 @@ def test_a_file_without_prompts(cli: Callable, tmp_path: Path, content: str) -> 
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        ("too_few", "length_reward.too_few returned 1 rewards for 8 responses."),
-        ("not_finite", "length_reward.not_finite returned nan instead of a finite number for sample 0"),
+        ("too_few", "length_reward.too_few returned 1 rewards for 8 responses;"),
+        ("not_finite", "1 batches in a row could not be learned from, the last because the reward of sample 0 is nan"),
         ("one_number", "length_reward.one_number must return one number per response"),
         ("raising", "length_reward.raising"),
     ],

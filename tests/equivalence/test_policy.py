@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from deep_rlhf.models.adapters import add_lora
-from deep_rlhf.models.policy import Policy, Reference, position_ids
+from deep_rlhf.models.policy import Policy, Reference
+from deep_rlhf.models.trunk import position_ids
 from deep_rlhf.types import UserError
 
 KINDS = ["gpt2", "llama", "granite", "gemma2", "t5", "t5-untied", "bart", "lora"]
@@ -20,11 +21,7 @@ TEMPERATURE = 0.6
 
 @pytest.fixture(params=KINDS)
 def policy(request: pytest.FixtureRequest, make_model: Callable[..., Any]) -> Policy:
-    policy = Policy(make_model(request.param))
-    generator = torch.Generator().manual_seed(1)
-    policy.value_head.weight.data.normal_(generator=generator)
-    policy.value_head.bias.data.fill_(0.3)
-    return policy
+    return Policy(make_model(request.param))
 
 
 def padded(rows: list[list[int]], *, left: bool, extra: int = 0, filler: int = 0) -> tuple[Tensor, Tensor]:
@@ -36,16 +33,21 @@ def padded(rows: list[list[int]], *, left: bool, extra: int = 0, filler: int = 0
     return ids, mask
 
 
+def read_out(states: Tensor) -> Tensor:
+    """Something that depends on all of a state [..., H] -> [...]."""
+    return states @ torch.linspace(-0.2, 0.2, states.shape[-1])
+
+
 def of_policy(policy: Policy, extra: int = 0, filler: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """log-probabilities and values [N, R] by the policy, and the response mask."""
+    """log-probabilities [N, R] and read-outs of the states [N, R] by the policy, and the response mask."""
     prompts = padded(PROMPTS, left=not policy.is_seq2seq, extra=extra, filler=filler)
     response_ids, response_mask = padded(RESPONSES, left=False, filler=filler)
     states = policy.states(*prompts, response_ids, response_mask)
-    return policy.logprobs(states, response_ids, response_mask, TEMPERATURE), policy.values(states), response_mask
+    return policy.logprobs(states, response_ids, response_mask, TEMPERATURE), read_out(states), response_mask
 
 
 def plain(policy: Policy, prompt: list[int], response: list[int]) -> tuple[Tensor, Tensor]:
-    """log-probabilities and values [R] by the model's own forward."""
+    """log-probabilities and read-outs of the states [R] by the model's own forward."""
     model, options = policy.model, {"output_hidden_states": True}
     if policy.is_seq2seq:
         decoder_ids = torch.tensor([[model.config.decoder_start_token_id, *response[:-1]]])
@@ -56,10 +58,10 @@ def plain(policy: Policy, prompt: list[int], response: list[int]) -> tuple[Tenso
         before = slice(len(prompt) - 1, -1)
         logits, hidden = output.logits[0, before], output.hidden_states[-1][0, before]
     logprobs = (logits / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(response).unsqueeze(1)).squeeze(1)
-    return logprobs, hidden @ policy.value_head.weight[0] + policy.value_head.bias
+    return logprobs, read_out(hidden)
 
 
-def test_logprobs_and_values_are_those_of_a_plain_forward(policy: Policy) -> None:
+def test_logprobs_and_states_are_those_of_a_plain_forward(policy: Policy) -> None:
     logprobs, values, mask = of_policy(policy)
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         expected_logprobs, expected_values = plain(policy, prompt, response)
@@ -87,13 +89,8 @@ def test_gradients_are_those_of_a_plain_loop(policy: Policy) -> None:
     rows = [plain(policy, *row) for row in zip(PROMPTS, RESPONSES, strict=True)]
     expected = gradients(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows]))
     assert ours.keys() == expected.keys()
-    assert {"value_head.weight", "value_head.bias"} < ours.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(ours[name], gradient, atol=2e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
-
-
-def test_values_start_at_zero(make_model: Callable[..., Any]) -> None:
-    assert not of_policy(Policy(make_model("gpt2")))[1].any()
 
 
 def test_position_ids_count_real_tokens() -> None:
@@ -157,7 +154,7 @@ def test_plain_model_of_adapters_has_their_logits_and_training_goes_on(
 ) -> None:
     task_type = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
     policy = Policy(add_lora(make_model(kind), r=4, alpha=8, task_type=task_type))
-    assert all("lora" in name or "value_head" in name for name, p in policy.named_parameters() if p.requires_grad)
+    assert all("lora" in name for name, p in policy.named_parameters() if p.requires_grad)
     assert len(policy.trainable_parameters()) > 2
     shaken(policy)
     plain_model = policy.plain_model()

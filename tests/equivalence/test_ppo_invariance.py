@@ -27,6 +27,7 @@ SMALL: dict[str, Any] = {
 TIMES = {"tokens_per_second", "sampling_share_of_time", "memory_gb"}
 METRICS = TIMES | {
     *("step", "kl_coef", "score_mean", "score_std", "score_member_std", "kl", "entropy", "value_mean"),
+    *("shaped_score_mean", "bad_batches", "loss", "ratio", "optimizer_steps", "skipped_minibatches"),
     *("explained_variance", "response_tokens", "missing_eos", "sampler_logprob_gap", "policy_loss", "value_loss"),
     *("policy_clip_fraction", "value_clip_fraction", "approx_kl", "grad_norm", "learning_rate"),
 }
@@ -140,13 +141,13 @@ def test_one_update_is_that_of_a_plain_reference(
     settings: dict[str, Any], make_trainer: Callable[..., PPOTrainer], tokenizer: Any
 ) -> None:
     trainer = make_trainer(**settings, steps=6, ppo_epochs=3, learning_rate=2e-2)
-    config, ours = trainer.config, trainer._policy
+    config, ours, value_head = trainer.config, trainer._policy, trainer.learner.critic.value_head
     reference = copy.deepcopy(ours.model)
     with torch.no_grad():  # away from the reference and from values of 0, so that every term counts
         generator = torch.Generator().manual_seed(0)
-        for parameter in ours.parameters():
+        for parameter in [*ours.parameters(), *value_head.parameters()]:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    policy, head = copy.deepcopy(ours.model), copy.deepcopy(ours.value_head)
+    policy, head = copy.deepcopy(ours.model), copy.deepcopy(value_head)
     metrics = trainer.train()[0]
 
     rollout = trainer.last_rollout
@@ -189,13 +190,16 @@ def test_only_adapters_and_value_head_train_and_the_reference_never_does(
 ) -> None:
     adapted, whole = make_trainer(use_peft=True), make_trainer()
     before = {name: p.clone() for name, p in adapted._policy.named_parameters()}
+    critic = adapted.learner.critic
+    assert not critic.value_head.weight.any()  # values start at exactly 0
     with whole._reference.model() as frozen:
         reference_before = {name: p.clone() for name, p in frozen.named_parameters()}
     policy_before = {name: p.clone() for name, p in whole._policy.named_parameters()}
     adapted.train()
     whole.train()
     changed = {name for name, p in adapted._policy.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {name for name in before if "lora_" in name or name.startswith("value_head")}
+    assert changed == {name for name in before if "lora_" in name}
+    assert critic.value_head.weight.any()
     with whole._reference.model() as frozen:
         assert all(torch.equal(p, reference_before[name]) for name, p in frozen.named_parameters())
     assert all(not torch.equal(p, policy_before[name]) for name, p in whole._policy.named_parameters())
@@ -281,10 +285,9 @@ def test_every_pass_over_the_prompts_is_a_new_permutation(make_trainer: Callable
 @pytest.mark.parametrize(
     ("returned", "sentence"),
     [
-        ([1.0], "returned 1 rewards for 6 responses"),
+        ([1.0], "returned 1 rewards for"),
         (3.0, "must return one number per response, but it returned a float"),
-        ([math.nan] * 6, "instead of a finite number for sample 0"),
-        (["good"] * 6, "instead of a finite number for sample 0"),
+        (["good"] * 6, "instead of a number for sample 0"),
     ],
 )
 def test_a_bad_reward_function_is_a_users_mistake(

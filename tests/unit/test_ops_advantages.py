@@ -1,7 +1,7 @@
 import torch
 from torch.testing import assert_close
 
-from deep_rlhf.ops.advantages import gae, leave_one_out, token_rewards
+from deep_rlhf.ops.advantages import gae, group_mean_std, leave_one_out, token_rewards
 
 NAN = float("nan")
 
@@ -93,3 +93,13 @@ def test_leave_one_out_with_three_others() -> None:
     baseline, std = leave_one_out(torch.tensor([9.0, 1.0, 2.0, 6.0]), torch.zeros(4, dtype=torch.long))
     assert_close(baseline[0], torch.tensor(3.0))
     assert_close(std[0], torch.tensor(7.0**0.5))
+
+
+def test_group_mean_and_std_include_the_sample_itself() -> None:
+    # group 7: 1, 2, 6, mean 3, squared distances 4 + 1 + 9 = 14; group 3: 4, 10; group 5: 8 alone
+    rewards = torch.tensor([1.0, 4.0, 2.0, 8.0, 10.0, 6.0])
+    group = torch.tensor([7, 3, 7, 5, 3, 7])
+    mean, std = group_mean_std(rewards, group)
+    assert_close(mean, torch.tensor([3.0, 7.0, 3.0, 8.0, 7.0, 3.0]))
+    # √(14/2), √(18/1), 0
+    assert_close(std, torch.tensor([2.6457513, 4.2426407, 2.6457513, 0.0, 4.2426407, 2.6457513]))

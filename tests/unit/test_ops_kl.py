@@ -26,6 +26,20 @@ def test_estimators(kind: str, expected: list[float]) -> None:
     assert_close(kl_estimate(LOGPROBS, REF_LOGPROBS, kind), torch.tensor(expected))
 
 
+@pytest.mark.parametrize(("kind", "other_name"), [("kl", "k1"), ("mse", "k2")])
+def test_two_estimators_have_two_names(kind: str, other_name: str) -> None:
+    clamps = {"input_clamp": 2.0, "output_clamp": 0.75}
+    assert_close(kl_estimate(LOGPROBS, REF_LOGPROBS, other_name), kl_estimate(LOGPROBS, REF_LOGPROBS, kind))
+    assert_close(
+        kl_estimate(LOGPROBS, REF_LOGPROBS, other_name, **clamps), kl_estimate(LOGPROBS, REF_LOGPROBS, kind, **clamps)
+    )
+
+
+def test_the_full_kl_is_no_estimate() -> None:
+    with pytest.raises(ValueError, match="kl_full"):
+        kl_estimate(LOGPROBS, REF_LOGPROBS, "full")
+
+
 def test_the_plain_difference_is_the_default() -> None:
     assert_close(kl_estimate(LOGPROBS, REF_LOGPROBS), torch.tensor([1.0, 0.0, -1.0, 3.0]))
 
@@ -89,6 +103,13 @@ def test_full_kl_sums_over_the_vocabulary() -> None:
     assert_close(kl_full(policy, reference), torch.tensor([[0.1438410, 0.0]]))
     # the other way round: ¼ ln ½ + ¾ ln 1.5 = −0.1732868 + 0.3040988
     assert_close(kl_full(reference, policy), torch.tensor([[0.1308120, 0.0]]))
+
+
+def test_a_token_the_policy_never_draws_adds_nothing_to_the_full_kl() -> None:
+    # suppressed in both: ½ ln(½ / ¼) + ½ ln(½ / ¾); in the policy alone: ln(1 / ½); in the reference alone: infinite
+    policy = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.5, 0.25, 0.25]]).log()
+    reference = torch.tensor([[0.25, 0.75, 0.0], [0.5, 0.25, 0.25], [0.5, 0.5, 0.0]]).log()
+    assert_close(kl_full(policy, reference), torch.tensor([0.1438410, 0.6931472, math.inf]))
 
 
 def test_estimators_agree_with_the_full_kl_in_expectation() -> None:

@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from deep_rlhf.ops.logprobs import chunked_token_logprobs, entropy, token_logprobs
+from deep_rlhf.ops.logprobs import (
+    chunked_kl_full,
+    chunked_logprobs_and_entropy,
+    chunked_token_logprobs,
+    entropy,
+    token_logprobs,
+)
 
 LN2, LN3 = math.log(2), math.log(3)
 # softmax: (½, ¼, ¼), (¾, ¼, 0 to float precision), and the first one shifted by a constant
@@ -78,6 +84,70 @@ def test_chunks_change_neither_value_nor_gradient(chunk_size: int, temperature: 
     assert_close(chunked, plain, rtol=0, atol=1e-6)
     for gradient, wanted in zip(gradients, expected, strict=True):
         assert_close(gradient, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunks_change_neither_the_entropy_nor_its_gradient(chunk_size: int, temperature: float) -> None:
+    hidden, head, ids = _hidden_head_and_ids()
+    weights = torch.linspace(-1, 2, 14).split(7)
+
+    def gradients(logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, ...]:
+        loss = (weights[0] * logprobs).sum() + (weights[1] * entropies).sum()
+        return torch.autograd.grad(loss, [hidden, head.weight, head.bias])
+
+    logits = head(hidden)
+    plain = (token_logprobs(logits, ids, temperature), entropy(logits, temperature))
+    chunked = chunked_logprobs_and_entropy(hidden, head, ids, temperature=temperature, chunk_size=chunk_size)
+    for actual, wanted in zip([*chunked, *gradients(*chunked)], [*plain, *gradients(*plain)], strict=True):
+        assert_close(actual, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_logprobs_and_entropy_share_their_chunks_of_logits(training: bool) -> None:
+    hidden, linear, ids = _hidden_head_and_ids()
+    rows = []
+
+    def head(states: Tensor) -> Tensor:
+        rows.append(len(states))
+        return linear(states)
+
+    with torch.set_grad_enabled(training):
+        logprobs, entropies = chunked_logprobs_and_entropy(hidden, head, ids, chunk_size=3)
+    assert rows == [3, 3, 1]
+    assert logprobs.requires_grad == entropies.requires_grad == training
+
+
+def test_the_full_kl_of_two_models_by_hand() -> None:
+    # the states are the logits. Policy (½, ½, –) against (¼, ¾, –): ½ ln 2 − ½ ln 1.5; (½, ¼, ¼) against itself
+    suppressed = -math.inf
+    logits = torch.tensor([[1.0, 1.0, suppressed], [LN2, 0.0, 0.0]])
+    ref_logits = torch.tensor([[0.0, LN3, suppressed], [LN2 + 5, 5.0, 5.0]])
+    identity = torch.nn.Identity()
+    for chunk_size in (1, 2, 100):
+        kl = chunked_kl_full(logits, identity, ref_logits, identity, chunk_size=chunk_size)
+        assert_close(kl, torch.tensor([0.1438410, 0.0]))
+    # at T = ½ the reference is (1, 9)/10: ½ ln 5 + ½ ln(5/9)
+    kl = chunked_kl_full(logits, identity, ref_logits, identity, temperature=0.5)
+    assert_close(kl, torch.tensor([0.5108256, 0.0]))
+    # at T = 2 the second model is (1, √3) / (1 + √3): ½ ln(½ / 0.3660254) + ½ ln(½ / 0.6339746), also the other way
+    kl = chunked_kl_full(ref_logits, identity, logits, identity, temperature=2.0)
+    assert_close(kl, torch.tensor([0.3660254 * math.log(2 * 0.3660254) + 0.6339746 * math.log(2 * 0.6339746), 0.0]))
+
+
+def test_the_full_kl_is_computed_in_float32_in_chunks_and_without_gradient() -> None:
+    hidden, linear, _ = _hidden_head_and_ids()
+    rows = []
+
+    def head(states: Tensor) -> Tensor:
+        rows.append(len(states))
+        return linear(states).bfloat16()
+
+    kl = chunked_kl_full(hidden, head, hidden, lambda states: linear(states).bfloat16() * 1, chunk_size=3)
+    assert rows == [3, 3, 1]
+    assert kl.dtype == torch.float32
+    assert not kl.requires_grad
+    assert_close(kl, torch.zeros(7), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])

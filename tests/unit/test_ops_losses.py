@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from deep_rlhf.ops.losses import explained_variance, policy_loss, reinforce_loss, value_loss
+from deep_rlhf.ops.losses import explained_variance, policy_loss, reinforce_loss, truncated_importance, value_loss
 
 NAN = float("nan")
 
@@ -100,6 +100,15 @@ def test_reinforce_loss() -> None:
     loss.sum().backward()
     assert_close(loss, torch.tensor([0.5, -1.0, 3.0]))
     assert_close(logprobs.grad, torch.tensor([-1.0, 1.0, -2.0]))
+
+
+def test_truncated_importance() -> None:
+    # ratios ½, 1, 2 and 8, of which the last is over the cap
+    logprobs = torch.tensor([-2 * math.log(2), -1.0, -1.0, 0.0], requires_grad=True)
+    sampler_logprobs = torch.tensor([-math.log(2), -1.0, -1.0 - math.log(2), -math.log(8)])
+    weights = truncated_importance(logprobs, sampler_logprobs, cap=3.0)
+    assert_close(weights, torch.tensor([0.5, 1.0, 2.0, 3.0]))
+    assert not weights.requires_grad
 
 
 # Returns 1, 2, 6: mean 3, variance (4 + 1 + 9)/2 = 7; entries outside the mask do not count.

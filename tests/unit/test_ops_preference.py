@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from deep_rlhf.ops.preference import bootstrap_weights, bradley_terry_loss
+from deep_rlhf.ops.preference import bootstrap_weights, bradley_terry_loss, dpo_loss
 
 LN3 = math.log(3)  # σ(ln 3) = ¾
 
@@ -109,3 +109,52 @@ def test_the_count_of_a_given_draw(monkeypatch: pytest.MonkeyPatch, uniform: flo
     digest = int(uniform * 2**64).to_bytes(8)
     monkeypatch.setattr(hashlib, "sha256", lambda _: SimpleNamespace(digest=lambda: digest))
     assert bootstrap_weights(["any"], 2).tolist() == [[count, count]]
+
+
+# β = ½. Answer a: log π/π_ref = −1 − (−1 − 2 ln 3) = 2 ln 3, so its reward is ln 3; b: −4 − (−4) = 0.
+ANSWERS = (torch.tensor([-1.0]), torch.tensor([-4.0]), torch.tensor([-1.0 - 2 * LN3]), torch.tensor([-4.0]))
+
+
+@pytest.mark.parametrize(
+    ("mu", "expected"),
+    [
+        (1.0, math.log(4 / 3)),  # σ(ln 3) = ¾
+        (0.0, math.log(4)),
+        (0.5, (math.log(4 / 3) + math.log(4)) / 2),
+    ],
+)
+def test_dpo_loss_by_hand(mu: float, expected: float) -> None:
+    loss, rewards_a, rewards_b = dpo_loss(*ANSWERS, torch.tensor([mu]), beta=0.5)
+    assert_close(loss, torch.tensor([expected]))
+    assert_close(rewards_a, torch.tensor([LN3]))
+    assert_close(rewards_b, torch.zeros(1))
+
+
+def test_dpo_loss_of_the_reference_itself_is_ln_2() -> None:
+    logprobs = torch.tensor([-3.0, -50.0])
+    loss, _, _ = dpo_loss(logprobs, 2 * logprobs, logprobs, 2 * logprobs, torch.tensor([1.0, 0.0]), beta=0.1)
+    assert_close(loss, torch.full((2,), math.log(2)))
+
+
+def test_dpo_rewards_of_b_count_against_its_reference() -> None:
+    # the mirror image of ANSWERS: b has the reward ln 3
+    a, b, ref_a, ref_b = ANSWERS
+    loss, rewards_a, rewards_b = dpo_loss(b, a, ref_b, ref_a, torch.tensor([1.0]), beta=0.5)
+    assert_close(loss, torch.tensor([math.log(4)]))
+    assert_close(rewards_a, torch.zeros(1))
+    assert_close(rewards_b, torch.tensor([LN3]))
+
+
+def test_dpo_gradient() -> None:
+    # by the chosen answer's log-probability: −β (1 − σ(ln 3)) = −½ · ¼; the rejected one's is its mirror image
+    a, b, ref_a, ref_b = ANSWERS
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    dpo_loss(a, b, ref_a, ref_b, torch.ones(1), beta=0.5)[0].sum().backward()
+    assert_close(a.grad, torch.tensor([-0.125]))
+    assert_close(b.grad, torch.tensor([0.125]))
+
+
+def test_dpo_label_noise() -> None:
+    # 0.9 · ¾ + 0.05 = 0.725
+    loss, _, _ = dpo_loss(*ANSWERS, torch.ones(1), beta=0.5, label_noise=0.1)
+    assert_close(loss, torch.tensor([-math.log(0.725)]))

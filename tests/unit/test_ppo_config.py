@@ -10,8 +10,9 @@ import pytest
 from deep_rlhf import PPOConfig, UserError
 
 GREATER_THAN_0 = [
-    *("max_prompt_length", "max_new_tokens", "temperature", "batch_size", "ppo_epochs", "learning_rate"),
-    *("max_grad_norm", "target", "horizon", "cliprange", "cliprange_value", "lora_r", "lora_alpha"),
+    *("max_prompt_length", "max_new_tokens", "temperature", "batch_size", "ppo_epochs", "learning_rate", "score_clip"),
+    *("max_grad_norm", "target", "horizon", "cliprange", "cliprange_value", "lora_r", "lora_alpha", "target_kl"),
+    *("reward_timeout", "missing_eos_penalty"),
 ]
 
 
@@ -21,12 +22,11 @@ GREATER_THAN_0 = [
         *(({name: 0}, f"{name} must be a number greater than 0, not 0.") for name in GREATER_THAN_0),
         *(({name: -1}, f"{name} must be a number greater than 0, not -1.") for name in GREATER_THAN_0),
         ({"learning_rate": float("nan")}, "learning_rate must be a number greater than 0, not nan."),
-        ({"steps": 0}, "steps must be at least 1, not 0."),
-        ({"mini_batch_size": -2}, "mini_batch_size must be at least 1, not -2."),
+        ({"steps": 0}, "steps must be 1 or more, not 0."),
+        ({"mini_batch_size": -2}, "mini_batch_size must be 1 or more, not -2."),
         ({"gamma": 1.01}, "gamma must lie between 0 and 1, not 1.01."),
         ({"lam": -0.1}, "lam must lie between 0 and 1, not -0.1."),
         ({"init_kl_coef": -0.1}, "init_kl_coef must be 0 or more, not -0.1."),
-        ({"log_with": "tensorboard"}, "log_with must be wandb or none, not tensorboard."),
         ({"vf_coef": -1}, "vf_coef must be 0 or more, not -1."),
     ],
 )

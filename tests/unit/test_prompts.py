@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from deep_rlhf.data.prompts import load_prompts
@@ -120,6 +121,28 @@ def test_mistakes_are_told_in_one_sentence(
         load_prompts(write(tmp_path, rows), **{"split": "train", **options})  # type: ignore[arg-type]
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_processes_are_for_data_sets_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_proc: int | None
+) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.write_text(json.dumps({"user": file.name}) + "\n")
+    asked: list[int | None] = []
+    load = datasets.load_dataset
+
+    def load_files(name: str, config: str | None, *, num_proc: int | None, **options: Any) -> datasets.Dataset:
+        asked.append(num_proc)
+        cache = str(tmp_path / "cache")
+        return load("json", data_files=[str(file) for file in files], split="train", num_proc=num_proc, cache_dir=cache)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_files)
+    assert load_prompts("org/prompts", split="train", num_proc=num_proc)[0] == ["a.jsonl", "b.jsonl"]
+    assert asked == [num_proc]
+    assert load_prompts(str(files[0]), split="train", num_proc=num_proc)[0] == ["a.jsonl"]
+    assert asked == [num_proc]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared real data is not beside this checkout")

@@ -22,6 +22,7 @@ def completions(prompts: list[list[int]], responses: list[list[int]], *, left: b
         sampler_logprobs=-response_ids / 100,
         entropy=response_ids / 10,
         finished=response_ids.eq(1).any(1),
+        group=prompt_ids.sum(1),
     )
 
 

@@ -21,7 +21,7 @@ from deep_rlhf.algorithms.reward import (
     pair_metrics,
     train_reward_model,
 )
-from deep_rlhf.models.reward import FunctionScorer, RewardModel, init_reward_head, load_scorer
+from deep_rlhf.models.reward import RewardModel, init_reward_head
 from deep_rlhf.types import Preference, UserError
 
 WORDS = 46  # in the tokenizer's vocabulary, with its special tokens
@@ -234,55 +234,6 @@ def test_what_is_no_reward_model_is_refused(make_model, tokenizer, tmp_path):
         RewardModel.load(tmp_path / "classes")
     with pytest.raises(UserError, match="nowhere"):
         RewardModel.load(tmp_path / "nowhere")
-
-
-# ---- functions
-
-
-def test_a_function_scores(tmp_path, monkeypatch):
-    (tmp_path / "my_length_reward.py").write_text(
-        "def words(prompts, responses):\n    return [len(r) for r in responses]\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    scores = load_scorer("python:my_length_reward:words").score(["a", "b"], ["cat", "bird"])
-    assert (scores.tolist(), scores.dtype) == ([[3.0], [4.0]], torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ("python:math", "python:module:function"),
-        ("python::sqrt", "python:module:function"),
-        ("python:no_such_module_here:f", "No module named"),
-        ("python:math:no_such_function", "no function 'no_such_function'"),
-        ("python:math:pi", "no function 'pi'"),
-    ],
-)
-def test_a_wrong_function_is_told(spec, words):
-    with pytest.raises(UserError, match=words):
-        load_scorer(spec)
-
-
-@pytest.mark.parametrize(
-    ("returned", "words"),
-    [
-        ([1.0], "1 rewards for 2 responses"),
-        (0.5, "returned a float"),
-        ([1.0, float("nan")], "sample 1: prompt 'q1', response 'r1'"),
-        ([1.0, math.inf], "sample 1"),
-        (["1.0", 1.0], "sample 0"),
-        ([None, 1.0], "sample 0"),
-        (torch.ones(2, 2), "sample 0"),
-    ],
-)
-def test_a_wrong_reward_is_told(returned, words):
-    with pytest.raises(UserError, match=words):
-        FunctionScorer(lambda prompts, responses: returned, "f").score(["q0", "q1"], ["r0", "r1"])
-
-
-def test_rewards_may_be_a_tensor():
-    scorer = FunctionScorer(lambda prompts, responses: torch.tensor([1.5, 2.5]), "f")
-    assert scorer.score(["", ""], ["", ""]).tolist() == [[1.5], [2.5]]
 
 
 # ---- the loss

@@ -31,6 +31,34 @@ def test_metrics_and_samples_are_lines_and_a_new_run_starts_afresh(tmp_path: Pat
     assert lines(again.path / "metrics.jsonl") == [{"step": 1.0}]
 
 
+def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for step in (1, 2, 3, 10):
+        run.add_metrics({"step": step, "loss": 1 / step})
+    run.add_samples([{"step": 2, "response": "línea\u2028una"}, {"step": 3, "response": "b"}])
+    write_summary(tmp_path / "summary.json", {})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')  # killed while it was written
+    again = RunDirectory(tmp_path, resume_from=2)
+    again.add_metrics({"step": 3, "loss": 0.5})
+    assert lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 0.5},
+        {"step": 3, "loss": 0.5},
+    ]
+    samples = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    assert samples == '{"step": 2, "response": "línea\u2028una"}\n'
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+
+
+def test_a_run_resumed_before_its_first_line_has_no_lines(tmp_path: Path) -> None:
+    again = RunDirectory(tmp_path / "new", resume_from=0)
+    assert list(again.path.iterdir()) == []
+    again.add_metrics({"step": 1})
+    RunDirectory(tmp_path / "new", resume_from=0)
+    assert (tmp_path / "new" / "metrics.jsonl").read_text() == ""
+
+
 def test_summary_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "summary.json"
     write_summary(path, {"seconds": 1.5, "text": "größer", "bad": -math.inf})

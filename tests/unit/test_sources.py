@@ -313,7 +313,7 @@ def test_hub_rows_know_their_place(hub: pytest.MonkeyPatch) -> None:
 
     hub.setattr(datasets, "load_dataset", load)
     rows, _ = read("org/prefs", split="test", config="french", data_dir="data")
-    assert asked == {"name": "org/prefs", "config": "french", "split": "test", "data_dir": "data"}
+    assert asked == {"name": "org/prefs", "config": "french", "split": "test", "data_dir": "data", "num_proc": None}
     assert [(row.where, row.values) for row in rows] == [
         ("org/prefs [test], row 1", ROWS[0]),
         ("org/prefs [test], row 2", ROWS[1]),

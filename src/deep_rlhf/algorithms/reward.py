@@ -5,8 +5,9 @@ bootstrap of the pairs; the reward of a text is one number, not a sum over steps
 """
 
 import copy
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,11 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
+from deep_rlhf.algorithms.resumable import ResumableTrainer
 from deep_rlhf.data.templates import get_template
 from deep_rlhf.models.adapters import add_lora, merged
 from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer
@@ -53,7 +54,8 @@ class RewardConfig(TrainingArguments):
     """Every flag of transformers.TrainingArguments, and those of the reward model.
 
     One epoch, for a second over-fits (Stiennon et al. 2020). Evaluated every `eval_steps` updates, `logging_steps` if
-    not given; the checkpoint with the lowest held-out loss is kept. Raises UserError for a value out of range.
+    not given; the checkpoint with the lowest held-out loss is kept. With save_strategy="best" there is a checkpoint
+    every ten minutes besides, for `resume`. Raises UserError for a value out of range.
     """
 
     output_dir: str = field(default="outputs/reward", metadata={"help": "Where the reward model is written."})
@@ -62,7 +64,10 @@ class RewardConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="best", metadata={"help": "When to save: no, steps, epoch or best."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "How many of the newest checkpoints to keep; the best are kept besides."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint in output_dir."})
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "Keep the best evaluated model, not the last."}
     )
@@ -95,12 +100,13 @@ class RewardConfig(TrainingArguments):
         resume = self.resume_from_checkpoint
         if isinstance(resume, str) and not Path(resume, "trainer_state.json").exists():
             raise UserError(f"--resume_from_checkpoint '{resume}' is no checkpoint: it has no trainer_state.json.")
+        if self.resume and (resume or self.save_only_model):
+            other = "--resume_from_checkpoint" if resume else "--save_only_model"
+            raise UserError(f"--resume does not go with {other}: leave out one of them.")
         if not 0.0 <= self.label_noise < 1.0:
             raise UserError(f"--label_noise is a share of the labels: at least 0 and below 1, not {self.label_noise}.")
         get_template(self.template)
         self.remove_unused_columns = False  # the collator reads columns that no model's forward names
-        if self.eval_strategy == "no" and self.save_strategy == "best":
-            self.save_strategy = "no"
         if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False
         super().__post_init__()
@@ -121,7 +127,7 @@ class RewardResult:
     mu: Tensor  # [N]
 
 
-class RewardTrainer(Trainer):
+class RewardTrainer(ResumableTrainer):
     """transformers.Trainer with the Bradley–Terry loss, averaged over the global number of pairs of an update."""
 
     def __init__(self, model: nn.Module, args: RewardConfig, *, pad_token_id: int, **options: Any) -> None:
@@ -179,13 +185,14 @@ def train_reward_model(
     eval_preferences: Sequence[Preference],
     *,
     trust_remote_code: bool = False,
+    run_flags: Mapping[str, Any] | None = None,
 ) -> RewardResult:
     """Fits a reward model to pairs and evaluates it on the held-out ones.
 
     model: a sequence classifier, by name or as an object, which is changed in place; a checkpoint that is none yet gets
     fresh heads. tokenizer: its own if None; a given object is copied. Pairs of which a side exceeds `max_length` tokens
-    are dropped and counted in the result's RowReports. Raises UserError for what cannot be opened, and when no pair is
-    left.
+    are dropped and counted in the result's RowReports. run_flags: what else the run depends on, compared with the rest
+    when it is resumed. Raises UserError for what cannot be opened, when no pair is left, and as ResumableTrainer does.
     """
     set_seed(config.seed)
     if tokenizer is None:
@@ -215,7 +222,9 @@ def train_reward_model(
         eval_dataset=[evaluated[row] for row in _by_length(evaluated)],
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.run_flags |= {"training pairs": _fingerprint(train), "held-out pairs": _fingerprint(held_out)}
+    trainer.run_flags |= run_flags or {}
+    trainer.train(resume_from_checkpoint=config.resume or config.resume_from_checkpoint)
 
     rewards = trainer.rewards(held_out)
     mu, longer = (torch.tensor([pair[name] for pair in held_out]) for name in ("labels", "longer"))
@@ -354,6 +363,16 @@ def _with_adapters(model: PreTrainedModel, config: RewardConfig) -> Any:
 def _by_length(features: Sequence[Features]) -> list[int]:
     """The order in which batches hold little padding."""
     return sorted(range(len(features)), key=lambda row: len(features[row]["input_ids"]))
+
+
+def _fingerprint(features: Sequence[Features]) -> str:
+    digest = hashlib.sha256()
+    for pair in features:
+        for name, value in sorted(pair.items()):
+            digest.update(
+                name.encode() + (value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
+            )
+    return f"{len(features)} with digest {digest.hexdigest()[:12]}"
 
 
 def _sample(features: list[Features], count: int, seed: int) -> list[Features]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 import yaml
 from rich.console import Console
@@ -49,6 +49,8 @@ class _Parser(HfArgumentParser):
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """As argparse's, but the help is taken as it reads: a % in it is a per cent sign."""
         options["help"] = (options.get("help") or "").replace("%%", "%").replace("%", "%%")
+        if get_origin(options.get("type")) is dict:
+            options["type"] = _mapping
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -111,6 +113,17 @@ def print_config(*configs: Any) -> None:
             if field.init and value != default:
                 table.add_row(field.name, escape(str(value)))
     Console().print("Settings that differ from the defaults:", table if table.row_count else "none", sep="\n")
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """A flag's value of names and values, as JSON."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected JSON like '{{\"name\": 1}}', not {text}")
+    return value
 
 
 def _known(parser: HfArgumentParser) -> list[str]:

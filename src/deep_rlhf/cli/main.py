@@ -12,7 +12,13 @@ COMMANDS = {
     "demo": "the whole way in a few minutes, in an embedded world: no network, no GPU",
     "reward": "train a reward model on preferences (also: python reward_modeling.py)",
     "ppo": "tune a policy against a reward (also: python ppo.py)",
+    "trpo": "the same by trust region policy optimisation",
+    "rloo": "the same by REINFORCE with leave-one-out baselines: no critic",
+    "grpo": "the same by group relative policy optimisation: no critic",
+    "reinforce_plus_plus": "the same by REINFORCE++: neither critic nor groups",
+    "dpo": "tune a policy on preferences directly: no reward model, no sampling",
 }
+ONLINE = ("ppo", "trpo", "rloo", "grpo", "reinforce_plus_plus")
 
 
 def main() -> None:
@@ -21,7 +27,7 @@ def main() -> None:
     if arguments[:1] in (["--version"], ["-V"]):
         sys.stdout.write(f"deep-rlhf {__version__}\n")
     elif not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<8}{what}" for name, what in COMMANDS.items()]
+        lines = [f"  {name:<21}{what}" for name, what in COMMANDS.items()]
         sys.stdout.write(
             "\n".join(["usage: deep-rlhf COMMAND [--flags]", "", *lines, "", "deep-rlhf COMMAND --help\n"])
         )
@@ -38,7 +44,10 @@ def run(command: str, argv: list[str] | None = None) -> None:
         if command not in COMMANDS:
             raise UserError(f"There is no command '{command}': choose one of {', '.join(COMMANDS)}.")
         import_module("deep_rlhf.cli.console").calm_libraries()
-        import_module(f"deep_rlhf.cli.{command}").main(argv)
+        if command in ONLINE:
+            import_module("deep_rlhf.cli.online").main(command, argv)
+        else:
+            import_module(f"deep_rlhf.cli.{command}").main(argv)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -4,12 +4,13 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from deep_rlhf.algorithms.reward import RewardConfig, RewardResult, train_reward_model
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
@@ -57,7 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     console.print(f"training pairs: {train_rows}\nheld-out pairs: {test_rows}", highlight=False, soft_wrap=True)
     config.report_to = usable_trackers(config.report_to, run_name=config.run_name or Path(config.output_dir).name)
     result = train_reward_model(
-        config, arguments.model_name_or_path, None, train, held_out, trust_remote_code=arguments.trust_remote_code
+        config,
+        arguments.model_name_or_path,
+        None,
+        train,
+        held_out,
+        trust_remote_code=arguments.trust_remote_code,
+        run_flags=asdict(arguments),
     )
     if not is_main:
         return
@@ -111,12 +118,18 @@ def after_training(read: RowReport, trained: RowReport) -> RowReport:
 
 def write(result: RewardResult, summary: dict[str, Any], arguments: RewardArguments, config: RewardConfig) -> None:
     """The model and, beside it, the resolved flags, what was logged, and the summary."""
-    result.model.save(config.output_dir)
-    run = RunDirectory(config.output_dir)
-    for row in result.history:
-        run.add_metrics(row)
-    save_config(run.path / "config.yaml", arguments, config)
-    write_summary(run.path / "summary.json", summary)
+    try:
+        result.model.save(config.output_dir)
+        run = RunDirectory(config.output_dir)
+        for row in result.history:
+            run.add_metrics(row)
+        save_config(run.path / "config.yaml", arguments, config)
+        write_summary(run.path / "summary.json", summary)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"The reward model could not be written to {config.output_dir} ({error}): make room, and give the same"
+            " command with --resume."
+        ) from error
 
 
 def table(summary: dict[str, Any], rows: dict[str, RowReport]) -> Table:

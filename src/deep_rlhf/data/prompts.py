@@ -19,16 +19,18 @@ def load_prompts(
     column: str | None = None,
     template: str = "plain",
     on_bad_rows: str = "error",
+    num_proc: int | None = None,
 ) -> tuple[list[str], RowReport]:
     """Return the different prompts of one split, whole and rendered, in their order, and what became of the rows.
 
     Taken from `column`, or from the first of prompt, query, text, user, instruction and messages that exists, or from
     preference data. Repeated and empty prompts are dropped and counted, and malformed rows with `on_bad_rows="skip"`.
+    A data set of the Hub is downloaded and prepared by `num_proc` processes; local files are read by this one.
     Raises UserError for anything malformed otherwise, for a column that does not exist, and if no row is left.
     """
     tally = Tally(on_bad_rows)
     rendering = get_template(template)
-    rows = list(read_rows(dataset_name, split=split, tally=tally, config=config))
+    rows = list(read_rows(dataset_name, split=split, tally=tally, config=config, num_proc=num_proc))
     prompts: dict[str, None] = {}
     if rows:
         prompt_of = _prompt_reader(rows, dataset_name, column, rendering)

@@ -72,17 +72,24 @@ def split_names(dataset_name: str, *, config: str | None = None, data_dir: str |
 
 
 def read_rows(
-    dataset_name: str, *, split: str, tally: Tally, config: str | None = None, data_dir: str | None = None
+    dataset_name: str,
+    *,
+    split: str,
+    tally: Tally,
+    config: str | None = None,
+    data_dir: str | None = None,
+    num_proc: int | None = None,
 ) -> Iterator[Row]:
     """Yield the rows of one split; bad ones go to `tally`.
 
     `dataset_name` is a local file (.jsonl, .json, .csv, .parquet, .txt; each also .gz), a folder of files called after
     their split (train.jsonl.gz, train-00000-of-00002.parquet), also in sub-folders, of which `data_dir` selects one, a
-    folder written by `save_to_disk`, or a name on the Hub. Raises UserError, with what exists, if there is none.
+    folder written by `save_to_disk`, or a name on the Hub, which `num_proc` processes download and prepare; local ones
+    are read by this process. Raises UserError, with what exists, if there is none.
     """
     path = _local_path(dataset_name)
     if path is None:
-        tables = [(f"{dataset_name} [{split}]", "", _hub_rows(dataset_name, split, config, data_dir))]
+        tables = [(f"{dataset_name} [{split}]", "", _hub_rows(dataset_name, split, config, data_dir, num_proc))]
     else:
         splits = _local_splits(path, config, data_dir)
         if split not in splits:
@@ -193,11 +200,11 @@ def _dataset_rows(data: Any) -> Iterator[Item]:
 # ---- the Hub
 
 
-def _hub_rows(name: str, split: str, config: str | None, data_dir: str | None) -> Iterator[Item]:
+def _hub_rows(name: str, split: str, config: str | None, data_dir: str | None, num_proc: int | None) -> Iterator[Item]:
     import datasets
 
     try:
-        data = datasets.load_dataset(name, config, split=split, data_dir=data_dir)
+        data = datasets.load_dataset(name, config, split=split, data_dir=data_dir, num_proc=num_proc)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(_explain(error, name, split, config, data_dir)) from error
     yield from _dataset_rows(data)

@@ -1,66 +1,35 @@
-"""The policy: a language model with a scalar value head on its own trunk.
+"""The policy: a language model whose logits are never materialised for a whole batch.
 
-One trunk serves both (as in Ziegler et al. 2019's successors and TRL ≤ 0.11): the value of a state is a linear read-out
-of the same hidden state that the next token is drawn from. Logits are never materialised for a whole batch: the trunk
-gives hidden states, and `head` turns as few of them as the caller likes into logits.
+The trunk gives hidden states, and `head` turns as few of them as the caller likes into logits.
 """
 
 import copy
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from deep_rlhf.models.adapters import merged
-from deep_rlhf.models.load import disable_dropout
-from deep_rlhf.ops.logprobs import chunked_token_logprobs
+from deep_rlhf.models.trunk import Trunk
+from deep_rlhf.ops.logprobs import chunked_kl_full, chunked_logprobs_and_entropy, chunked_token_logprobs
 from deep_rlhf.types import UserError
 
 LOGITS_AT_ONCE = 8_388_608  # 32 MB in float32; larger chunks were slower on a CPU (page faults), not faster
 
 
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions that count real tokens only: the exclusive cumulative sum of the mask [n, L] (Huang et al. 2024)."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-class Policy(nn.Module):
-    """A decoder-only or encoder-decoder language model (plain, or a peft model) and a value head that starts at 0."""
+class Policy(Trunk):
+    """A decoder-only or encoder-decoder language model, plain or with adapters."""
 
     def __init__(self, model: Any) -> None:
         """`model` is a transformers model or a peft.PeftModel around one; its dropout is switched off.
 
         Raises UserError if the model's logits are not those of its output embeddings, so no shortcut is ever wrong.
         """
-        super().__init__()
-        self.model = disable_dropout(model).eval()  # a few models read dropout from their configuration
-        self.is_adapted = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-        self.is_seq2seq: bool = bool(self.language_model.config.is_encoder_decoder)
-        embeddings = self.language_model.get_output_embeddings()
-        self.value_head = nn.Linear(embeddings.weight.shape[1], 1, device=embeddings.weight.device)
-        nn.init.zeros_(self.value_head.weight)  # Ziegler et al. 2019: values start at exactly 0
-        nn.init.zeros_(self.value_head.bias)
-        self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
+        super().__init__(model)
         self._check_head()
-
-    @property
-    def language_model(self) -> PreTrainedModel:
-        """The transformers model, with adapter layers inside if there are adapters."""
-        return self.model.get_base_model() if self.is_adapted else self.model
-
-    @property
-    def trunk(self) -> nn.Module:
-        """What turns (decoder) token ids into hidden states."""
-        model = self.language_model
-        return model.get_decoder() if self.is_seq2seq else model.base_model
-
-    @property
-    def device(self) -> torch.device:
-        return self.value_head.weight.device
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] -> logits [..., V], as the model's own forward computes them."""
@@ -73,62 +42,37 @@ class Policy(nn.Module):
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def encode(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
-        """Encoder states [n, P, H] of an encoder-decoder's prompts."""
-        encoder = self.language_model.get_encoder()
-        return encoder(input_ids=prompt_ids, attention_mask=prompt_mask.long()).last_hidden_state
-
-    def run_trunk(self, input_ids: Tensor, mask: Tensor, **extra: Any) -> Tensor:
-        """Hidden states [n, L, H] of the last L ids; `mask` covers cached tokens too."""
-        if self._takes_positions and not self.is_seq2seq:
-            extra["position_ids"] = position_ids(mask)[:, -input_ids.shape[1] :]
-        return self.trunk(input_ids=input_ids, attention_mask=mask.long(), **extra).last_hidden_state
-
-    def start_ids(self, count: int) -> Tensor:
-        """[count, 1]: the token an encoder-decoder's responses begin after."""
-        start = self.language_model.config.decoder_start_token_id
-        return torch.full((count, 1), start, dtype=torch.int64, device=self.device)
-
-    def states(self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor) -> Tensor:
-        """The hidden state before each response token, teacher-forced.
-
-        prompt_ids, prompt_mask [n, P]; response_ids, response_mask [n, R] -> [n, R, H].
-        """
-        previous_ids, previous_mask = response_ids[:, :-1], response_mask[:, :-1]
-        if self.is_seq2seq:
-            start = self.start_ids(len(prompt_ids))
-            return self.run_trunk(
-                torch.cat([start, previous_ids], 1),
-                torch.cat([torch.ones_like(start, dtype=torch.bool), previous_mask], 1),
-                encoder_hidden_states=self.encode(prompt_ids, prompt_mask),
-                encoder_attention_mask=prompt_mask.long(),
-                use_cache=False,
-            )
-        input_ids = torch.cat([prompt_ids, previous_ids], 1)
-        hidden = self.run_trunk(input_ids, torch.cat([prompt_mask, previous_mask], 1), use_cache=False)
-        return hidden[:, prompt_ids.shape[1] - 1 :]
-
-    def values(self, states: Tensor) -> Tensor:
-        """Value of each state [..., H] -> [...]."""
-        return self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
-
     def logprobs(self, states: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float) -> Tensor:
         """log π(token | state) [n, R] in nats for the real tokens, 0 elsewhere; logits are divided by `temperature`."""
-        vocabulary = self.language_model.get_output_embeddings().weight.shape[0]
         real = chunked_token_logprobs(
             states[response_mask],
             self.head,
             response_ids[response_mask],
             temperature=temperature,
-            chunk_size=max(1, LOGITS_AT_ONCE // vocabulary),
+            chunk_size=self.chunk_size,
         )
-        return torch.zeros(response_mask.shape, device=real.device).masked_scatter(response_mask, real)
+        return _scattered(real, response_mask)
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+    def logprobs_and_entropy(
+        self, states: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """`logprobs`, and the entropy [n, R] in nats of the distribution each token is drawn from."""
+        logprobs, entropy = chunked_logprobs_and_entropy(
+            states[response_mask],
+            self.head,
+            response_ids[response_mask],
+            temperature=temperature,
+            chunk_size=self.chunk_size,
+        )
+        return _scattered(logprobs, response_mask), _scattered(entropy, response_mask)
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens whose logits are held at once."""
+        return max(1, LOGITS_AT_ONCE // self.language_model.get_output_embeddings().weight.shape[0])
 
     def plain_model(self) -> PreTrainedModel:
-        """The language model as plain transformers saves and opens it: adapters merged in, no value head."""
+        """The language model as plain transformers saves and opens it: adapters merged in."""
         return merged(self.model) if self.is_adapted else self.model
 
     @torch.no_grad()
@@ -171,3 +115,26 @@ class Reference:
                     yield self._policy
             else:
                 yield self._policy
+
+    @torch.no_grad()
+    def kl(
+        self, policy: Policy, states: Tensor, ref_states: Tensor, response_mask: Tensor, temperature: float
+    ) -> Tensor:
+        """Exact KL(policy ‖ reference) in nats of each response token's distribution, [n, R], 0 outside the mask.
+
+        states and ref_states [n, R, H] are those of policy and reference; adapters do not reach the head.
+        """
+        real = chunked_kl_full(
+            states[response_mask],
+            policy.head,
+            ref_states[response_mask],
+            self._policy.head,
+            temperature=temperature,
+            chunk_size=policy.chunk_size,
+        )
+        return _scattered(real, response_mask)
+
+
+def _scattered(real: Tensor, mask: Tensor) -> Tensor:
+    """Values [M] of the real tokens put back in their places [n, R], 0 elsewhere."""
+    return torch.zeros(mask.shape, device=real.device).masked_scatter(mask, real)

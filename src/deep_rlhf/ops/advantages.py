@@ -48,3 +48,15 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     baseline = others @ rewards / count.clamp(min=1)
     squared = (rewards.unsqueeze(0) - baseline.unsqueeze(1)) ** 2
     return baseline, ((others * squared).sum(1) / (count - 1).clamp(min=1)).sqrt()
+
+
+def group_mean_std(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of each sample's whole group, itself included (GRPO; Shao et al. 2024).
+
+    rewards [N], group [N] ids -> (mean [N], std [N]); std is 0 in a group of one.
+    """
+    same = (group.unsqueeze(0) == group.unsqueeze(1)).to(rewards.dtype)
+    count = same.sum(1)
+    mean = same @ rewards / count
+    squared = (rewards - mean) ** 2
+    return mean, (same @ squared / (count - 1).clamp(min=1)).sqrt()

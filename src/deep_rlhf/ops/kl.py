@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-KLPenalty = Literal["kl", "abs", "mse", "k3"]
+KLPenalty = Literal["kl", "abs", "mse", "full", "k1", "k2", "k3"]
 
 
 def kl_estimate(
@@ -18,29 +18,37 @@ def kl_estimate(
 ) -> Tensor:
     """Estimates KL(policy ‖ reference) per token from samples of the policy; any shape, nats.
 
-    With d = log π − log π_ref: `kl` d (k1), `abs` |d|, `mse` ½d² (k2), `k3` e^−d − 1 + d (Schulman 2020,
+    With d = log π − log π_ref: `kl` or `k1` d, `abs` |d|, `mse` or `k2` ½d², `k3` e^−d − 1 + d (Schulman 2020,
     "Approximating KL divergence"). k1 is unbiased and may be negative; k3 is unbiased and never is. The clamps bound
-    |d| and the result; a clamped entry has no gradient.
+    |d| and the result; a clamped entry has no gradient. Raises ValueError for `full`, which is no estimate: `kl_full`.
     """
     difference = logprobs - ref_logprobs
     if input_clamp is not None:
         difference = difference.clamp(-input_clamp, input_clamp)
-    if kind == "kl":
+    if kind in ("kl", "k1"):
         estimate = difference
     elif kind == "abs":
         estimate = difference.abs()
-    elif kind == "mse":
+    elif kind in ("mse", "k2"):
         estimate = 0.5 * difference**2
     elif kind == "k3":
         estimate = torch.exp(-difference) - 1 + difference
+    elif kind == "full":
+        raise ValueError("the full KL is no estimate from samples: kl_full computes it from whole distributions")
     else:
-        raise ValueError(f"unknown KL estimator {kind!r}: choose kl, abs, mse or k3")
+        raise ValueError(f"unknown KL estimator {kind!r}: choose kl (k1), abs, mse (k2) or k3")
     return estimate if output_clamp is None else estimate.clamp(-output_clamp, output_clamp)
 
 
 def kl_full(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Exact KL(policy ‖ reference) from both full (finite) log-distributions [..., V] -> [...] in nats."""
-    return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+    """Exact KL(policy ‖ reference) from both full log-distributions [..., V] -> [...] in nats.
+
+    A token that the policy never draws (−inf) adds nothing, whatever the reference says of it.
+    """
+    probabilities = logprobs.exp()
+    # −inf − (−inf) would be NaN
+    difference = torch.where(probabilities > 0, logprobs - ref_logprobs, torch.zeros_like(logprobs))
+    return (probabilities * difference).sum(-1)
 
 
 def adapted_kl_coef(coef: float, kl: float, *, target: float, horizon: float, samples: int) -> float:

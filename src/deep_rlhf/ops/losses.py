@@ -40,6 +40,16 @@ def reinforce_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
     return -advantages * logprobs
 
 
+def truncated_importance(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(π/μ, cap) per token, any one shape: what a policy gradient is multiplied by when μ drew the samples.
+
+    The sampler μ and the trainer π are the same weights in two implementations, whose log-probabilities differ by
+    rounding; `logprobs` are the trainer's from before the update, so no gradient flows through the weight (Yao et al.
+    2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training": truncated importance sampling).
+    """
+    return torch.exp(logprobs - sampler_logprobs).clamp(max=cap).detach()
+
+
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 − Var(R − V)/Var(R) over the mask: 1 for a perfect critic, 0 for the mean (and for constant returns)."""
     spread = masked_var(returns, mask)

@@ -34,6 +34,26 @@ def bradley_terry_loss(
     return -(mu * log_probability(difference - margin) + (1.0 - mu) * log_probability(-difference - margin))
 
 
+def dpo_loss(
+    logprobs_a: Tensor,
+    logprobs_b: Tensor,
+    ref_logprobs_a: Tensor,
+    ref_logprobs_b: Tensor,
+    mu: Tensor,
+    *,
+    beta: float,
+    label_noise: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Bradley–Terry loss of the implicit rewards r = β log(π/π_ref), per pair (Rafailov et al. 2023, eq. 7).
+
+    logprobs of whole answers (summed over their tokens) under policy and reference, all [N]; mu and label_noise as in
+    `bradley_terry_loss`. Returns (loss [N], rewards of a [N], rewards of b [N]).
+    """
+    rewards_a = beta * (logprobs_a - ref_logprobs_a)
+    rewards_b = beta * (logprobs_b - ref_logprobs_b)
+    return bradley_terry_loss(rewards_a, rewards_b, mu, label_noise=label_noise), rewards_a, rewards_b
+
+
 def bootstrap_weights(ids: Sequence[str], members: int) -> Tensor:
     """How often each ensemble member sees each pair: Poisson(1) counts [B, K], float32; all ones for one member.
 

@@ -1,14 +1,16 @@
-"""From prompts to a scored rollout: sample, decode, score the text, and look at it with policy and reference."""
+"""From prompts to a rollout: sample, decode, and look at each token with policy, reference and critic."""
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from deep_rlhf.data.batching import token_budget_batches
+from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.policy import Policy, Reference
+from deep_rlhf.ops.kl import KLPenalty, kl_estimate
 from deep_rlhf.rollout.records import select
 from deep_rlhf.rollout.sampler import Sampler
-from deep_rlhf.types import Completions, PromptBatch, Rollout, Scorer
+from deep_rlhf.types import Completions, PromptBatch, Rollout
 
 FORWARD_TOKENS = 8_192  # padded tokens in one forward pass
 
@@ -38,10 +40,12 @@ def complete(
     uniforms: Tensor,
     *,
     continues: bool = True,
+    group: Tensor | None = None,
 ) -> Completions:
     """One sampled response to each prompt, as ids and as text without special tokens.
 
-    `continues` is False for an encoder-decoder, whose response is a text of its own.
+    `continues` is False for an encoder-decoder, whose response is a text of its own. `group` [N] tells which responses
+    belong to one prompt; by default each stands alone.
     """
     sampled = sampler.sample(prompts, uniforms)
     response_ids = _real_ids(sampled.response_ids, sampled.response_mask)
@@ -57,27 +61,53 @@ def complete(
         sampler_logprobs=sampled.logprobs,
         entropy=sampled.entropy,
         finished=sampled.finished,
+        group=torch.arange(len(responses)) if group is None else group,
     )
 
 
 def collect(
-    completions: Completions, policy: Policy, reference: Reference, scorer: Scorer, temperature: float
+    completions: Completions,
+    policy: Policy,
+    reference: Reference,
+    scores: Tensor,
+    *,
+    temperature: float,
+    kl_penalty: KLPenalty = "kl",
+    critic: Critic | None = None,
+    max_rows: int | None = None,
 ) -> Rollout:
-    """Scores the text and adds log-probabilities of policy and reference and the policy's values; no gradients."""
-    scores = scorer.score(completions.prompts, completions.responses).to(policy.device)
+    """Adds what policy, reference and critic say of each token; no gradients.
+
+    scores [N, K] are the members' rewards of each response. `max_rows` bounds the responses in one forward pass.
+    """
     shape, device = completions.response_mask.shape, policy.device
-    logprobs, ref_logprobs, values = (torch.zeros(shape, device=device) for _ in range(3))
-    with torch.no_grad(), reference.model() as frozen:
-        _fill(completions, frozen, temperature, ref_logprobs, None)
-    with torch.no_grad():
-        _fill(completions, policy, temperature, logprobs, values)
+    logprobs, ref_logprobs, kl, values = (torch.zeros(shape, device=device) for _ in range(4))
+    for rows in token_batches(completions, torch.arange(shape[0], device=device), max_rows):
+        part = select(completions, rows)
+        ids, mask = part.response_ids, part.response_mask
+        width = ids.shape[1]
+        with torch.no_grad():
+            states = policy.states(part.prompt_ids, part.prompt_mask, ids, mask)
+            logprobs[rows, :width] = policy.logprobs(states, ids, mask, temperature)
+            if critic is not None:
+                values[rows, :width] = torch.where(mask, critic(part, states), 0.0)
+        with reference.model() as frozen:
+            ref_states = frozen.states(part.prompt_ids, part.prompt_mask, ids, mask)
+            ref_logprobs[rows, :width] = frozen.logprobs(ref_states, ids, mask, temperature)
+        if kl_penalty == "full":
+            kl[rows, :width] = reference.kl(policy, states, ref_states, mask, temperature)
+    if kl_penalty != "full":
+        kl = kl_estimate(logprobs, ref_logprobs, kl_penalty)
+    scores = scores.to(device)
     fields = {name: getattr(completions, name) for name in Completions.__dataclass_fields__}
     return Rollout(
         **fields,
         scores=scores.mean(1),
         score_std=scores.std(1) if scores.shape[1] > 1 else torch.zeros_like(scores[:, 0]),
+        shaped_scores=scores.mean(1),
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,
+        kl=kl,
         values=values,
     )
 
@@ -95,21 +125,9 @@ def _text_after(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], respo
     return tokenizer.decode(response_ids, skip_special_tokens=True)
 
 
-def token_batches(completions: Completions, rows: Tensor) -> list[Tensor]:
-    """`rows` cut into batches of like length that one forward pass takes at once."""
+def token_batches(completions: Completions, rows: Tensor, max_rows: int | None = None) -> list[Tensor]:
+    """`rows` cut into batches of like length, each of which one forward pass takes at once."""
     lengths = (completions.prompt_mask[rows].sum(1) + completions.response_mask[rows].sum(1)).tolist()
     batches = token_budget_batches(lengths, FORWARD_TOKENS)
-    return [rows[torch.tensor(batch, device=rows.device)] for batch in batches]
-
-
-def _fill(
-    completions: Completions, policy: Policy, temperature: float, logprobs: Tensor, values: Tensor | None
-) -> None:
-    everything = torch.arange(len(completions.response_mask), device=policy.device)
-    for rows in token_batches(completions, everything):
-        part = select(completions, rows)
-        states = policy.states(part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
-        width = part.response_ids.shape[1]
-        logprobs[rows, :width] = policy.logprobs(states, part.response_ids, part.response_mask, temperature)
-        if values is not None:
-            values[rows, :width] = torch.where(part.response_mask, policy.values(states), 0.0)
+    cut = [part for batch in batches for part in torch.tensor(batch, device=rows.device).split(max_rows or len(batch))]
+    return [rows[part] for part in cut]

@@ -8,12 +8,20 @@ from typing import Any
 
 
 class RunDirectory:
-    """`<output_dir>/{metrics.jsonl, samples.jsonl}`; a new run removes an earlier one's figures and report."""
+    """`<output_dir>/{metrics.jsonl, samples.jsonl}`; a new run removes an earlier one's figures and report.
 
-    def __init__(self, path: str | Path) -> None:
+    With `resume_from` it is the same run: the lines of the steps up to that one stay, for the others come again.
+    """
+
+    def __init__(self, path: str | Path, *, resume_from: int | None = None) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "report.html"):
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if resume_from is None:
+                (self.path / name).unlink(missing_ok=True)
+            elif (self.path / name).exists():
+                _keep_until(self.path / name, resume_from)
+        for name in ("summary.json", "report.html"):
             (self.path / name).unlink(missing_ok=True)
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
@@ -33,8 +41,21 @@ def write_summary(path: str | Path, summary: dict[str, Any]) -> None:
     """Writes `path` as JSON under a temporary name first, then renames it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(_finite(summary), indent=2, ensure_ascii=False) + "\n")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line.decode() for line in lines if line.endswith(b"\n")]  # a kill may have cut the last one
+    _replace(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_finite(summary), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -3,48 +3,72 @@
 import importlib.util
 import logging
 import os
+from collections.abc import Collection
+from typing import Any
 
+from accelerate.utils import LoggerType
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from deep_rlhf.types import UserError
 
 logger = logging.getLogger(__name__)
 
+TRAINER_TRACKERS = tuple(sorted(INTEGRATION_TO_CALLBACK))  # those of transformers.Trainer
+LOOP_TRACKERS = tuple(sorted(kind.value for kind in LoggerType if kind != LoggerType.ALL))  # those of Runtime
 
-def usable_trackers(names: list[str], *, run_name: str) -> list[str]:
+
+def usable_trackers(
+    names: list[str],
+    *,
+    run_name: str,
+    project: str | None = None,
+    tracker_kwargs: dict[str, dict[str, Any]] | None = None,
+    known: Collection[str] = TRAINER_TRACKERS,
+) -> list[str]:
     """Those of `names` that can be used, in order; a line in the log tells why another cannot.
 
-    A wandb run named `run_name` is started here, on the main process, because only starting it shows that it works.
-    Raises UserError for a name that is no tracker.
+    A wandb run named `run_name` of `project` (default: $WANDB_PROJECT, or deep-rlhf) is started here with its part of
+    `tracker_kwargs` ({tracker: arguments}), on the main process, because only starting it shows that it works.
+    Raises UserError for a name that is not `known`, and for `tracker_kwargs` of another form or that wandb refuses.
     """
     names = [name for name in names if name not in ("none", "")]
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise UserError(f"Unknown tracker '{name}': choose among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}.")
-    return [name for name in names if _is_usable(name, run_name)]
+    for name in (*names, *(tracker_kwargs or {})):
+        if name not in known:
+            raise UserError(f"Unknown tracker '{name}': choose among {', '.join(known)}.")
+    for name, arguments in (tracker_kwargs or {}).items():
+        if not isinstance(arguments, dict):
+            raise UserError(f"tracker_kwargs must hold a dict of arguments for {name}, not {arguments!r}.")
+    if project is None:
+        project = os.environ.get("WANDB_PROJECT", "deep-rlhf")
+    wandb_arguments = {"project": project, "name": run_name} | (tracker_kwargs or {}).get("wandb", {})
+    return [name for name in names if _is_usable(name, wandb_arguments)]
 
 
-def _is_usable(name: str, run_name: str) -> bool:
+def _is_usable(name: str, wandb_arguments: dict[str, Any]) -> bool:
     if importlib.util.find_spec(name) is None:
         logger.warning("%s is not installed (pip install %s): training goes on without it.", name, name)
         return False
-    return _started_wandb(run_name) if name == "wandb" else True
+    return _started_wandb(wandb_arguments) if name == "wandb" else True
 
 
-def _started_wandb(run_name: str) -> bool:
+def _started_wandb(arguments: dict[str, Any]) -> bool:
     try:
         import wandb
 
         if wandb.run is not None or os.environ.get("RANK", "0") != "0":
             return True
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+        mode = arguments.get("mode") or os.environ.get("WANDB_MODE", "online")
+        if mode == "online" and not wandb.login(prompt=False):
             logger.warning(
                 "wandb has no API key: training goes on without it (run `wandb login`, or set WANDB_MODE=offline to"
                 " keep a local record)."
             )
             return False
-        wandb.init(project=os.environ.get("WANDB_PROJECT", "deep-rlhf"), name=run_name)
+        wandb.init(**arguments)
     except Exception as error:  # half installed, no network, …: a tracker's trouble must not cost a training run
-        logger.warning("wandb could not start (%s): training goes on without it.", " ".join(str(error).split()))
+        reason = " ".join(str(error).split())
+        if isinstance(error, TypeError) and arguments.keys() - {"project", "name"}:
+            raise UserError(f"wandb refuses its part of tracker_kwargs: {reason}.") from error
+        logger.warning("wandb could not start (%s): training goes on without it.", reason)
         return False
     return True

@@ -1,33 +1,40 @@
-"""The `ppo` command: prompts and a reward in; a tuned policy, its metrics and a report out."""
+"""`deep-rlhf ppo` and its relatives: prompts and a reward in; a tuned policy, its metrics and a report out."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
 
-from deep_rlhf.algorithms.ppo import PPOTrainer
-from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.algorithms.online import OnlineTrainer
+from deep_rlhf.algorithms.online_config import OnlineConfig
 from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_config
 from deep_rlhf.data.prompts import load_prompts
 from deep_rlhf.evaluation.comparison import build_samples
 from deep_rlhf.evaluation.report import write_report
 from deep_rlhf.models.reward import RewardModel, load_scorer
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
-from deep_rlhf.types import RowReport, Scorer
+from deep_rlhf.types import RowReport, Scorer, UserError
 
 SHOWN_PROMPTS = 16  # answered before and after, for the report
 SAMPLES_PER_UPDATE = 4  # lines in samples.jsonl
 
+ALGORITHMS = {"ppo": "PPO", "trpo": "TRPO", "rloo": "RLOO", "grpo": "GRPO", "reinforce_plus_plus": "ReinforcePlusPlus"}
+
 console = Console()
+logger = logging.getLogger(__name__)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs PPO as the flags say."""
-    (config,) = parse_flags(argv, PPOConfig, prog="ppo.py", description=__doc__.split("\n")[0])
+def main(command: str, argv: list[str] | None = None) -> None:
+    """Runs the algorithm `command` as the flags say. Ctrl-C leaves a checkpoint and the policy as it is."""
+    config_class, trainer_class = algorithm(command)
+    (config,) = parse_flags(argv, config_class, prog=f"{command}.py", description=__doc__.split("\n")[0])
     start = time.perf_counter()
     output_dir = output_folder(config.output_dir or f"outputs/{config.exp_name}")
+    config = dataclasses.replace(config, output_dir=str(output_dir))
     scorer = load_scorer(config.reward_model, trust_remote_code=config.trust_remote_code)
     template = _template(config, scorer)
     prompts, rows = load_prompts(
@@ -37,28 +44,29 @@ def main(argv: list[str] | None = None) -> None:
         column=config.query_column,
         template=template,
         on_bad_rows=config.on_bad_rows,
+        num_proc=config.dataset_num_proc,
     )
-    trainer = PPOTrainer(config, prompts=prompts, reward=scorer)
+    trainer = trainer_class(config, prompts=prompts, reward=scorer)
     is_main = trainer.runtime.is_main
     if is_main:
         print_config(config)
         console.print(f"Prompts: {rows}.{_too_long(trainer.prompt_report)} Template: {template}.", highlight=False)
-    run = RunDirectory(output_dir) if is_main else None
+    run = RunDirectory(output_dir, resume_from=len(trainer.history) or None) if is_main else None
     if run:
-        resolved = dataclasses.replace(
-            config,
-            output_dir=str(output_dir),
-            template=template,
-            steps=trainer.updates * config.batch_size,
-            mini_batch_size=config.mini_batch_size or config.batch_size,
-        )
-        save_config(run.path / "config.yaml", resolved)
+        save_config(run.path / "config.yaml", _resolved(config, template, trainer))
     shown = trainer.prompts[:SHOWN_PROMPTS]
-    before = trainer.generate(shown, seed=config.seed)
+    before = trainer.generate(shown, seed=config.seed, reference=True)
     try:
         trainer.train(on_update=_recorder(trainer, run))
-    finally:  # whatever ends the training, what was learned so far is kept
-        trainer.save(output_dir / "model")
+    except BaseException as stop:  # whatever ends the training, what was learned so far is kept
+        if isinstance(stop, KeyboardInterrupt):
+            logger.info("Stopped after update %d of %d: go on with --resume.", len(trainer.history), trainer.updates)
+        try:
+            trainer.save(output_dir / "model")
+        except UserError as error:
+            logger.warning("%s", error)
+        raise
+    trainer.save(output_dir / "model")
     after = trainer.generate(shown, seed=config.seed)
     if run is None:
         return
@@ -75,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     write_summary(run.path / "summary.json", summary)
     report = write_report(
         run.path / "report.html",
-        title=f"PPO: {config.exp_name}",
+        title=f"{command}: {config.exp_name}",
         summary={"seconds": summary["seconds"]},
         history=trainer.history,
         samples=build_samples(shown, after, before=before, scores_after=scores_after, scores_before=scores_before),
@@ -87,7 +95,26 @@ def main(argv: list[str] | None = None) -> None:
         console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _template(config: PPOConfig, scorer: Scorer) -> str:
+def algorithm(command: str) -> tuple[type[OnlineConfig], type[OnlineTrainer]]:
+    """The settings and the trainer of a command."""
+    module = import_module(f"deep_rlhf.algorithms.{command}")
+    name = ALGORITHMS[command]
+    return getattr(module, f"{name}Config"), getattr(module, f"{name}Trainer")
+
+
+def _resolved(config: OnlineConfig, template: Any, trainer: OnlineTrainer) -> OnlineConfig:
+    """The settings as they turned out to be, to be run again; without what must stay secret."""
+    push = config.push_to_hub_if_best_kwargs or {}
+    return dataclasses.replace(
+        config,
+        template=template,
+        steps=trainer.updates * config.batch_size,
+        resume=False,
+        push_to_hub_if_best_kwargs={name: value for name, value in push.items() if name != "token"} or None,
+    )
+
+
+def _template(config: OnlineConfig, scorer: Scorer) -> str:
     """The prompts' template: as told, or the one the reward model was trained with, or none."""
     if config.template != "auto":
         return config.template
@@ -99,7 +126,7 @@ def _too_long(report: RowReport) -> str:
     return f" In tokens: {report}." if report.dropped else ""
 
 
-def _recorder(trainer: PPOTrainer, run: RunDirectory | None) -> Callable[[dict[str, float]], None]:
+def _recorder(trainer: OnlineTrainer, run: RunDirectory | None) -> Callable[[dict[str, float]], None]:
     def on_update(metrics: dict[str, float]) -> None:
         rollout = trainer.last_rollout
         if run is None or rollout is None:

@@ -1,0 +1,166 @@
+"""What an online run is made of, from its settings: models, reward, prompts, and what tells one run from another."""
+
+import dataclasses
+import hashlib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deep_rlhf.algorithms.online_config import OnlineConfig
+from deep_rlhf.models.adapters import add_lora
+from deep_rlhf.models.load import load_language_model, load_tokenizer
+from deep_rlhf.models.policy import Policy, Reference
+from deep_rlhf.models.reward import FunctionScorer, RewardModel, load_scorer
+from deep_rlhf.runtime.runtime import Runtime
+from deep_rlhf.runtime.trackers import LOOP_TRACKERS, usable_trackers
+from deep_rlhf.types import RowReport, Scorer, UserError
+
+
+def open_runtime(config: OnlineConfig) -> Runtime:
+    """The processes, with the trackers that can be used. Raises UserError if there are more of them than responses."""
+    trackers = usable_trackers(
+        [config.log_with or "none"],
+        run_name=config.exp_name,
+        project=config.tracker_project_name,
+        tracker_kwargs=config.tracker_kwargs,
+        known=LOOP_TRACKERS,
+    )
+    runtime = Runtime(trackers, project_kwargs=config.project_kwargs, accelerator_kwargs=config.accelerator_kwargs)
+    if config.batch_size < runtime.processes:
+        raise UserError(
+            f"batch_size={config.batch_size} gives some of the {runtime.processes} processes nothing to do: raise it."
+        )
+    return runtime
+
+
+def model_and_tokenizer(
+    model: PreTrainedModel | str | None, tokenizer: PreTrainedTokenizerBase | str | None, config: OnlineConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Both as objects; `config.model_name` stands in for a model, the model's name for a tokenizer."""
+    model = config.model_name if model is None else model
+    if tokenizer is None:
+        tokenizer = model if isinstance(model, str) else model.name_or_path or None
+    if tokenizer is None:
+        raise UserError("Give the trainer the model's tokenizer: this model object does not say where it came from.")
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer, trust_remote_code=config.trust_remote_code)
+    if isinstance(model, str):
+        model = load_language_model(model, seq2seq=config.use_seq2seq, trust_remote_code=config.trust_remote_code)
+    return model, tokenizer
+
+
+def open_policy(model: PreTrainedModel, config: OnlineConfig) -> Policy:
+    """The policy that is trained: all of `model`, or adapters on it."""
+    if config.use_peft:
+        task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+        model = add_lora(model, r=config.lora_r, alpha=config.lora_alpha, task_type=task_type)
+    policy = Policy(model)
+    if config.gradient_checkpointing:
+        policy.checkpoint_activations()
+    return policy
+
+
+def open_scorer(reward: Any, device: torch.device, config: OnlineConfig) -> Scorer:
+    """A Scorer from a Scorer, a function, or what `--reward_model` takes."""
+    if isinstance(reward, str):
+        reward = load_scorer(reward, trust_remote_code=config.trust_remote_code)
+    if isinstance(reward, RewardModel):
+        reward.model.to(device)
+    if not hasattr(reward, "score"):
+        reward = FunctionScorer(reward, getattr(reward, "__name__", "reward"))
+    if isinstance(reward, FunctionScorer):
+        reward.timeout = config.reward_timeout
+    return reward
+
+
+def longest_prompt(model: PreTrainedModel, config: OnlineConfig) -> int:
+    """The most tokens of a prompt: as told, or what the response leaves of the positions that the model knows."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return config.max_prompt_length
+    if config.max_new_tokens >= positions:
+        raise UserError(
+            f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in the {positions} positions of the"
+            " model: lower it."
+        )
+    return min(config.max_prompt_length, positions - config.max_new_tokens)
+
+
+def usable_prompts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[list[str], RowReport]:
+    """Prompts with 1 to `longest` tokens, and what became of the others."""
+    lengths = [len(row) for row in tokenizer(list(prompts)).input_ids] if len(prompts) else []
+    kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if 0 < length <= longest]
+    dropped = {"too long": sum(length > longest for length in lengths), "empty": lengths.count(0)}
+    if not kept:
+        raise UserError(
+            f"None of the {len(prompts)} prompts can be used ({dropped['too long']} have more than {longest} tokens, "
+            f"{dropped['empty']} are empty): raise max_prompt_length or give other prompts."
+        )
+    return kept, RowReport(read=len(prompts), kept=len(kept), dropped={k: v for k, v in dropped.items() if v})
+
+
+def count_updates(prompts: int, config: OnlineConfig) -> int:
+    """How many batches make up `config.steps` responses, or one pass over the prompts."""
+    if config.steps is None:
+        return max(1, prompts * config.samples_per_prompt // config.batch_size)
+    return -(-config.steps // config.batch_size)
+
+
+def run_identity(
+    config: OnlineConfig, prompts: Sequence[str], reference: Reference, *, without: Collection[str]
+) -> dict[str, Any]:
+    """Everything that decides what a run computes: its settings but for `without`, its prompts and where it starts.
+
+    Empty for a run without an output_dir, which nobody can continue.
+    """
+    if config.output_dir is None:
+        return {}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in without}
+    texts = hashlib.sha256("\0".join(prompts).encode(errors="surrogatepass")).hexdigest()[:16]
+    return {**settings, "prompts": texts, "weights of the reference": _fingerprint(reference)}
+
+
+def trainable_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Puts back what `trainable_tensors` took."""
+    parameters = dict(module.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
+
+
+def save_policy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, trust_remote_code: bool
+) -> None:
+    """Writes a plain transformers folder and opens it again to be sure it is whole. Raises UserError if it is not."""
+    try:
+        model.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"The policy could not be written to '{folder}': {reason}.") from error
+    seq2seq = model.config.is_encoder_decoder
+    reopened = load_language_model(str(folder), seq2seq=seq2seq, trust_remote_code=trust_remote_code).state_dict()
+    for name, weight in model.state_dict().items():
+        if not torch.equal(reopened[name], weight.cpu()):
+            raise UserError(f"The policy saved in '{folder}' differs from the trained one in '{name}': save it again.")
+
+
+def _fingerprint(reference: Reference) -> str:
+    digest = hashlib.sha256()
+    with reference.model() as frozen:
+        for name, parameter in frozen.named_parameters():
+            if "lora_" not in name:  # adapters are switched off in the reference
+                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

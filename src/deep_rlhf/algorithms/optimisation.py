@@ -1,0 +1,108 @@
+"""One optimiser step on some samples of an experience, the same for every algorithm that follows a gradient.
+
+Every process holds the whole experience (it is small) and computes its share of a minibatch in as many forward passes
+as fit. Losses are summed, divided by a global count and their gradients added up over the processes, so neither the
+cut into forward passes nor the number of processes changes anything. What is not finite never reaches the weights.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from deep_rlhf.algorithms.online_config import OnlineConfig
+from deep_rlhf.ops.masked import masked_sum
+from deep_rlhf.rollout.collect import token_batches
+from deep_rlhf.rollout.records import select
+from deep_rlhf.runtime.runtime import Runtime
+from deep_rlhf.types import Experience
+
+Losses = Callable[[Experience], tuple[Tensor, dict[str, Tensor]]]
+
+
+class NotFiniteError(Exception):
+    """A NaN or an infinity was met, before any weight changed; the message says where."""
+
+
+class Optimisation:
+    """AdamW with eps 1e-5 (Huang et al. 2024) and its schedule over the updates of a run."""
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        config: OnlineConfig,
+        runtime: Runtime,
+        *,
+        updates: int,
+        max_rows: int | None,
+    ) -> None:
+        """`max_rows` is the most samples in one forward pass, beside what its tokens allow."""
+        self.parameters = parameters
+        self.adam = torch.optim.AdamW(parameters, lr=config.learning_rate, eps=1e-5, weight_decay=0.0)
+        self.schedule = get_scheduler(config.lr_scheduler_type, self.adam, 0, updates)
+        self._max_grad_norm = config.max_grad_norm or float("inf")
+        self._runtime = runtime
+        self._max_rows = max_rows
+
+    def backward(
+        self, experience: Experience, minibatch: Tensor, losses: Losses, *, count: Tensor | None = None
+    ) -> dict[str, float]:
+        """Gradients of the loss of the samples `minibatch`; returns the means of what `losses` reports.
+
+        `losses(part)` gives the loss summed over the real tokens of `part`, and what is reported per token [n, R].
+        The sum is divided by `count`, by default the number of real tokens of the minibatch. Raises NotFiniteError.
+        """
+        tokens = experience.response_mask[minibatch].sum()
+        count = tokens if count is None else count
+        self.adam.zero_grad()
+        names: list[str] = []
+        sums = torch.zeros(0, device=tokens.device)
+        for rows in self._forward_passes(experience, minibatch):
+            part = select(experience, rows)
+            loss, reported = losses(part)
+            (loss / count).backward()
+            names = ["loss", *reported]
+            here = [
+                loss.detach(),
+                *(masked_sum(values.detach().float(), part.response_mask) for values in reported.values()),
+            ]
+            sums = torch.stack(here) + (sums if len(sums) else 0.0)
+        names = next(filter(None, self._runtime.gather(names)))  # a process without work does not know them
+        sums = self._runtime.sum(sums if len(sums) else torch.zeros(len(names), device=tokens.device))
+        means = dict(zip(names, (sums / tokens).tolist(), strict=True))
+        means["loss"] = float(sums[0] / count)
+        if not torch.isfinite(sums[0]):
+            raise NotFiniteError(f"the loss is {means['loss']}")
+        self._runtime.sum_gradients(self.parameters)
+        return means
+
+    def step(self) -> float:
+        """Follows the gradients, scaled down to max_grad_norm, and returns their norm. Raises NotFiniteError."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm))
+        if not norm < float("inf"):
+            raise NotFiniteError(f"the gradient's norm is {norm}")
+        self.adam.step()
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.schedule.get_last_lr()[0])
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a continuation needs, for `load_state`."""
+        return {"adam": self.adam.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.adam.load_state_dict(state["adam"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    def _forward_passes(self, experience: Experience, minibatch: Tensor) -> list[Tensor]:
+        own_share = self._runtime.share(minibatch)
+        return token_batches(experience, own_share, self._max_rows) if len(own_share) else []
+
+
+def minibatches(generator: torch.Generator, samples: int, size: int, device: torch.device) -> Iterator[Tensor]:
+    """A permutation of the samples, cut into minibatches of `size`."""
+    yield from torch.randperm(samples, generator=generator).to(device).split(size)

@@ -1,0 +1,86 @@
+"""REINFORCE with a leave-one-out baseline, RLOO (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
+
+A whole response y is one action, and the k responses to one prompt are each other's baseline:
+
+    ∇J = mean over i of (R_i − mean of R_j, j ≠ i) ∇log π(y_i),  R = score − β Σ_t KL_t,  log π(y) = Σ_t log π(y_t)
+
+Where it departs from the paper: the loss is PPO's clipped surrogate on the ratio π(y)/π_old(y) of whole responses. On
+samples of the policy as it is, which are all there are with the default one step per batch, its gradient is the one
+above; more passes or minibatches stay near the policy that sampled.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deep_rlhf.algorithms.critic_free import (
+    CriticFreeConfig,
+    CriticFreeLearner,
+    experience_from,
+    mean_of_steps,
+    policy_metrics,
+)
+from deep_rlhf.algorithms.online import OnlineTrainer
+from deep_rlhf.ops.advantages import leave_one_out, token_rewards
+from deep_rlhf.ops.losses import policy_loss
+from deep_rlhf.types import Experience, Rollout
+
+
+@dataclass(frozen=True)
+class RLOOConfig(CriticFreeConfig):
+    """What RLOO adds to the settings of every online algorithm. Raises UserError for values that cannot work."""
+
+    exp_name: str = field(default="rloo", metadata={"help": "the run's name"})
+    group_size: int = field(default=4, metadata={"help": "responses to each prompt; k in the paper"})
+
+    @property
+    def samples_per_prompt(self) -> int:
+        return self.group_size
+
+    def __post_init__(self) -> None:
+        self.check_range("group_size", least=2)
+        super().__post_init__()
+        self.check_kl_in_reward()
+
+
+class RLOO(CriticFreeLearner):
+    """The learner: what RLOO does with a rollout."""
+
+    config: RLOOConfig
+
+    def learn(self, rollout: Rollout, *, kl_coef: float, update: int) -> dict[str, float]:
+        """One update; returns means over the optimiser steps."""
+        experience = self.experience(rollout, kl_coef)
+        learning_rate = self.optimisation.learning_rate
+        steps = []
+        for minibatch in self.minibatches(update):
+            responses = torch.tensor(len(minibatch))
+            step = self.optimisation.backward(experience, minibatch, self._losses, count=responses)
+            steps.append({**step, "grad_norm": self.optimisation.step()})
+        self.optimisation.schedule.step()
+        return {"learning_rate": learning_rate, **mean_of_steps(steps)}
+
+    def experience(self, rollout: Rollout, kl_coef: float) -> Experience:
+        """Rewards and leave-one-out advantages; every token of a response has the advantage of the whole."""
+        rewards = token_rewards(rollout.shaped_scores, rollout.kl, rollout.response_mask, kl_coef)
+        returns = rewards.sum(1)
+        baseline, _ = leave_one_out(returns, rollout.group)
+        return experience_from(
+            rollout, rewards=rewards, advantages=(returns - baseline).unsqueeze(1), returns=returns.unsqueeze(1)
+        )
+
+    def _losses(self, part: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss summed over the responses of `part`, and what is reported of each token."""
+        logprobs = self.logprobs(part)
+        # the first token's advantage is the response's: there is no response without a token
+        losses, clipped = policy_loss(
+            logprobs.sum(1), part.logprobs.sum(1), part.advantages[:, 0], cliprange=self.config.cliprange
+        )
+        return losses.sum(), policy_metrics(logprobs, part.logprobs, clipped.unsqueeze(1))
+
+
+class RLOOTrainer(OnlineTrainer):
+    """`OnlineTrainer` with RLOO as its learner: `RLOOTrainer(config, prompts=…, reward=…).train()`."""
+
+    make_learner = RLOO

@@ -1,0 +1,207 @@
+"""Trust region policy optimisation of a language model against a reward on text (Schulman et al. 2015).
+
+The algorithm behind the robotics of Christiano et al. 2017. One update: advantages as in PPO; the direction F⁻¹g by
+conjugate gradient, where g is the gradient of the surrogate and F the Fisher matrix of the policy; the longest step
+along it that moves the policy by at most `max_kl`; and a line search that halves the step until the surrogate does
+improve and the KL does stay within bounds. If no step is acceptable, the old parameters are put back. Where it
+departs from the paper:
+- advantages come from a critic (GAE, Schulman et al. 2016), which is a model of its own: fitting it moves no policy;
+- surrogate and KL are means over the real tokens of all responses, so `max_kl` is in nats per token;
+- F v is computed on all tokens of the batch (the paper takes a tenth of them), by differentiating the KL twice;
+- `lr_scheduler_type` shrinks the trust region, too: without that the last steps would be as long as the first.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parameters_to_vector
+from transformers import PreTrainedTokenizerBase
+
+from deep_rlhf.algorithms.online import OnlineTrainer
+from deep_rlhf.algorithms.online_config import OnlineConfig
+from deep_rlhf.algorithms.online_setup import load_tensors, trainable_tensors
+from deep_rlhf.algorithms.optimisation import NotFiniteError, Optimisation
+from deep_rlhf.models.critic import make_critic
+from deep_rlhf.models.policy import Policy
+from deep_rlhf.ops.advantages import gae, token_rewards
+from deep_rlhf.ops.kl import kl_estimate, kl_full
+from deep_rlhf.ops.logprobs import chunked_kl_full
+from deep_rlhf.ops.losses import explained_variance, policy_loss, value_loss
+from deep_rlhf.ops.masked import masked_mean, masked_sum, whiten
+from deep_rlhf.ops.trust_region import backtracking, conjugate_gradient
+from deep_rlhf.rollout.collect import token_batches
+from deep_rlhf.rollout.records import select
+from deep_rlhf.runtime.runtime import Runtime
+from deep_rlhf.types import Experience, Rollout, Scorer, UserError
+
+CG_TOLERANCE = 1e-5  # of the residual relative to the target: float32 has no more to give
+
+
+@dataclass(frozen=True)
+class TRPOConfig(OnlineConfig):
+    """What TRPO adds to the settings of every online algorithm. Raises UserError for values that cannot work."""
+
+    exp_name: str = field(default="trpo", metadata={"help": "the run's name"})
+    learning_rate: float = field(default=1.41e-5, metadata={"help": "Adam's step size for the critic"})
+    max_kl: float = field(
+        default=0.01,
+        metadata={"help": "by how much one update may move the policy, nats per token; falls as learning_rate² does"},
+    )
+    cg_iterations: int = field(default=10, metadata={"help": "products with the Fisher matrix per update"})
+    cg_damping: float = field(default=0.1, metadata={"help": "what is added to the Fisher matrix's diagonal"})
+    line_search_steps: int = field(default=10, metadata={"help": "how often a step is tried, each half as long"})
+    value_epochs: int = field(default=5, metadata={"help": "steps of the critic per update, on the whole batch"})
+    gamma: float = field(default=1.0, metadata={"help": "discount"})
+    lam: float = field(default=0.95, metadata={"help": "lambda of generalised advantage estimation"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("max_kl", above=0)
+        self.check_range("cg_iterations", "line_search_steps", "value_epochs", least=1)
+        self.check_range("cg_damping", least=0)
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
+
+
+class TRPO:
+    """The learner: what TRPO does with a rollout."""
+
+    def __init__(
+        self,
+        config: TRPOConfig,
+        policy: Policy,
+        runtime: Runtime,
+        *,
+        updates: int,
+        scorer: Scorer,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.runtime = runtime
+        self.parameters = policy.trainable_parameters()
+        self.critic = make_critic("separate", policy, scorer, tokenizer)
+        if config.gradient_checkpointing and self.critic.own_trunk is not None:
+            self.critic.own_trunk.checkpoint_activations()
+        self.optimisation = Optimisation(
+            self.critic.trainable_parameters(), config, runtime, updates=updates, max_rows=config.forward_batch_size
+        )
+        frozen = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
+        self._old = copy.deepcopy(policy, frozen)  # shares what is never trained
+        self._old_parameters = self._old.trainable_parameters()
+        self._old.requires_grad_(False)
+
+    def learn(self, rollout: Rollout, *, kl_coef: float, update: int) -> dict[str, float]:
+        """One update: experience, a step of the policy within the trust region, then a few of the critic."""
+        experience = self.experience(rollout, kl_coef)
+        mask = experience.response_mask
+        metrics = {
+            "learning_rate": self.optimisation.learning_rate,
+            "value_mean": float(masked_mean(experience.values, mask)),
+            "explained_variance": float(explained_variance(experience.values, experience.returns, mask)),
+            **self._improve_policy(experience, kl_coef),
+            "value_loss": self._fit_critic(experience),
+        }
+        self.optimisation.schedule.step()
+        return metrics
+
+    def experience(self, rollout: Rollout, kl_coef: float) -> Experience:
+        """Rewards, advantages and returns of a rollout."""
+        config, mask = self.config, rollout.response_mask
+        rewards = token_rewards(rollout.shaped_scores, rollout.kl, mask, 0.0 if config.kl_in_loss else kl_coef)
+        advantages, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
+        fields = {field.name: getattr(rollout, field.name) for field in dataclasses.fields(Rollout)}
+        return Experience(**fields, rewards=rewards, advantages=whiten(advantages, mask), returns=returns)
+
+    def _improve_policy(self, experience: Experience, kl_coef: float) -> dict[str, float]:
+        """Takes the longest acceptable step along F⁻¹g, or none (eq. 14 and appendix C). Raises NotFiniteError."""
+        config = self.config
+        copy_tensors(self.parameters, self._old_parameters)
+        max_kl = config.max_kl * (self.optimisation.learning_rate / config.learning_rate) ** 2  # length ∝ √max_kl
+        old_loss, gradient = self._loss_and_gradient(experience, kl_coef)
+        if not torch.isfinite(gradient).all():
+            raise NotFiniteError("the gradient of the policy is not finite")
+
+        def product(vector: Tensor) -> Tensor:
+            return self.fisher_product(experience, vector) + config.cg_damping * vector
+
+        direction = conjugate_gradient(
+            product, -gradient, iterations=config.cg_iterations, tolerance=CG_TOLERANCE
+        )
+        curvature = float(direction @ product(direction))
+        if not math.isfinite(curvature):
+            raise NotFiniteError(f"the curvature along the policy's step is {curvature}")
+        step = direction * math.sqrt(2 * max_kl / curvature) if curvature > 0 else torch.zeros_like(direction)
+        start, after = parameters_to_vector(self._old_parameters), (old_loss, 0.0)
+
+        def evaluate(fraction: float) -> tuple[float, float]:
+            nonlocal after
+            copy_tensors(self._as_parameters(start + fraction * step), self.parameters)
+            after = self._loss_and_kl(experience, kl_coef)
+            return old_loss - after[0], after[1]
+
+        fraction = backtracking(evaluate, max_kl=max_kl, attempts=config.line_search_steps)
+        if fraction == 0:
+            copy_tensors(self._old_parameters, self.parameters)
+            after = (old_loss, 0.0)
+        return {
+            "policy_loss": after[0],
+            "approx_kl": after[1],
+            "max_kl": max_kl,
+            "grad_norm": float(gradient.norm()),
+            "step_fraction": fraction,
+        }
+
+    def fisher_product(self, experience: Experience, vector: Tensor) -> Tensor:
+        """F v [D] for v [D], the trainable weights as one vector: F is the mean over tokens of the KL's Hessian.
+
+        The KL is that from the policy as it is now, whose gradient is 0 here, so its Hessian is the Fisher matrix.
+        """
+        product = torch.zeros_like(vector)
+        directions = self._as_parameters(vector)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
+            for part in self._forward_passes(experience):
+                states = self._states(self.policy, part)
+                logprobs = (self.policy.head(states).float() / self.config.temperature).log_softmax(-1)
+                kl = kl_full(logprobs.detach(), logprobs).sum()
+                slopes = torch.autograd.grad(kl, self.parameters, create_graph=True, materialize_grads=True)
+                slope = torch.stack([(a * b).sum() for a, b in zip(slopes, directions, strict=True)]).sum()
+                product += _vector(torch.autograd.grad(slope, self.parameters, materialize_grads=True))
+        return self.runtime.sum(product) / experience.response_mask.sum()
+
+    def _loss_and_gradient(self, experience: Experience, kl_coef: float) -> tuple[float, Tensor]:
+        """The surrogate loss per token, and its gradient [D] as one vector."""
+        gradient = torch.zeros_like(parameters_to_vector(self._old_parameters))
+        total = torch.zeros((), device=gradient.device)
+        for part in self._forward_passes(experience):
+            loss = self._surrogate_loss(part, self._states(self.policy, part), kl_coef)
+            gradient += _vector(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
+            total += loss.detach()
+        tokens = experience.response_mask.sum()
+        return float(self.runtime.sum(total) / tokens), self.runtime.sum(gradient) / tokens
+
+    @torch.no_grad()
+    def _loss_and_kl(self, experience: Experience, kl_coef: float) -> tuple[float, float]:
+        """The surrogate loss per token of the policy as it is now, and the exact KL(old ‖ now) per token in nats."""
+        sums = torch.zeros(2, device=experience.scores.device)
+        for part in self._forward_passes(experience):
+            states, old_states = self._states(self.policy, part), self._states(self._old, part)
+            kl = chunked_kl_full(
+                old_states,
+                self._old.head,
+                states,
+                self.policy.head,
+                temperature=self.config.temperature,
+                chunk_size=self.policy.chunk_size,
+            )
+            sums += torch.stack([self._surrogate_loss(part, states, kl_coef), kl.sum()])
+        loss, mean_kl = (self.runtime.sum(sums) / experience.response_mask.sum()).tolist()
+        return loss, mean_kl

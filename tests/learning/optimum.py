@@ -1,0 +1,93 @@
+"""Tasks so small that the best policy is known: π* ∝ π₀ exp(r/β) over every response there is.
+
+16 tokens and responses of at most one or three of them, which may end early: at most 3,616 responses, each of which
+has its probability and its reward. That is the maximiser of E[r] − β KL(π ‖ π₀) (Ziegler et al. 2019, eq. 2), so an
+algorithm that is subtly wrong ends somewhere else.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WORDS = ["w" + letter for letter in "abcdefghijklm"]
+VOCABULARY = 3 + len(WORDS)
+PROMPT = "wa wb"
+EOS = 1
+SCALES = {0.1: 1.0, 0.5: 3.0, 1.0: 5.0}  # β: what the reward is multiplied by, so that each optimum lies far away
+SEEDS = (1, 2, 3)
+BOUNDS = {1: 0.02, 3: 0.05}  # on KL(π ‖ π*) in nats, by the longest response
+
+
+def reward_for(beta: float) -> Callable[[list[str], list[str]], list[float]]:
+    """The reward at which a KL coefficient is tested.
+
+    Later letters are better, and better still in order, so no position can be learned alone.
+    """
+
+    def reward(prompts: list[str], responses: list[str]) -> list[float]:
+        scores = []
+        for response in responses:
+            letters = [ord(word[1]) - ord("a") for word in response.split()]
+            rising = sum(a < b for a, b in itertools.pairwise(letters))
+            scores.append(SCALES[beta] * (sum(0.03 * letter - 0.18 for letter in letters) + 0.2 * rising))
+        return scores
+
+    return reward
+
+
+class Optimum:
+    """Every response of at most `length` tokens, and what the best policy makes of them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        length: int,
+        beta: float,
+    ) -> None:
+        """`model` is the reference, as it is now."""
+        self.tokenizer, self.length = tokenizer, length
+        self.responses = list(_responses(length))
+        texts = tokenizer.batch_decode(self.responses, skip_special_tokens=True)
+        rewards = torch.tensor(reward_for(beta)([PROMPT] * len(texts), texts), dtype=torch.float64)
+        self.log_optimum = (self.log_policy(model) + rewards / beta).log_softmax(0)
+
+    @torch.no_grad()
+    def log_policy(self, model: PreTrainedModel) -> Tensor:
+        """log-probability of each response, float64."""
+        prompt = self.tokenizer(PROMPT).input_ids
+        following: dict[tuple[int, ...], Tensor] = {}
+        for size in range(self.length):
+            prefixes = sorted({response[:size] for response in self.responses if len(response) > size})
+            rows = torch.tensor(prefixes, dtype=torch.int64).reshape(len(prefixes), size)
+            given = torch.tensor([prompt] * len(rows))
+            if model.config.is_encoder_decoder:
+                start = torch.full((len(rows), 1), model.config.decoder_start_token_id)
+                logits = model(input_ids=given, decoder_input_ids=torch.cat([start, rows], 1)).logits
+            else:
+                logits = model(input_ids=torch.cat([given, rows], 1)).logits
+            following |= dict(zip(prefixes, logits[:, -1].double().log_softmax(-1), strict=True))
+        return torch.stack([sum(following[r[:i]][r[i]] for i in range(len(r))) for r in self.responses])
+
+    def distance(self, model: PreTrainedModel) -> float:
+        """KL(π ‖ π*) in nats per response."""
+        log_policy = self.log_policy(model)
+        return float((log_policy.exp() * (log_policy - self.log_optimum)).sum())
+
+
+def _responses(length: int) -> itertools.chain[tuple[int, ...]]:
+    """All token sequences that end at their first EOS or after `length` tokens."""
+    going_on = [token for token in range(VOCABULARY) if token != EOS]
+    ended = [(*words, EOS) for size in range(length) for words in itertools.product(going_on, repeat=size)]
+    return itertools.chain(ended, itertools.product(going_on, repeat=length))
+
+
+def reference_model(make_model: Callable[..., Any], kind: str, seed: int) -> Any:
+    """A one-layer model with a distribution of its own."""
+    layers = {"gpt2": {"n_layer": 1}, "t5": {"num_layers": 1}}
+    return make_model(kind, seed=seed, spread=0.15, vocab_size=VOCABULARY, **layers[kind])

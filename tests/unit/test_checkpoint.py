@@ -1,0 +1,309 @@
+"""Checkpoints: what goes in comes out to the last bit, and no kill, full disk or torn file costs the previous one."""
+
+import json
+import logging
+import math
+import os
+import random
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from deep_rlhf.runtime import checkpoint
+from deep_rlhf.runtime.checkpoint import (
+    changed_flags,
+    latest_checkpoint,
+    random_states,
+    remove_checkpoints,
+    save_checkpoint,
+    set_random_states,
+)
+from deep_rlhf.types import UserError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def saved(folder: Path, state: dict[Any, Any]) -> dict[Any, Any]:
+    save_checkpoint(folder, 1, state)
+    read = latest_checkpoint(folder)
+    assert read is not None
+    assert (read.path, read.step) == (folder / "step-1", 1)
+    return read.state
+
+
+def in_a_process(act: Callable[[], Any]) -> int:
+    """How a forked process ends in which `act` runs: 0, minus a signal, or 2 after a UserError."""
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+        except UserError:
+            os._exit(2)
+        except BaseException:
+            os._exit(99)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
+    tree = {
+        "nothing": None,
+        "flags": [True, False, 0, 1, -(2**70)],
+        "floats": [0.1, -0.0, 1e-300, math.inf, -math.inf, math.pi],
+        "text": "größer\n\ud7ff",
+        3: {"tuple": (1, (2.0, "a"), [None]), 0: {}, -1: [], "1": ()},
+    }
+    read = saved(tmp_path / "deep" / "run", tree | {"nan": math.nan})
+    assert math.isnan(read.pop("nan"))
+    assert read == tree
+    assert repr(read) == repr(tree)  # True is not 1, -0.0 is not 0.0, and the order stays
+
+
+def test_tensors_of_every_kind_come_back(tmp_path: Path) -> None:
+    kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+    base = torch.arange(12.0) - 5
+    tensors = {
+        "kinds": [base.to(kind) for kind in kinds],
+        "scalar": torch.tensor(2.5, requires_grad=True),
+        "empty": [torch.empty(0), torch.empty(0, 3)],
+        "views": [base.view(3, 4).t(), base[2:5], base[4:8], base[::2]],
+        "special": torch.tensor([math.nan, -math.inf, -0.0]),
+    }
+    read = saved(tmp_path, tensors)
+    for name in ("kinds", "empty", "views"):
+        for before, after in zip(tensors[name], read[name], strict=True):
+            assert (after.dtype, after.shape) == (before.dtype, before.shape)
+            assert torch.equal(after, before)
+    assert torch.equal(read["scalar"], tensors["scalar"].detach())
+    assert read["special"].view(torch.int32).tolist() == tensors["special"].view(torch.int32).tolist()
+
+
+def test_tied_tensors_are_written_once(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.randn(100, 100))
+    read = saved(tmp_path, {"embedding": weight, "head": [weight.data]})
+    assert read["embedding"] is read["head"][0]
+    assert torch.equal(read["embedding"], weight)
+    assert (tmp_path / "step-1" / "state.safetensors").stat().st_size < 41_000
+
+
+def test_an_optimizer_goes_on_from_its_state(tmp_path: Path) -> None:
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(torch.rand(4, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = start()
+    step(model, optimizer)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_states()}
+    save_checkpoint(tmp_path, 1, state)
+    step(model, optimizer)
+    again, its_optimizer = start()
+    read = latest_checkpoint(tmp_path)
+    assert read is not None
+    again.load_state_dict(read.state["model"])
+    its_optimizer.load_state_dict(read.state["optimizer"])
+    set_random_states(read.state["random"])
+    step(again, its_optimizer)
+    assert torch.equal(again.weight, model.weight)
+
+
+def test_random_states_are_those_of_every_generator(tmp_path: Path) -> None:
+    def draw() -> list[Any]:
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(),
+            np.random.standard_normal(),
+            torch.rand(3).tolist(),
+        ]
+
+    draw()  # leaves half of a pair of normal numbers
+    states = saved(tmp_path, random_states())
+    first = draw()
+    assert draw() != first
+    set_random_states(states)
+    assert draw() == first
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object(), {(1, 2): 3}, {1.5: 2}])
+def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(TypeError, match="a checkpoint cannot hold"):
+        save_checkpoint(tmp_path, 1, {"a": [value]})
+    assert names(tmp_path) == []
+
+
+def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "none yet") is None
+    for step in (8, 9, 10):
+        assert save_checkpoint(tmp_path, step, {"step": step}) == tmp_path / f"step-{step}"
+    assert names(tmp_path) == ["step-10", "step-9"]
+    read = latest_checkpoint(tmp_path)
+    assert read is not None
+    assert (read.step, read.state) == (10, {"step": 10})
+    save_checkpoint(tmp_path, 10, {"step": "again"}, keep=1)
+    read = latest_checkpoint(tmp_path)
+    assert read is not None
+    assert read.state == {"step": "again"}
+    assert names(tmp_path) == ["step-10"]
+    save_checkpoint(tmp_path, 4, {})  # of a run that went back
+    assert names(tmp_path) == ["step-4"]
+    remove_checkpoints(tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("state.safetensors", lambda path: os.truncate(path, 100)),
+        ("state.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x7f")),
+        ("state.safetensors", Path.unlink),
+        ("state.json", lambda path: os.truncate(path, path.stat().st_size - 1)),
+        ("state.json", lambda path: path.write_text("{}")),
+        ("state.json", Path.unlink),
+    ],
+)
+def test_a_torn_checkpoint_is_skipped_with_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: Callable[[Path], Any]
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"weights": torch.full((64,), float(step))})
+    damage(tmp_path / "step-2" / file)
+    with caplog.at_level(logging.WARNING):
+        read = latest_checkpoint(tmp_path)
+    assert read is not None
+    assert read.step == 1
+    assert read.state["weights"].tolist() == [1.0] * 64
+    (line,) = caplog.messages
+    assert line.startswith(f"The checkpoint {tmp_path / 'step-2'} is skipped: it is torn (")
+
+
+STATE = {"weights": torch.arange(50_000.0)}
+PLACES = {
+    "write": "save_file",
+    "json": "file_digest",
+    "sync": "sync",
+    "rename": "os.rename",
+    "rotation": "_checkpoints",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, STATE | {"step": step})
+    original = checkpoint.save_file
+
+    def die(*arguments: Any) -> None:
+        if place == "write":  # half of the tensors are there
+            original(*arguments)
+            os.truncate(arguments[1], 100_000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(f"deep_rlhf.runtime.checkpoint.{PLACES[place]}", die)
+    assert in_a_process(lambda: save_checkpoint(tmp_path, 3, STATE | {"step": 3})) == -signal.SIGKILL
+    monkeypatch.undo()
+    read = latest_checkpoint(tmp_path)
+    assert read is not None
+    assert read.state["step"] == read.step == (3 if place == "rotation" else 2)
+    assert torch.equal(read.state["weights"], STATE["weights"])
+    assert caplog.messages == []  # nothing half written bears a checkpoint's name
+    save_checkpoint(tmp_path, 3, STATE | {"step": "again"})
+    assert names(tmp_path) == ["step-2", "step-3"]
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, 5, {"is": "old"}, keep=1)
+    rename = os.rename
+
+    def die_at_the_second(source: Path, target: Path) -> None:
+        if target.name == "step-5":
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", die_at_the_second)
+    assert in_a_process(lambda: save_checkpoint(tmp_path, 5, {"is": "new"}, keep=1)) == -signal.SIGKILL
+    monkeypatch.undo()
+    read = latest_checkpoint(tmp_path)
+    assert read is not None
+    assert (read.step, read.state) == (5, {"is": "old"})
+    save_checkpoint(tmp_path, 5, {"is": "new"}, keep=1)
+    assert names(tmp_path) == ["step-5"]
+
+
+@pytest.mark.parametrize("size", [1_000, 200_200])
+def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(tmp_path: Path, size: int) -> None:
+    """The kernel refuses to write beyond `size` bytes: of the tensors, or of the tree behind them."""
+    folder = tmp_path / "checkpoints"
+    state = STATE | {"long": "x" * 400_000}
+
+    def save_with_little_room(step: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        try:
+            save_checkpoint(folder, step, state)
+        except UserError as error:
+            os.write(log, str(error).encode())
+            raise
+
+    log = os.open(tmp_path / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    assert in_a_process(lambda: save_with_little_room(1)) == 2
+    assert names(folder) == []
+    said = (tmp_path / "log").read_text()
+    assert said.startswith(f"The checkpoint of step 1 could not be written to {folder} (")
+    assert "File too large" in said
+    assert said.endswith("there is no earlier checkpoint; make room, or choose another output_dir.")
+
+    save_checkpoint(folder, 1, state)
+    os.ftruncate(log, 0)
+    os.lseek(log, 0, os.SEEK_SET)
+    assert in_a_process(lambda: save_with_little_room(2)) == 2
+    os.close(log)
+    assert names(folder) == ["step-1"]
+    said = (tmp_path / "log").read_text()
+    assert said.endswith(f"the previous checkpoint {folder / 'step-1'} is intact; make room and go on with --resume.")
+    read = latest_checkpoint(folder)
+    assert read is not None
+    assert read.step == 1
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Not a directory"):
+        save_checkpoint(tmp_path / "file" / "checkpoints", 1, {})
+
+
+def test_changed_flags_are_named_unless_they_are_free() -> None:
+    began = {"learning_rate": 1e-5, "output_dir": "a", "seed": 0, "gone": "x", "betas": [0.9]}
+    now = {"learning_rate": 1e-3, "output_dir": "b", "seed": 0, "betas": [0.9], "new": None}
+    assert changed_flags(began, now, free={"output_dir", "gone"}) == (
+        "learning_rate (1e-05 when the run began, now 0.001)"
+    )
+    both = "gone ('x' when the run began, now None), learning_rate (1e-05 when the run began, now 0.001)"
+    assert changed_flags(began, now, free=["output_dir"]) == both
+    assert changed_flags(began, dict(began), free=()) == ""
+
+
+def test_the_tree_is_json_with_the_digest_of_the_tensors(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 7, {"a": torch.zeros(2), "b": (1,)})
+    content = json.loads((path / "state.json").read_text())
+    assert content["step"] == 7
+    assert content["sha256"] == checkpoint.file_digest(path / "state.safetensors")
+    assert content["state"] == {"dict": [["a", {"tensor": "0"}], ["b", {"tuple": [1]}]]}
+    assert names(path) == ["state.json", "state.safetensors"]

@@ -1,0 +1,247 @@
+"""A user's reward function: its numbers are passed on, and whatever it does wrong names the sample."""
+
+import logging
+import math
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deep_rlhf.models.reward import FunctionScorer, load_scorer
+from deep_rlhf.types import UserError
+
+PROMPTS = [f"q{row}" for row in range(6)]
+RESPONSES = [f"r{row}" for row in range(6)]
+
+
+def said_by(function: Callable[..., Any], rows: int = 6, **options: Any) -> str:
+    """What a user is told; the function is known as f."""
+    with pytest.raises(UserError) as caught:
+        FunctionScorer(function, "f", **options).score(PROMPTS[:rows], RESPONSES[:rows])
+    return str(caught.value)
+
+
+def failing(fails: Callable[[list[str]], bool], how: Callable[[], Any]) -> Callable[..., Any]:
+    """A reward of 1 for each response, unless `fails` says of the responses that `how` is to happen."""
+    return lambda prompts, responses: how() if fails(responses) else [1.0] * len(responses)
+
+
+def with_sample(row: int) -> Callable[[list[str]], bool]:
+    return lambda responses: f"r{row}" in responses
+
+
+def a_key_error() -> Any:
+    raise KeyError("user_id")
+
+
+def hang() -> Any:
+    threading.Event().wait()
+
+
+# ---- what is a reward
+
+
+def test_a_function_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_length_reward.py").write_text(
+        "def words(prompts, responses):\n    return [len(r) for r in responses]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    scores = load_scorer("python:my_length_reward:words").score(["a", "b"], ["cat", "bird"])
+    assert (scores.tolist(), scores.dtype) == ([[3.0], [4.0]], torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("python:math", "python:module:function"),
+        ("python::sqrt", "python:module:function"),
+        ("python:no_such_module_here:f", "No module named"),
+        ("python:math:no_such_function", "no function 'no_such_function'"),
+        ("python:math:pi", "no function 'pi'"),
+    ],
+)
+def test_a_wrong_function_is_told(spec: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_scorer(spec)
+
+
+@pytest.mark.parametrize(
+    "returned", [[1.5, 2], (1.5, 2), torch.tensor([1.5, 2.0]), np.array([1.5, 2.0]), (x for x in (1.5, 2))]
+)
+def test_rewards_are_any_iterable_of_numbers(returned: Any) -> None:
+    scorer = FunctionScorer(lambda prompts, responses: returned, "f")
+    assert scorer.score(["", ""], ["", ""]).tolist() == [[1.5], [2.0]]
+
+
+def test_rewards_that_are_not_finite_are_passed_on() -> None:
+    scores = FunctionScorer(lambda prompts, responses: [math.nan, math.inf, -math.inf], "f").score([""] * 3, [""] * 3)
+    assert scores[1:].tolist() == [[math.inf], [-math.inf]]
+    assert math.isnan(scores[0])
+
+
+def test_the_function_may_change_the_lists_it_gets() -> None:
+    prompts, responses = ["q"], ["r"]
+
+    def takes(prompts: list[str], responses: list[str]) -> list[float]:
+        return [float(len(prompts.pop() + responses.pop()))]
+
+    assert FunctionScorer(takes, "f").score(prompts, responses).tolist() == [[2.0]]
+    assert (prompts, responses) == (["q"], ["r"])
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_function_sees_the_callers_gradient_mode(gradients: bool) -> None:
+    scorer = FunctionScorer(lambda prompts, responses: [torch.is_grad_enabled()], "f")
+    with torch.set_grad_enabled(gradients):
+        assert scorer.score(["q"], ["r"]).item() == gradients
+
+
+# ---- what is none
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (["good", 1.0], "f returned 'good' instead of a number for sample 0: prompt 'q0', response 'r0'."),
+        (["1.0", 1.0], "f returned '1.0' instead of a number for sample 0: prompt 'q0', response 'r0'."),
+        ([1.0, None], "f returned None instead of a number for sample 1: prompt 'q1', response 'r1'."),
+        ([1.0, 1j], "f returned 1j instead of a number for sample 1: prompt 'q1', response 'r1'."),
+        (torch.ones(2, 2), "f returned tensor([1., 1.]) instead of a number for sample 0: prompt 'q0', response 'r0'."),
+    ],
+)
+def test_a_value_that_is_no_number(returned: Any, said: str) -> None:
+    assert said_by(lambda prompts, responses: returned, rows=2) == said
+
+
+def test_a_value_that_is_no_number_is_shortened() -> None:
+    for returned in (10**400, "1" + "0" * 400, torch.ones(30, 30)):  # the first is too large for a float
+        said = said_by(lambda prompts, responses, returned=returned: [returned], rows=1)
+        assert "… instead of a number for sample 0" in said
+        assert len(said) < 150
+        assert "\n" not in said
+
+
+@pytest.mark.parametrize("returned", [0.5, torch.tensor(0.5), None])
+def test_no_list_at_all(returned: Any) -> None:
+    kind = type(returned).__name__
+    assert said_by(lambda prompts, responses: returned) == (
+        f"f must return one number per response, but it returned a {kind} for 6 responses; sample 0 alone does the"
+        " same: prompt 'q0', response 'r0'."
+    )
+
+
+@pytest.mark.parametrize("row", range(6))
+def test_a_sample_that_raises(row: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert said_by(failing(with_sample(row), a_key_error)) == (
+            f"f raised KeyError: 'user_id' for 6 responses; sample {row} alone does the same: prompt 'q{row}', response"
+            f" 'r{row}'."
+        )
+    assert caplog.messages == ["f raised KeyError: 'user_id': looking for the sample by calling it on parts."]
+
+
+def test_a_single_sample_is_not_looked_for(caplog: pytest.LogCaptureFixture) -> None:
+    said = said_by(failing(with_sample(0), a_key_error), rows=1)
+    assert said == "f raised KeyError: 'user_id' for sample 0: prompt 'q0', response 'r0'."
+    assert caplog.messages == []
+
+
+def test_what_was_raised_is_the_cause() -> None:
+    with pytest.raises(UserError) as caught:
+        FunctionScorer(failing(with_sample(3), a_key_error), "f").score(PROMPTS, RESPONSES)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_generator_raises_like_a_function() -> None:
+    def lazily(prompts: list[str], responses: list[str]) -> Any:
+        return (1 / (response != "r2") for response in responses)
+
+    assert "raised ZeroDivisionError: division by zero for 6 responses; sample 2 alone" in said_by(lazily)
+
+
+def test_an_error_of_many_lines_and_a_long_sample_are_shortened() -> None:
+    def raising(prompts: list[str], responses: list[str]) -> Any:
+        raise ValueError("one\n  two")
+
+    with pytest.raises(UserError) as caught:
+        FunctionScorer(raising, "f").score(["q" * 100], ["r\n" * 100])
+    prompt, response = "q" * 60, r"r\n" * 30
+    assert (
+        str(caught.value) == f"f raised ValueError: one two for sample 0: prompt '{prompt}…', response '{response}…'."
+    )
+
+
+def test_a_sample_that_hangs() -> None:
+    assert said_by(failing(with_sample(4), hang), timeout=0.2) == (
+        "f did not return within 0.2 s for 6 responses; sample 4 alone does the same: prompt 'q4', response 'r4'."
+    )
+
+
+def test_a_timeout_that_the_function_raises_is_its_own() -> None:
+    def raising(prompts: list[str], responses: list[str]) -> Any:
+        raise TimeoutError("the judge is away")
+
+    assert said_by(raising, rows=1).startswith("f raised TimeoutError: the judge is away for sample 0")
+
+
+def test_a_sample_without_a_reward() -> None:
+    def skips(prompts: list[str], responses: list[str]) -> list[float]:
+        return [1.0 for response in responses if response != "r1"]
+
+    assert said_by(skips) == (
+        "f returned 5 rewards for 6 responses; sample 1 alone returned 0 rewards: prompt 'q1', response 'r1'."
+    )
+
+
+def test_a_value_that_is_no_number_is_found_on_the_way() -> None:
+    def other(prompts: list[str], responses: list[str]) -> Any:
+        return [1.0] if len(responses) == 6 else ["bad" if response == "r4" else 1.0 for response in responses]
+
+    assert said_by(other) == (
+        "f returned 1 rewards for 6 responses; sample 4 alone returned 'bad' instead of a number: prompt 'q4', response"
+        " 'r4'."
+    )
+
+
+def test_a_batch_that_only_fails_as_a_whole() -> None:
+    assert said_by(failing(lambda responses: len(responses) == 6, a_key_error)) == (
+        "f raised KeyError: 'user_id' for 6 responses, but for neither half of them: only for the whole batch of 6"
+        " samples."
+    )
+
+
+def test_two_samples_that_only_fail_together() -> None:
+    assert said_by(lambda prompts, responses: [1.0]) == (
+        "f returned 1 rewards for 6 responses; the batch of samples 1 to 2 does the same, but neither half of it:"
+        " prompt 'q1', response 'r1'."
+    )
+
+
+# ---- what is not the function's to stop
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_exit_in_the_function_is_an_exit(error: type[BaseException]) -> None:
+    def exiting(prompts: list[str], responses: list[str]) -> Any:
+        raise error
+
+    with pytest.raises(error):
+        FunctionScorer(exiting, "f").score(PROMPTS, RESPONSES)
+
+
+def test_ctrl_c_ends_the_wait_and_the_thread_does_not_keep_the_process() -> None:
+    threads = []
+
+    def hanging(prompts: list[str], responses: list[str]) -> Any:
+        threads.append(threading.current_thread())
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+        hang()
+
+    with pytest.raises(KeyboardInterrupt):
+        FunctionScorer(hanging, "f", timeout=60).score(PROMPTS, RESPONSES)
+    assert [thread.daemon for thread in threads] == [True]
