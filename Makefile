@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test lint format bars clean
+.PHONY: demo test lint format bars algorithms clean
 demo: $(VENV)/.installed
 	$(BIN)/deep-rlhf demo --seed=$(SEED)
 
@@ -14,6 +14,10 @@ test: $(VENV)/.installed
 # The demo at three seeds against its bars.
 bars: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo_seeds.py
+
+# Every algorithm on the task whose optimum is known, and the pictures of docs/algorithms.md.
+algorithms: $(VENV)/.installed
+	$(BIN)/python benchmarks/algorithms.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

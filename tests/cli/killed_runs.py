@@ -30,7 +30,7 @@ COMMAND = [
 ]
 STEPS = ["--save_strategy=steps", "--save_steps=2"]
 BEST: list[str] = []
-EPOCH = ["--logging_strategy=epoch", "--eval_strategy=epoch"]
+EPOCH = ["--logging_strategy=epoch", "--eval_strategy=epoch", "--load_best_model_at_end=False", *STEPS]
 SHORT = ["--max_steps=4", *STEPS]  # ends within an epoch
 LORA = ["--use_peft=True", "--lora_r=2", *STEPS]
 
@@ -147,7 +147,7 @@ RUNS: dict[str, Run] = {
     "model full": (SHORT, model_is_refused, None),
     "interrupt": (STEPS, lambda: at_update(5, lambda: os.kill(os.getpid(), signal.SIGINT)), None),
     "best": (BEST, lambda: (after_every_update(), at_update(12, kill)), None),
-    "epoch": (EPOCH, lambda: (after_every_update(), at_update(7, kill)), None),
+    "epoch": (EPOCH, lambda: at_update(7, kill), None),
     "ending": (SHORT, lambda: setattr(RewardModel, "save", lambda *_: kill()), None),
     "lora": (LORA, lambda: at_update(6, kill), None),
 }

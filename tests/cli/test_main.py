@@ -33,8 +33,8 @@ def test_a_mistake_ends_a_process_with_one_line_and_code_2(tmp_path: Path) -> No
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 2
     assert (
-        result.stderr
-        == "error: There is no command 'ppoo': choose one of demo, reward, ppo, trpo, rloo, grpo, reinforce_plus_plus, dpo.\n"
+        result.stderr == "error: There is no command 'ppoo': choose one of "
+        "demo, reward, ppo, trpo, rloo, grpo, reinforce_plus_plus, dpo.\n"
     )
     assert result.stdout == ""
 

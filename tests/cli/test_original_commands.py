@@ -14,7 +14,7 @@ from conftest import PPO_COMMAND, REWARD_COMMAND, Workplace, run_script
 from fixtures import link_scripts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel, pipeline
 
-PPO_FILES = {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "summary.json", "model"}
+PPO_FILES = {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "summary.json", "model", "checkpoints"}
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +127,7 @@ def test_wandb_offline_leaves_a_run(workplace: Workplace) -> None:
 
 def test_the_console_is_calm(done: Workplace) -> None:
     noises = ("Warning", "LOAD REPORT", "Loading weights", "Writing model", "{'", "UNEXPECTED")
-    bars = ("training", "evaluation", "PPO", "Generating", "it/s]", "B/s]")
+    bars = ("training", "evaluation", "ppo:", "Generating", "it/s]", "B/s]")
     for said in (done.reward, done.ppo):
         assert not [noise for noise in noises if noise in said.stdout + said.stderr]
         lines = said.stderr.replace("\x1b[A", "").splitlines()

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plain_ppo
 import pytest
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
 from deep_rlhf import PPOConfig, PPOTrainer, UserError
@@ -24,6 +24,7 @@ SMALL: dict[str, Any] = {
     "learning_rate": 3e-3,
     "temperature": 0.8,
 }
+EOS = 1
 TIMES = {"tokens_per_second", "sampling_share_of_time", "memory_gb"}
 METRICS = TIMES | {
     *("step", "kl_coef", "score_mean", "score_std", "score_member_std", "kl", "entropy", "value_mean"),
@@ -73,116 +74,85 @@ def test_the_seed_decides_everything(make_trainer: Callable[..., PPOTrainer]) ->
     assert first[0]["policy_loss"] != make_trainer(use_peft=True, seed=4).train()[0]["policy_loss"]
 
 
-def plain_forward(model: Any, head: nn.Linear, prompt: list[int], response: list[int]) -> tuple[Tensor, Tensor]:
-    """log-probabilities at the temperature of `SMALL` and values, [R] each, of one row."""
-    output = model(input_ids=torch.tensor([prompt + response]), output_hidden_states=True)
-    before = slice(len(prompt) - 1, -1)
-    log_distribution = (output.logits[0, before] / SMALL["temperature"]).log_softmax(-1)
-    logprobs = torch.stack([log_distribution[t, token] for t, token in enumerate(response)])
-    return logprobs, head(output.hidden_states[-1][0, before]).squeeze(-1)
-
-
-def plain_experience(rows: list[Any], scores: list[float], models: Any, config: PPOConfig) -> list[Any]:
-    """Per row (logprobs, values, advantages, returns), by loops over floats."""
-    (policy, head), (reference, _) = models
-    seen = []
-    with torch.no_grad():
-        for (prompt, response), score in zip(rows, scores, strict=True):
-            logprobs, values = plain_forward(policy, head, prompt, response)
-            ref_logprobs, _ = plain_forward(reference, head, prompt, response)
-            gaps = (logprobs - ref_logprobs).tolist()
-            costs = {"kl": gaps, "k3": [math.exp(-gap) - 1 + gap for gap in gaps]}[config.kl_penalty]
-            rewards = [-config.init_kl_coef * cost for cost in costs]
-            rewards[-1] += score
-            seen.append((logprobs, values, rewards))
-    if config.whiten_rewards:
-        everything = torch.tensor([r for *_, rewards in seen for r in rewards], dtype=torch.float64)
-        mean, spread = everything.mean().item(), math.sqrt(everything.var().item() + 1e-8)
-        seen = [(lp, values, [(r - mean) / spread + mean for r in rewards]) for lp, values, rewards in seen]
-    estimated = []
-    for logprobs, values, rewards in seen:
-        advantages, following, next_value = [], 0.0, 0.0
-        for value, step_reward in reversed(list(zip(values.tolist(), rewards, strict=True))):
-            delta = step_reward + config.gamma * next_value - value
-            following = delta + config.gamma * config.lam * following
-            next_value = value
-            advantages.insert(0, following)
-        estimated.append((logprobs, values, torch.tensor(advantages), torch.tensor(advantages) + values))
-    everything = torch.cat([row[2] for row in estimated]).double()
-    mean, spread = everything.mean().item(), math.sqrt(everything.var().item() + 1e-8)
-    return [(lp, values, (a - mean) / spread, returns) for lp, values, a, returns in estimated]
-
-
-def plain_step(policy: Any, head: nn.Linear, rows: list[Any], experience: list[Any], config: PPOConfig) -> list[float]:
-    """Backward pass on the whole batch, token by token: [policy loss, value loss, both clip fractions]."""
-    tokens = sum(len(response) for _, response in rows)
-    sums, total = [0.0] * 4, torch.zeros(())
-    for (prompt, response), (old_logprobs, old_values, advantages, returns) in zip(rows, experience, strict=True):
-        logprobs, values = plain_forward(policy, head, prompt, response)
-        for t in range(len(response)):
-            ratio, gain, change = (logprobs[t] - old_logprobs[t]).exp(), advantages[t], values[t] - old_values[t]
-            clipped = ratio.clamp(1 - config.cliprange, 1 + config.cliprange)
-            near = old_values[t] + change.clamp(-config.cliprange_value, config.cliprange_value)
-            value_losses = 0.5 * (values[t] - returns[t]) ** 2, 0.5 * (near - returns[t]) ** 2
-            losses = max(-gain * ratio, -gain * clipped), max(*value_losses)
-            total = total + (losses[0] + config.vf_coef * losses[1]) / tokens
-            clips = -gain * clipped > -gain * ratio, value_losses[1] > value_losses[0]
-            sums = [a + b.item() for a, b in zip(sums, [*losses, *clips], strict=True)]
-    total.backward()
-    return [value / tokens for value in sums]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"kl_penalty": "k3", "whiten_rewards": True, "gamma": 0.9, "lam": 0.8, "vf_coef": 0.7, "max_grad_norm": 0.3}],
-    ids=["defaults", "everything else"],
-)
-def test_one_update_is_that_of_a_plain_reference(
-    settings: dict[str, Any], make_trainer: Callable[..., PPOTrainer], tokenizer: Any
-) -> None:
-    trainer = make_trainer(**settings, steps=6, ppo_epochs=3, learning_rate=2e-2)
-    config, ours, value_head = trainer.config, trainer._policy, trainer.learner.critic.value_head
-    reference = copy.deepcopy(ours.model)
+def reference_update(trainer: PPOTrainer, tokenizer: Any) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """The optimiser steps of one update, the trainer's and a plain loop's: losses, gradients and weights must agree."""
+    config, learner = trainer.config, trainer.learner
+    own = learner.critic.own_trunk
+    first = copy.deepcopy(trainer._policy.model)
     with torch.no_grad():  # away from the reference and from values of 0, so that every term counts
         generator = torch.Generator().manual_seed(0)
-        for parameter in [*ours.parameters(), *value_head.parameters()]:
+        for parameter in learner.optimisation.parameters:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    policy, head = copy.deepcopy(ours.model), copy.deepcopy(value_head)
-    metrics = trainer.train()[0]
+    policy, head = copy.deepcopy(trainer._policy.model), copy.deepcopy(learner.critic.value_head)
+    plain = plain_ppo.Models(policy, policy if own is None else copy.deepcopy(own.model), head)
+    gradients = []
+    follow = learner.optimisation.adam.step
+
+    def step() -> None:
+        gradients.append([None if p.grad is None else p.grad.clone() for p in learner.optimisation.parameters])
+        follow()
+
+    learner.optimisation.adam.step = step
+    ours = trainer.train()[:1]
 
     rollout = trainer.last_rollout
-    assert rollout is not None
     rows = [
         (rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist(), rollout.response_ids[i][mask].tolist())
         for i, mask in enumerate(rollout.response_mask)
     ]
-    assert {tokenizer.decode(prompt) for prompt, _ in rows} < set(PROMPTS)  # six of the seven
+    assert {tokenizer.decode(prompt) for prompt, _ in rows} <= set(PROMPTS)
+    assert len({len(prompt) for prompt, _ in rows}) > 1  # prompts are padded on the left
+    assert rollout.finished.any()  # EOS is inside the mask, early …
+    assert not rollout.finished.all()  # … and missing
     texts = [" ".join(w for w in tokenizer.convert_ids_to_tokens(ids) if "<" not in w) for _, ids in rows]
     scores = reward(rollout.prompts, texts)
-    experience = plain_experience(rows, scores, ((policy, head), (reference, head)), config)
-    parameters = [*policy.parameters(), *head.parameters()]
+    assert rollout.scores.tolist() == pytest.approx(scores)
+    reference = plain_ppo.Models(first, first, head)
+    of_rows = plain_ppo.experience(rows, scores, plain, reference, config, eos=EOS)
+    parameters = plain.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, eps=1e-5, weight_decay=0.0)
     steps = []
-    for _ in range(config.ppo_epochs):
+    for gradient in gradients:
         optimizer.zero_grad()
-        losses = plain_step(policy, head, rows, experience, config)
-        norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in parameters))
-        for parameter in parameters:
-            parameter.grad *= min(1.0, config.max_grad_norm / norm)
+        losses = plain_ppo.backward(plain, rows, of_rows, config)
+        norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in parameters if p.grad is not None))
+        for parameter, expected in zip(parameters, gradient, strict=True):
+            if parameter.grad is not None:
+                parameter.grad *= min(1.0, (config.max_grad_norm or math.inf) / norm)
+                torch.testing.assert_close(expected, parameter.grad, atol=1e-5, rtol=1e-4)
         optimizer.step()
-        steps.append([*losses, norm])
-    names = ("policy_loss", "value_loss", "policy_clip_fraction", "value_clip_fraction", "grad_norm")
-    for name, expected in zip(names, torch.tensor(steps, dtype=torch.float64).mean(0).tolist(), strict=True):
-        assert metrics[name] == pytest.approx(expected, abs=1e-5, rel=1e-4), name
-    assert metrics["policy_clip_fraction"] > 0
-    assert metrics["value_clip_fraction"] > 0
-    kl = sum(row[0].sum().item() for row in experience) - sum(
-        plain_forward(reference, head, *row)[0].sum().item() for row in rows
-    )
-    assert metrics["kl"] == pytest.approx(kl / len(rows), abs=1e-4)
-    assert metrics["score_mean"] == pytest.approx(sum(scores) / len(scores))
-    for (name, expected), actual in zip(policy.named_parameters(), ours.model.parameters(), strict=True):
-        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
+        steps.append({**losses, "grad_norm": norm})
+    for expected, actual in zip(parameters, learner.optimisation.parameters, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+    return ours, steps
+
+
+H24: dict[str, Any] = {  # Huang et al. 2024, and their learning rate made large, so that clipping takes effect
+    **{"ppo_epochs": 4, "vf_coef": 0.1, "cliprange": 0.2, "cliprange_value": 0.2, "gamma": 1.0, "lam": 0.95},
+    **{"adap_kl_ctrl": False, "init_kl_coef": 0.05, "temperature": 0.7, "missing_eos_penalty": 1.0},
+    **{"missing_eos_mode": "replace", "lr_scheduler_type": "linear", "max_grad_norm": None, "critic": "separate"},
+}
+OTHERS = {"kl_penalty": "k3", "whiten_rewards": True, "gamma": 0.9, "lam": 0.8, "vf_coef": 0.7, "max_grad_norm": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "clips"),
+    [(H24 | {"learning_rate": 3e-6}, False), (H24, True), ({}, True), (OTHERS, True)],
+    ids=["Huang et al. 2024", "the same in larger steps", "defaults", "everything else"],
+)
+def test_one_update_is_that_of_a_plain_reference(
+    settings: dict[str, Any], clips: bool, make_trainer: Callable[..., PPOTrainer], tokenizer: Any
+) -> None:
+    """To 1e-5 in every loss and every gradient of every optimiser step."""
+    shared = {"steps": 6, "ppo_epochs": 3, "learning_rate": 2e-2, "max_new_tokens": 12, "seed": 1, "temperature": 1.1}
+    trainer = make_trainer(**(shared | settings))
+    (metrics,), steps = reference_update(trainer, tokenizer)
+    assert len(steps) == trainer.config.ppo_epochs
+    for name in steps[0]:
+        expected = sum(step[name] for step in steps) / len(steps)
+        assert metrics[name] == pytest.approx(expected, abs=1e-5, rel=1e-5), name
+    assert (metrics["policy_clip_fraction"] > 0) == clips
+    assert (metrics["value_clip_fraction"] > 0) == clips
 
 
 def test_only_adapters_and_value_head_train_and_the_reference_never_does(

@@ -41,4 +41,7 @@ def test_two_processes_give_the_history_of_one(tmp_path: Path, make_model: Calla
         for update, (one, two) in enumerate(zip(expected, actual, strict=True)):
             assert one.keys() == two.keys()
             for metric in one.keys() - SPEED_AND_MEMORY:
-                assert two[metric] == pytest.approx(one[metric], abs=1e-4), f"{name}, update {update}: {metric}"
+                # conjugate gradient divides by small eigenvalues, and so magnifies how floats are rounded
+                tolerance = 1e-5
+                expected_value = pytest.approx(one[metric], abs=tolerance, rel=tolerance)
+                assert two[metric] == expected_value, f"{name}, update {update}: {metric}"

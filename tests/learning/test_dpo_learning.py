@@ -73,7 +73,7 @@ def among_answers(model: Any, tokenizer: Any) -> Tensor:
     ("kind", "data", "settings", "bound"),
     [
         ("gpt2", shares, {}, 0.01),
-        ("gpt2", judged, {}, 0.05),  # 1,120 single judgements leave sampling noise
+        ("gpt2", judged, {}, 0.03),  # 1,120 single judgements leave sampling noise
         ("gpt2", shares, {"use_peft": True, "learning_rate": 1e-2}, 0.01),
         ("t5", shares, {"learning_rate": 1e-2}, 0.01),
     ],
@@ -91,7 +91,7 @@ def test_the_optimum_is_the_reference_times_the_exponential_of_the_reward(
     model = make_model(kind)
     start = among_answers(model, tokenizer)
     optimum = (start + REWARDS / BETA).log_softmax(0)
-    flags = {"learning_rate": 3e-3, "num_train_epochs": 8, "per_device_train_batch_size": 112, "warmup_steps": 5}
+    flags = {"learning_rate": 3e-3, "num_train_epochs": 4, "per_device_train_batch_size": 112, "warmup_steps": 5}
     pairs = data(40 if data is shares else 1120, 0)
     result = train_dpo(config(tmp_path, beta=BETA, **(flags | settings)), model, tokenizer, pairs, shares(1, 0))
     reached = among_answers(result.model, tokenizer)
@@ -99,7 +99,6 @@ def test_the_optimum_is_the_reference_times_the_exponential_of_the_reward(
     def kl_to_optimum(logprobs: Tensor) -> float:
         return (logprobs.exp() * (logprobs - optimum)).sum().item()
 
-    print("KLS", kl_to_optimum(start), kl_to_optimum(reached))
     assert kl_to_optimum(start) > 0.5
     assert kl_to_optimum(reached) < bound
 

@@ -1,6 +1,5 @@
-"""What algorithms without a critic share beside the loop of `online`: their settings, and an optimiser of the policy."""
+"""What algorithms without a critic share beside the loop of `online`: settings, and an optimiser of the policy."""
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from deep_rlhf.algorithms.online_config import OnlineConfig
 from deep_rlhf.algorithms.optimisation import Optimisation, minibatches
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.runtime.runtime import Runtime
-from deep_rlhf.types import Experience, Rollout, UserError
+from deep_rlhf.types import Experience, UserError
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class CriticFreeLearner:
 
     critic = None
 
-    def __init__(self, config: Any, policy: Policy, runtime: Runtime, *, updates: int, **_: Any) -> None:
-        """`config` is a CriticFreeConfig; a scorer and a tokenizer, for algorithms with a critic, are not looked at."""
+    def __init__(self, config: CriticFreeConfig, policy: Policy, runtime: Runtime, *, updates: int, **_: Any) -> None:
+        """The scorer and the tokenizer that a critic would need are given, too, and not looked at."""
         self.config = config
         self.policy = policy
         self.runtime = runtime
@@ -58,7 +57,7 @@ class CriticFreeLearner:
 
     def minibatches(self, update: int) -> Iterator[Tensor]:
         """The samples of each optimiser step of an update: in every pass another permutation."""
-        config: CriticFreeConfig = self.config
+        config = self.config
         generator = torch.Generator().manual_seed(config.seed * 104_729 + update)
         size = config.mini_batch_size or config.batch_size
         for _ in range(config.num_iterations):
@@ -74,15 +73,6 @@ class CriticFreeLearner:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.optimisation.load_state(state["optimisation"])
-
-
-def experience_from(rollout: Rollout, **targets: Tensor) -> Experience:
-    """The rollout with its rewards, advantages and returns [N, R], set to 0 outside the mask."""
-    fields = {field.name: getattr(rollout, field.name) for field in dataclasses.fields(Rollout)}
-    zeros = torch.zeros_like(rollout.kl)
-    return Experience(
-        **fields, **{name: torch.where(rollout.response_mask, values, zeros) for name, values in targets.items()}
-    )
 
 
 def policy_metrics(logprobs: Tensor, old_logprobs: Tensor, clipped: Tensor) -> dict[str, Tensor]:

@@ -11,9 +11,11 @@ all tokens (DAPO, Yu et al. 2025); both together are Dr. GRPO (Liu et al. 2025) 
 
 What it converges to. The gradient of k3 on samples of the policy is that of the forward KL(π₀ ‖ π), and dividing by
 the group's standard deviation σ multiplies β by σ, so this is not PPO's optimum π₀ exp(r/β): for answers of one token
-it is β'π₀/(λ − r), with β' = β or βσ. With `kl_in_loss=False` R = score − β Σ_t log(π/π₀), which is one constant at
-PPO's optimum; there the advantages vanish, whatever they are divided by. Where it departs from the paper: 1e-4 is
-added to the standard deviation, for groups whose responses are all equally good, and the reference never moves.
+it is β'π₀/(λ − r), with β' = β or βσ. With `kl_in_loss=False, kl_penalty="kl"` R = score − β Σ_t log(π/π₀), which is
+one constant at PPO's optimum; there the advantages vanish, whatever they are divided by.
+
+Where it departs from the paper: 1e-4 is added to the standard deviation, for groups whose responses are all equally
+good, and the reference never moves.
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +27,6 @@ from torch import Tensor
 from deep_rlhf.algorithms.critic_free import (
     CriticFreeConfig,
     CriticFreeLearner,
-    experience_from,
     mean_of_steps,
     policy_metrics,
 )
@@ -34,6 +35,7 @@ from deep_rlhf.ops.advantages import group_mean_std, token_rewards
 from deep_rlhf.ops.kl import KLPenalty, kl_estimate
 from deep_rlhf.ops.losses import policy_loss
 from deep_rlhf.ops.masked import masked_sum, sequence_mean
+from deep_rlhf.rollout.records import experience_from
 from deep_rlhf.types import Experience, Rollout
 
 
@@ -76,7 +78,7 @@ class GRPO(CriticFreeLearner):
         steps = []
         for minibatch in self.minibatches(update):
             by_response = self.config.loss_reduction == "sequence"
-            count = torch.tensor(len(minibatch)) if by_response else experience.response_mask[minibatch].sum()
+            count = torch.tensor(len(minibatch)) if by_response else None
             step = self.optimisation.backward(
                 experience, minibatch, lambda part: self._losses(part, kl_coef), count=count
             )
@@ -104,7 +106,8 @@ class GRPO(CriticFreeLearner):
         losses, clipped = policy_loss(logprobs, part.logprobs, part.advantages, cliprange=config.cliprange)
         if config.kl_in_loss:
             losses = losses + kl_coef * kl_estimate(logprobs, part.ref_logprobs, config.kl_penalty)
-        total = len(mask) * sequence_mean(losses, mask) if config.loss_reduction == "sequence" else masked_sum(losses, mask)
+        by_response = config.loss_reduction == "sequence"
+        total = len(mask) * sequence_mean(losses, mask) if by_response else masked_sum(losses, mask)
         return total, policy_metrics(logprobs, part.logprobs, clipped)
 
 

@@ -1,12 +1,14 @@
 """The loop that every algorithm which samples while it learns shares: sample, score, learn, measure, checkpoint.
 
 What an algorithm does with a batch is its `Learner`, one file each. A batch depends on nothing but the seed, the number
-of the update and the policy, so a run that goes on from a checkpoint is the run that was never stopped.
+of the update and the policy, so a run that goes on from a checkpoint is the run that was never stopped. An update that
+meets a NaN or an infinity is undone, whatever part of it was done before.
 """
 
 import dataclasses
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from deep_rlhf.algorithms import online_setup as setup
 from deep_rlhf.algorithms.online_config import FREE_TO_CHANGE, OnlineConfig
 from deep_rlhf.algorithms.optimisation import NotFiniteError
-from deep_rlhf.algorithms.shaping import ScoreShaping, rollout_problem
+from deep_rlhf.algorithms.shaping import ScoreShaping, rollout_metrics, rollout_problem
 from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.ops.kl import adapted_kl_coef
-from deep_rlhf.ops.masked import masked_mean
 from deep_rlhf.rollout.collect import collect, complete, prompt_batch
 from deep_rlhf.rollout.engine import Engine
 from deep_rlhf.rollout.generate import eos_token_ids, generate_text, sampling_uniforms
@@ -38,11 +39,14 @@ from deep_rlhf.runtime.checkpoint import (
     set_random_states,
 )
 from deep_rlhf.runtime.hub import push_folder
-from deep_rlhf.runtime.run_directory import write_summary
 from deep_rlhf.runtime.runtime import Runtime
 from deep_rlhf.types import Rollout, Scorer, UserError
 
 logger = logging.getLogger(__name__)
+
+
+class Stopped(KeyboardInterrupt):
+    """One Ctrl-C: the update that was running is done, and a checkpoint written."""
 
 
 class Learner(Protocol):
@@ -112,7 +116,9 @@ class OnlineTrainer:
         self._best_score = -float("inf")
         self._bad_batches = self._bad_in_a_row = 0
         self._interrupted = False
-        self._identity = setup.run_identity(config, self.prompts, self._reference, without=FREE_TO_CHANGE)
+        self._identity = setup.run_identity(
+            config, self.prompts, self._reference, updates=self.updates, without=FREE_TO_CHANGE
+        )
         self._find_earlier_run()
 
     @property
@@ -126,8 +132,8 @@ class OnlineTrainer:
         """Runs the next `updates` updates (default: all that are left) and returns `history`, a dict of metrics each.
 
         `on_update` may add to each dict. Between two calls `scorer` may be replaced, by one refitted to new answers.
-        Ctrl-C ends the update that is running, writes a checkpoint and raises KeyboardInterrupt; a second one does so
-        at once, without.
+        After Ctrl-C the update that is running is ended, a checkpoint written and Stopped raised; a second Ctrl-C
+        raises KeyboardInterrupt at once. Raises UserError when `max_bad_batches` in a row taught nothing.
         """
         done = len(self.history)
         end = self.updates if updates is None else min(self.updates, done + updates)
@@ -151,10 +157,12 @@ class OnlineTrainer:
                 self.history.append(metrics)
                 self.runtime.log(metrics, update + 1)
                 interrupted = self.runtime.any(self._interrupted)
-                if interrupted or (update + 1) % self.config.save_freq == 0 or update + 1 == self.updates:
+                # none between bad batches: if they go on, the newest checkpoint is from before they began
+                due = (update + 1) % self.config.save_freq == 0 and not self._bad_in_a_row
+                if interrupted or due or update + 1 == self.updates:
                     self.checkpoint()
                 if interrupted:
-                    raise KeyboardInterrupt
+                    raise Stopped
         if end == self.updates:
             self.runtime.finish()
         return self.history
@@ -162,14 +170,16 @@ class OnlineTrainer:
     def step(self, update: int) -> dict[str, float]:
         """One update: sample, score, learn. Returns its metrics."""
         start = time.perf_counter()
+        moments = self._shaping.moments
         rollout = self.last_rollout = self._shaping.shaped(self._collect(update))
         sampled = time.perf_counter()
-        metrics = {"step": float(update + 1), "kl_coef": self.kl_coef, **_rollout_metrics(rollout)}
+        metrics = {"step": float(update + 1), "kl_coef": self.kl_coef, **rollout_metrics(rollout)}
         try:
             if problem := rollout_problem(rollout):
                 raise NotFiniteError(problem)
-            metrics |= self.learner.learn(rollout, kl_coef=self.kl_coef, update=update)
+            metrics |= self._learn(rollout, update)
         except NotFiniteError as error:
+            self._shaping.moments = moments
             self._set_aside(rollout, update, str(error))
         else:
             self._bad_in_a_row = 0
@@ -201,9 +211,13 @@ class OnlineTrainer:
             setup.save_policy(self.policy, self.tokenizer, folder, trust_remote_code=trusted)
 
     def checkpoint(self) -> None:
-        """Writes `<output_dir>/checkpoints/step-<updates done>`; nothing without an output_dir."""
+        """Writes `<output_dir>/checkpoints/step-<updates done>`; nothing without an output_dir.
+
+        Raises UserError when the disk refuses it; the earlier checkpoints are intact.
+        """
         if self.config.output_dir is None:
             return
+        random = self.runtime.gather(random_states())  # a reward function may draw differently in each process
         if self.runtime.is_main:
             state = {
                 "identity": self._identity,
@@ -215,7 +229,7 @@ class OnlineTrainer:
                 "best_score": self._best_score,
                 "bad_batches": (self._bad_batches, self._bad_in_a_row),
                 "history": self.history,
-                "random": random_states(),
+                "random": random,
             }
             save_checkpoint(self._checkpoints, len(self.history), state)
         self.runtime.wait()
@@ -240,23 +254,26 @@ class OnlineTrainer:
                 remove_checkpoints(self._checkpoints)
             return
         if found is None:
-            logger.info("There is no checkpoint in '%s' yet: starting from the beginning.", self._checkpoints)
+            logger.info("There is no whole checkpoint in '%s': starting from the beginning.", self._checkpoints)
             return
         changed = changed_flags(found.state["identity"], self._identity, free=())
         if changed:
             raise UserError(f"This is not the run in '{self.config.output_dir}': {changed}. Undo that, or start anew.")
         self._load(found.state)
-        logger.info("Going on after update %d of %d, from '%s'.", found.step, self.updates, found.path)
+        if found.step == self.updates:
+            logger.info("All %d updates are done, says '%s'.", found.step, found.path)
+        else:
+            logger.info("Going on after update %d of %d, from '%s'.", found.step, self.updates, found.path)
 
     def _load(self, state: dict[str, Any]) -> None:
         setup.load_tensors(self._policy, state["policy"])
-        self.learner.load_state(state["learner"])
+        self.learner.load_state(setup.copied(state["learner"]))  # not to work on the file, which will go
         self.kl_coef = state["kl_coef"]
         self._shaping.moments = state["score_moments"]
         self._best_score = state["best_score"]
         self._bad_batches, self._bad_in_a_row = state["bad_batches"]
         self.history = state["history"]
-        set_random_states(state["random"])
+        set_random_states(state["random"][self.runtime.rank % len(state["random"])])
 
     def _collect(self, update: int) -> Rollout:
         """Samples and scores the prompts of one update; each process does its share and gets everything."""
@@ -296,6 +313,16 @@ class OnlineTrainer:
             batch += [self.prompts[order[offset]]] * config.samples_per_prompt
         return batch
 
+    def _learn(self, rollout: Rollout, update: int) -> dict[str, float]:
+        """What the learner makes of a rollout. Raises NotFiniteError, everything as it was: its last step may fail."""
+        before = setup.copied((setup.trainable_tensors(self._policy), self.learner.state()))
+        try:
+            return self.learner.learn(rollout, kl_coef=self.kl_coef, update=update)
+        except NotFiniteError:
+            setup.load_tensors(self._policy, before[0])
+            self.learner.load_state(before[1])
+            raise
+
     def _adapt_kl_coef(self, kl: float) -> None:
         config = self.config
         if config.adap_kl_ctrl:
@@ -307,23 +334,16 @@ class OnlineTrainer:
         """Keeps a batch that taught nothing, for people to look at. Raises UserError after too many in a row."""
         self._bad_batches += 1
         self._bad_in_a_row += 1
-        where = ""
-        if self.config.output_dir is not None:
+        logger.warning("The batch of update %d changes nothing: %s.", update + 1, reason)
+        if self.config.output_dir is not None and self.runtime.is_main:
             path = Path(self.config.output_dir) / "bad_batches" / f"step-{update + 1}.json"
-            where = f" and is set aside in '{path}'"
-            rows = zip(rollout.prompts, rollout.responses, rollout.scores.tolist(), strict=True)
-            samples = [
-                {"prompt": prompt, "response": response, "score": repr(score)} for prompt, response, score in rows
-            ]
-            if self.runtime.is_main:
-                write_summary(path, {"step": update + 1, "reason": reason, "samples": samples})
-        logger.warning("The batch of update %d changes nothing%s: %s.", update + 1, where, reason)
+            setup.set_aside(path, rollout, step=update + 1, reason=reason)
         if self._bad_in_a_row >= min(self.config.max_bad_batches, self.updates):
             found = latest_checkpoint(self._checkpoints) if self.config.output_dir is not None else None
-            good = f"the last good checkpoint is '{found.path}'" if found else "there is no checkpoint yet"
+            good = f"go on with --resume from '{found.path}', the last good checkpoint" if found else "begin again"
             raise UserError(
-                f"{self._bad_in_a_row} batches in a row could not be learned from, the last because {reason}: {good};"
-                " mend the reward, or lower the learning rate."
+                f"{self._bad_in_a_row} batches in a row could not be learned from, the last because {reason}: mend the"
+                f" reward and {good}, or begin again with a lower learning rate."
             )
 
     def _push_if_best(self, score: float, update: int) -> None:
@@ -346,29 +366,12 @@ class OnlineTrainer:
             signal.signal(signal.SIGINT, before)
 
         self._interrupted = False
-        try:
-            before = signal.signal(signal.SIGINT, ask_to_stop)
-        except ValueError:  # not the main thread: signals are somebody else's
-            yield
+        before = signal.getsignal(signal.SIGINT)
+        if before in (None, signal.SIG_IGN) or threading.current_thread() is not threading.main_thread():
+            yield  # signals are somebody else's, or Ctrl-C is for other programs of the terminal
             return
+        signal.signal(signal.SIGINT, ask_to_stop)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-def _rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    mask = rollout.response_mask
-    kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(1)
-    gap = (rollout.logprobs - rollout.sampler_logprobs).abs()
-    return {
-        "score_mean": float(rollout.scores.mean()),
-        "score_std": float(rollout.scores.std(correction=0)),
-        "score_member_std": float(rollout.score_std.mean()),
-        "shaped_score_mean": float(rollout.shaped_scores.mean()),
-        "kl": float(kl.mean()),
-        "entropy": float(masked_mean(rollout.entropy, mask)),
-        "response_tokens": float(mask.sum(1).float().mean()),
-        "missing_eos": float(1.0 - rollout.finished.float().mean()),
-        "sampler_logprob_gap": float(masked_mean(gap, mask)),
-    }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from deep_rlhf.models.adapters import add_lora
 from deep_rlhf.models.load import load_language_model, load_tokenizer
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.models.reward import FunctionScorer, RewardModel, load_scorer
+from deep_rlhf.runtime.run_directory import write_summary
 from deep_rlhf.runtime.runtime import Runtime
 from deep_rlhf.runtime.trackers import LOOP_TRACKERS, usable_trackers
-from deep_rlhf.types import RowReport, Scorer, UserError
+from deep_rlhf.types import Rollout, RowReport, Scorer, UserError
+
+logger = logging.getLogger(__name__)
 
 
 def open_runtime(config: OnlineConfig) -> Runtime:
@@ -114,15 +118,19 @@ def count_updates(prompts: int, config: OnlineConfig) -> int:
 
 
 def run_identity(
-    config: OnlineConfig, prompts: Sequence[str], reference: Reference, *, without: Collection[str]
+    config: OnlineConfig, prompts: Sequence[str], reference: Reference, *, updates: int, without: Collection[str]
 ) -> dict[str, Any]:
     """Everything that decides what a run computes: its settings but for `without`, its prompts and where it starts.
+
+    The same for the settings as typed and as config.yaml has them: what `steps` and `template` came to.
 
     Empty for a run without an output_dir, which nobody can continue.
     """
     if config.output_dir is None:
         return {}
+    without = {*without, "template"}  # the prompts are in it
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in without}
+    settings["steps"] = updates * config.batch_size
     texts = hashlib.sha256("\0".join(prompts).encode(errors="surrogatepass")).hexdigest()[:16]
     return {**settings, "prompts": texts, "weights of the reference": _fingerprint(reference)}
 
@@ -138,6 +146,29 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     parameters = dict(module.named_parameters())
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
+
+
+def copied(value: Any) -> Any:
+    """A copy of a nest of dicts, lists and tuples with every tensor in main memory, where there is room."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: copied(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copied(item) for item in value)
+    return value
+
+
+def set_aside(path: Path, rollout: Rollout, *, step: int, reason: str) -> None:
+    """Writes the texts and rewards of a batch that taught nothing, for people to look at."""
+    rows = zip(rollout.prompts, rollout.responses, rollout.scores.tolist(), strict=True)
+    samples = [{"prompt": prompt, "response": response, "score": repr(score)} for prompt, response, score in rows]
+    try:
+        write_summary(path, {"step": step, "reason": reason, "samples": samples})
+    except OSError as error:
+        logger.warning("The batch could not be set aside in '%s': %s.", path, error.strerror)
+    else:
+        logger.warning("The batch is set aside in '%s'.", path)
 
 
 def save_policy(

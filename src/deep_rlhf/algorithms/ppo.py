@@ -8,7 +8,6 @@ into advantages (GAE), then a few epochs of clipped policy and value losses. The
 - Adam's eps is 1e-5 (Huang et al. 2024), added after the bias correction as PyTorch does.
 """
 
-import dataclasses
 import logging
 from typing import Any
 
@@ -18,14 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online import OnlineTrainer
 from deep_rlhf.algorithms.online_setup import load_tensors, trainable_tensors
-from deep_rlhf.algorithms.optimisation import Optimisation
+from deep_rlhf.algorithms.optimisation import Optimisation, minibatches
 from deep_rlhf.algorithms.ppo_config import PPOConfig
-from deep_rlhf.models.critic import make_critic
+from deep_rlhf.models.critic import Critic, make_critic
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.advantages import gae, token_rewards
 from deep_rlhf.ops.kl import kl_estimate
 from deep_rlhf.ops.losses import explained_variance, policy_loss, truncated_importance, value_loss
 from deep_rlhf.ops.masked import masked_mean, masked_sum, whiten
+from deep_rlhf.rollout.records import experience_from
 from deep_rlhf.runtime.runtime import Runtime
 from deep_rlhf.types import Experience, Rollout, Scorer, UserError
 
@@ -42,9 +42,11 @@ class PPO:
         runtime: Runtime,
         *,
         updates: int,
-        scorer: Scorer,
+        scorer: Scorer | None,
         tokenizer: PreTrainedTokenizerBase,
+        critic: Critic | None = None,
     ) -> None:
+        """`critic` is trained where there is one already; otherwise `config.critic` says which to make."""
         if config.critic_warmup_steps >= updates:
             raise UserError(
                 f"critic_warmup_steps={config.critic_warmup_steps} leaves none of the {updates} updates to the policy:"
@@ -53,7 +55,7 @@ class PPO:
         self.config = config
         self.policy = policy
         self.runtime = runtime
-        self.critic = make_critic(config.critic, policy, scorer, tokenizer)
+        self.critic = critic or make_critic(config.critic, policy, scorer, tokenizer)
         if config.gradient_checkpointing and self.critic.own_trunk is not None:
             self.critic.own_trunk.checkpoint_activations()
         self.optimisation = Optimisation(
@@ -73,8 +75,9 @@ class PPO:
         steps: list[dict[str, float]] = []
         skipped = 0
         for _ in range(config.ppo_epochs):
-            order = torch.randperm(len(rollout.scores), generator=generator).to(self.runtime.device)
-            for minibatch in order.split(config.optimizer_batch_size):
+            for minibatch in minibatches(
+                generator, len(rollout.scores), config.optimizer_batch_size, self.runtime.device
+            ):
                 step = self.optimisation.backward(experience, minibatch, lambda part: self._losses(part, kl_coef))
                 if step["ratio"] > config.ratio_threshold:
                     logger.warning("A minibatch is left out: its mean policy ratio is %.1f.", step["ratio"])
@@ -96,8 +99,7 @@ class PPO:
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
-        fields = {field.name: getattr(rollout, field.name) for field in dataclasses.fields(Rollout)}
-        return Experience(**fields, rewards=rewards, advantages=whiten(advantages, mask), returns=returns)
+        return experience_from(rollout, rewards=rewards, advantages=whiten(advantages, mask), returns=returns)
 
     def _losses(self, part: Experience, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over the real tokens of `part`, and what is reported of each token."""

@@ -4,8 +4,9 @@
     L = mean over all tokens of −min(ρ_t Â_t, clip(ρ_t, 1 ± ε) Â_t),  Â = (A − mean) / std over the whole batch
 
 The one baseline is the mean over the tokens of the batch (of all processes), so a prompt needs one response only; what
-a critic or a group would explain stays in the advantages as noise. Where it departs from the paper: nowhere known; its
-variant with a group's baseline is GRPO's neighbour and not here.
+a critic or a group would explain stays in the advantages as noise. Where it departs from the paper: its clipping and
+scaling of rewards are the shared options `score_clip` and `use_score_scaling`, off by default, and its variant with a
+baseline per prompt is not here.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from torch import Tensor
 from deep_rlhf.algorithms.critic_free import (
     CriticFreeConfig,
     CriticFreeLearner,
-    experience_from,
     mean_of_steps,
     policy_metrics,
 )
@@ -23,6 +23,7 @@ from deep_rlhf.algorithms.online import OnlineTrainer
 from deep_rlhf.ops.advantages import gae, token_rewards
 from deep_rlhf.ops.losses import policy_loss
 from deep_rlhf.ops.masked import masked_sum, whiten
+from deep_rlhf.rollout.records import experience_from
 from deep_rlhf.types import Experience, Rollout, UserError
 
 
@@ -72,6 +73,6 @@ class ReinforcePlusPlus(CriticFreeLearner):
 
 
 class ReinforcePlusPlusTrainer(OnlineTrainer):
-    """`OnlineTrainer` with REINFORCE++ as its learner: `ReinforcePlusPlusTrainer(config, prompts=…, reward=…).train()`."""
+    """`OnlineTrainer` with REINFORCE++: `ReinforcePlusPlusTrainer(config, prompts=…, reward=…).train()`."""
 
     make_learner = ReinforcePlusPlus

@@ -17,13 +17,13 @@ from torch import Tensor
 from deep_rlhf.algorithms.critic_free import (
     CriticFreeConfig,
     CriticFreeLearner,
-    experience_from,
     mean_of_steps,
     policy_metrics,
 )
 from deep_rlhf.algorithms.online import OnlineTrainer
 from deep_rlhf.ops.advantages import leave_one_out, token_rewards
 from deep_rlhf.ops.losses import policy_loss
+from deep_rlhf.rollout.records import experience_from
 from deep_rlhf.types import Experience, Rollout
 
 

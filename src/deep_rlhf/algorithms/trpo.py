@@ -12,16 +12,14 @@ departs from the paper:
 """
 
 import copy
-import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parameters_to_vector
 from transformers import PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online import OnlineTrainer
@@ -31,17 +29,19 @@ from deep_rlhf.algorithms.optimisation import NotFiniteError, Optimisation
 from deep_rlhf.models.critic import make_critic
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.advantages import gae, token_rewards
-from deep_rlhf.ops.kl import kl_estimate, kl_full
+from deep_rlhf.ops.kl import kl_full
 from deep_rlhf.ops.logprobs import chunked_kl_full
 from deep_rlhf.ops.losses import explained_variance, policy_loss, value_loss
 from deep_rlhf.ops.masked import masked_mean, masked_sum, whiten
 from deep_rlhf.ops.trust_region import backtracking, conjugate_gradient
 from deep_rlhf.rollout.collect import token_batches
-from deep_rlhf.rollout.records import select
+from deep_rlhf.rollout.records import experience_from, select
 from deep_rlhf.runtime.runtime import Runtime
 from deep_rlhf.types import Experience, Rollout, Scorer, UserError
 
 CG_TOLERANCE = 1e-5  # of the residual relative to the target: float32 has no more to give
+
+twice_differentiable = sdpa_kernel(SDPBackend.MATH)  # the fused kernels of attention are not
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class TRPOConfig(OnlineConfig):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
+        if self.kl_in_loss:
+            raise UserError("kl_in_loss is for PPO and GRPO: TRPO has its KL in the reward, so leave it out.")
 
 
 class TRPO:
@@ -107,7 +109,7 @@ class TRPO:
             "learning_rate": self.optimisation.learning_rate,
             "value_mean": float(masked_mean(experience.values, mask)),
             "explained_variance": float(explained_variance(experience.values, experience.returns, mask)),
-            **self._improve_policy(experience, kl_coef),
+            **self._improve_policy(experience),
             "value_loss": self._fit_critic(experience),
         }
         self.optimisation.schedule.step()
@@ -116,41 +118,40 @@ class TRPO:
     def experience(self, rollout: Rollout, kl_coef: float) -> Experience:
         """Rewards, advantages and returns of a rollout."""
         config, mask = self.config, rollout.response_mask
-        rewards = token_rewards(rollout.shaped_scores, rollout.kl, mask, 0.0 if config.kl_in_loss else kl_coef)
+        rewards = token_rewards(rollout.shaped_scores, rollout.kl, mask, kl_coef)
         advantages, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
-        fields = {field.name: getattr(rollout, field.name) for field in dataclasses.fields(Rollout)}
-        return Experience(**fields, rewards=rewards, advantages=whiten(advantages, mask), returns=returns)
+        return experience_from(rollout, rewards=rewards, advantages=whiten(advantages, mask), returns=returns)
 
-    def _improve_policy(self, experience: Experience, kl_coef: float) -> dict[str, float]:
+    def _improve_policy(self, experience: Experience) -> dict[str, float]:
         """Takes the longest acceptable step along F⁻¹g, or none (eq. 14 and appendix C). Raises NotFiniteError."""
         config = self.config
-        copy_tensors(self.parameters, self._old_parameters)
+        _copy(self.parameters, self._old_parameters)
         max_kl = config.max_kl * (self.optimisation.learning_rate / config.learning_rate) ** 2  # length ∝ √max_kl
-        old_loss, gradient = self._loss_and_gradient(experience, kl_coef)
+        old_loss, gradient = self._loss_and_gradient(experience)
         if not torch.isfinite(gradient).all():
             raise NotFiniteError("the gradient of the policy is not finite")
 
-        def product(vector: Tensor) -> Tensor:
-            return self.fisher_product(experience, vector) + config.cg_damping * vector
+        fisher = self.fisher(experience)
 
-        direction = conjugate_gradient(
-            product, -gradient, iterations=config.cg_iterations, tolerance=CG_TOLERANCE
-        )
+        def product(vector: Tensor) -> Tensor:
+            return fisher(vector) + config.cg_damping * vector
+
+        direction = conjugate_gradient(product, -gradient, iterations=config.cg_iterations, tolerance=CG_TOLERANCE)
         curvature = float(direction @ product(direction))
         if not math.isfinite(curvature):
             raise NotFiniteError(f"the curvature along the policy's step is {curvature}")
         step = direction * math.sqrt(2 * max_kl / curvature) if curvature > 0 else torch.zeros_like(direction)
-        start, after = parameters_to_vector(self._old_parameters), (old_loss, 0.0)
+        start, after = _vector(self._old_parameters), (old_loss, 0.0)
 
         def evaluate(fraction: float) -> tuple[float, float]:
             nonlocal after
-            copy_tensors(self._as_parameters(start + fraction * step), self.parameters)
-            after = self._loss_and_kl(experience, kl_coef)
+            _copy(self._as_parameters(start + fraction * step), self.parameters)
+            after = self._loss_and_kl(experience)
             return old_loss - after[0], after[1]
 
         fraction = backtracking(evaluate, max_kl=max_kl, attempts=config.line_search_steps)
         if fraction == 0:
-            copy_tensors(self._old_parameters, self.parameters)
+            _copy(self._old_parameters, self.parameters)
             after = (old_loss, 0.0)
         return {
             "policy_loss": after[0],
@@ -160,48 +161,128 @@ class TRPO:
             "step_fraction": fraction,
         }
 
-    def fisher_product(self, experience: Experience, vector: Tensor) -> Tensor:
-        """F v [D] for v [D], the trainable weights as one vector: F is the mean over tokens of the KL's Hessian.
+    def fisher(self, experience: Experience) -> Callable[[Tensor], Tensor]:
+        """v [D] -> F v [D] for the trainable weights as one vector; F is the Hessian of the mean KL over the tokens.
 
         The KL is that from the policy as it is now, whose gradient is 0 here, so its Hessian is the Fisher matrix.
+        Memory is that of one forward pass; a batch that is no more than that is passed once, not for every product.
         """
-        product = torch.zeros_like(vector)
-        directions = self._as_parameters(vector)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
-            for part in self._forward_passes(experience):
-                states = self._states(self.policy, part)
-                logprobs = (self.policy.head(states).float() / self.config.temperature).log_softmax(-1)
-                kl = kl_full(logprobs.detach(), logprobs).sum()
-                slopes = torch.autograd.grad(kl, self.parameters, create_graph=True, materialize_grads=True)
-                slope = torch.stack([(a * b).sum() for a, b in zip(slopes, directions, strict=True)]).sum()
-                product += _vector(torch.autograd.grad(slope, self.parameters, materialize_grads=True))
-        return self.runtime.sum(product) / experience.response_mask.sum()
+        parts, tokens = list(self._forward_passes(experience)), experience.response_mask.sum()
+        kept = [self._kl_slopes(part) for part in parts] if len(parts) == 1 else None
 
-    def _loss_and_gradient(self, experience: Experience, kl_coef: float) -> tuple[float, Tensor]:
+        @twice_differentiable
+        def product(vector: Tensor) -> Tensor:
+            result, directions = torch.zeros_like(vector), self._as_parameters(vector)
+            for part in parts:
+                slopes = kept[0] if kept else self._kl_slopes(part)
+                along = torch.stack([(a * b).sum() for a, b in zip(slopes, directions, strict=True)]).sum()
+                result += _vector(self._gradient(along, retain_graph=bool(kept)))
+            return self.runtime.sum(result) / tokens
+
+        return product
+
+    @twice_differentiable
+    def _kl_slopes(self, part: Experience) -> Sequence[Tensor]:
+        """The gradient of KL(now ‖ weights), summed over the tokens of `part`, as a function that has a gradient."""
+        states = _states(self.policy, part)[part.response_mask]
+        logprobs = (self.policy.head(states).float() / self.config.temperature).log_softmax(-1)
+        return self._gradient(kl_full(logprobs.detach(), logprobs).sum(), create_graph=True)
+
+    def _gradient(self, of: Tensor, *, retain_graph: bool = False, create_graph: bool = False) -> Sequence[Tensor]:
+        """Of the trainable weights; zeros for one that has no part in `of`."""
+        return torch.autograd.grad(
+            of,
+            self.parameters,
+            retain_graph=retain_graph or create_graph,
+            create_graph=create_graph,
+            materialize_grads=True,
+        )
+
+    def _loss_and_gradient(self, experience: Experience) -> tuple[float, Tensor]:
         """The surrogate loss per token, and its gradient [D] as one vector."""
-        gradient = torch.zeros_like(parameters_to_vector(self._old_parameters))
+        gradient = torch.zeros_like(_vector(self._old_parameters))
         total = torch.zeros((), device=gradient.device)
         for part in self._forward_passes(experience):
-            loss = self._surrogate_loss(part, self._states(self.policy, part), kl_coef)
-            gradient += _vector(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
+            loss = self._surrogate_loss(part, _states(self.policy, part))
+            gradient += _vector(self._gradient(loss))
             total += loss.detach()
         tokens = experience.response_mask.sum()
         return float(self.runtime.sum(total) / tokens), self.runtime.sum(gradient) / tokens
 
     @torch.no_grad()
-    def _loss_and_kl(self, experience: Experience, kl_coef: float) -> tuple[float, float]:
+    def _loss_and_kl(self, experience: Experience) -> tuple[float, float]:
         """The surrogate loss per token of the policy as it is now, and the exact KL(old ‖ now) per token in nats."""
         sums = torch.zeros(2, device=experience.scores.device)
         for part in self._forward_passes(experience):
-            states, old_states = self._states(self.policy, part), self._states(self._old, part)
+            mask, states = part.response_mask, _states(self.policy, part)
             kl = chunked_kl_full(
-                old_states,
+                _states(self._old, part)[mask],
                 self._old.head,
-                states,
+                states[mask],
                 self.policy.head,
                 temperature=self.config.temperature,
                 chunk_size=self.policy.chunk_size,
             )
-            sums += torch.stack([self._surrogate_loss(part, states, kl_coef), kl.sum()])
+            sums += torch.stack([self._surrogate_loss(part, states), kl.sum()])
         loss, mean_kl = (self.runtime.sum(sums) / experience.response_mask.sum()).tolist()
         return loss, mean_kl
+
+    def _surrogate_loss(self, part: Experience, states: Tensor) -> Tensor:
+        """−ρA summed over the real tokens of `part`: PPO's loss without its clipping, for the trust region bounds ρ."""
+        mask = part.response_mask
+        logprobs = self.policy.logprobs(states, part.response_ids, mask, self.config.temperature)
+        return masked_sum(policy_loss(logprobs, part.logprobs, part.advantages, cliprange=math.inf)[0], mask)
+
+    def _fit_critic(self, experience: Experience) -> float:
+        """Steps of Adam towards the returns; the mean loss of the critic on the way."""
+
+        def losses(part: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+            values = self.critic(part, part.values)  # a critic with its own trunk reads no states of the policy
+            loss, _ = value_loss(values, part.values, part.returns, cliprange_value=math.inf)
+            return masked_sum(loss, part.response_mask), {}
+
+        everything = torch.arange(len(experience.scores), device=self.runtime.device)
+        total = 0.0
+        for _ in range(self.config.value_epochs):
+            total += self.optimisation.backward(experience, everything, losses)["loss"]
+            self.optimisation.step()
+        return total / self.config.value_epochs
+
+    def _forward_passes(self, experience: Experience) -> Iterator[Experience]:
+        """This process's share of the samples, in as many parts as forward passes are needed."""
+        own_share = self.runtime.share(torch.arange(len(experience.scores), device=self.runtime.device))
+        for rows in token_batches(experience, own_share, self.config.forward_batch_size):
+            yield select(experience, rows)
+
+    def _as_parameters(self, vector: Tensor) -> list[Tensor]:
+        """A vector [D] cut into tensors of the shapes of the trainable weights."""
+        pieces = vector.split([parameter.numel() for parameter in self.parameters])
+        return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
+
+    def state(self) -> dict[str, Any]:
+        return {"critic": trainable_tensors(self.critic), "optimisation": self.optimisation.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        load_tensors(self.critic, state["critic"])
+        self.optimisation.load_state(state["optimisation"])
+
+
+class TRPOTrainer(OnlineTrainer):
+    """`OnlineTrainer` with TRPO as its learner: `TRPOTrainer(config, prompts=…, reward=…).train()`."""
+
+    make_learner = TRPO
+
+
+@torch.no_grad()
+def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    for old, new in zip(source, target, strict=True):
+        new.copy_(old)
+
+
+def _states(policy: Policy, part: Experience) -> Tensor:
+    """The hidden states [n, R, H] before the tokens of the responses."""
+    return policy.states(part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
+
+
+def _vector(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])

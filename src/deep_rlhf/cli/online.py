@@ -3,13 +3,15 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from deep_rlhf.algorithms.online import OnlineTrainer
+from deep_rlhf.algorithms.online import OnlineTrainer, Stopped
 from deep_rlhf.algorithms.online_config import OnlineConfig
 from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_config
 from deep_rlhf.data.prompts import load_prompts
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(command: str, argv: list[str] | None = None) -> None:
-    """Runs the algorithm `command` as the flags say. Ctrl-C leaves a checkpoint and the policy as it is."""
+    """Runs the algorithm `command` as the flags say. Ctrl-C leaves a checkpoint and the policy as it is then."""
     config_class, trainer_class = algorithm(command)
     (config,) = parse_flags(argv, config_class, prog=f"{command}.py", description=__doc__.split("\n")[0])
     start = time.perf_counter()
@@ -56,21 +58,10 @@ def main(command: str, argv: list[str] | None = None) -> None:
         save_config(run.path / "config.yaml", _resolved(config, template, trainer))
     shown = trainer.prompts[:SHOWN_PROMPTS]
     before = trainer.generate(shown, seed=config.seed, reference=True)
-    try:
-        trainer.train(on_update=_recorder(trainer, run))
-    except BaseException as stop:  # whatever ends the training, what was learned so far is kept
-        if isinstance(stop, KeyboardInterrupt):
-            logger.info("Stopped after update %d of %d: go on with --resume.", len(trainer.history), trainer.updates)
-        try:
-            trainer.save(output_dir / "model")
-        except UserError as error:
-            logger.warning("%s", error)
-        raise
-    trainer.save(output_dir / "model")
+    _train(trainer, run, output_dir / "model")
     after = trainer.generate(shown, seed=config.seed)
     if run is None:
         return
-
     scores_before, scores_after = (scorer.score(shown, texts).mean(1).tolist() for texts in (before, after))
     summary = {
         "seconds": time.perf_counter() - start,
@@ -80,16 +71,17 @@ def main(command: str, argv: list[str] | None = None) -> None:
         "prompts": dataclasses.asdict(rows),
         "prompts_in_tokens": dataclasses.asdict(trainer.prompt_report),
     }
-    write_summary(run.path / "summary.json", summary)
-    report = write_report(
-        run.path / "report.html",
-        title=f"{command}: {config.exp_name}",
-        summary={"seconds": summary["seconds"]},
-        history=trainer.history,
-        samples=build_samples(shown, after, before=before, scores_after=scores_after, scores_before=scores_before),
-        score_name="reward",
-        config=dataclasses.asdict(config),
-    )
+    with _told(output_dir):
+        write_summary(run.path / "summary.json", summary)
+        report = write_report(
+            run.path / "report.html",
+            title=f"{command}: {config.exp_name}",
+            summary={"seconds": summary["seconds"]},
+            history=trainer.history,
+            samples=build_samples(shown, after, before=before, scores_after=scores_after, scores_before=scores_before),
+            score_name="reward",
+            config=dataclasses.asdict(config),
+        )
     files = {"Policy": output_dir / "model", "Report": report, "Metrics": run.path / "metrics.jsonl"}
     for name, path in files.items():
         console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
@@ -100,6 +92,35 @@ def algorithm(command: str) -> tuple[type[OnlineConfig], type[OnlineTrainer]]:
     module = import_module(f"deep_rlhf.algorithms.{command}")
     name = ALGORITHMS[command]
     return getattr(module, f"{name}Config"), getattr(module, f"{name}Trainer")
+
+
+def _train(trainer: OnlineTrainer, run: RunDirectory | None, folder: Path) -> None:
+    """Trains and saves the policy, as it is when an error or Ctrl-C ends the training; a second Ctrl-C is obeyed."""
+    try:
+        trainer.train(on_update=_recorder(trainer, run))
+    except Stopped:
+        done = len(trainer.history)
+        logger.info("Stopped after update %d: the same command with --resume goes on from there.", done)
+        trainer.save(folder)
+        raise
+    except Exception:
+        try:
+            trainer.save(folder)
+        except UserError as error:  # it must not hide what ended the training
+            logger.warning("%s", error)
+        raise
+    trainer.save(folder)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """A disk that refuses a file becomes one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"The results could not be written to '{folder}' ({error.strerror}): make room and go on with --resume."
+        ) from error
 
 
 def _resolved(config: OnlineConfig, template: Any, trainer: OnlineTrainer) -> OnlineConfig:
@@ -131,12 +152,13 @@ def _recorder(trainer: OnlineTrainer, run: RunDirectory | None) -> Callable[[dic
         rollout = trainer.last_rollout
         if run is None or rollout is None:
             return
-        run.add_metrics(metrics)
         texts = zip(rollout.prompts, rollout.responses, rollout.scores.tolist(), strict=True)
         rows: list[dict[str, Any]] = [
             {"step": metrics["step"], "prompt": prompt, "response": response, "score": score}
             for prompt, response, score in texts
         ]
-        run.add_samples(rows[:SAMPLES_PER_UPDATE])
+        with _told(run.path):
+            run.add_metrics(metrics)
+            run.add_samples(rows[:SAMPLES_PER_UPDATE])
 
     return on_update

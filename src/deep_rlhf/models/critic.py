@@ -35,7 +35,7 @@ class Critic(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
-def make_critic(kind: CriticKind, policy: Policy, scorer: Scorer, tokenizer: PreTrainedTokenizerBase) -> Critic:
+def make_critic(kind: CriticKind, policy: Policy, scorer: Scorer | None, tokenizer: PreTrainedTokenizerBase) -> Critic:
     """The critic of a policy. Raises UserError if the reward model cannot be one."""
     if kind == "reward":
         return _from_reward_model(policy, scorer, tokenizer).to(policy.device)
@@ -52,7 +52,7 @@ def make_critic(kind: CriticKind, policy: Policy, scorer: Scorer, tokenizer: Pre
     return Critic(head, trunk).to(policy.device)
 
 
-def _from_reward_model(policy: Policy, scorer: Scorer, tokenizer: PreTrainedTokenizerBase) -> Critic:
+def _from_reward_model(policy: Policy, scorer: Scorer | None, tokenizer: PreTrainedTokenizerBase) -> Critic:
     """A copy of the reward model that says of every token what the reward model says of the last one."""
     if not isinstance(scorer, RewardModel):
         raise UserError("critic=reward needs a reward model, but the reward is a function: use critic=separate.")

@@ -102,9 +102,15 @@ class Policy(Trunk):
 class Reference:
     """The frozen model that the KL penalty is measured from: a copy, or an adapted policy with its adapters off."""
 
-    def __init__(self, policy: Policy) -> None:
-        """Copies the policy as it is now, unless its adapters can be switched off (then it costs no memory)."""
-        self._policy = policy if policy.is_adapted else copy.deepcopy(policy).requires_grad_(False)
+    def __init__(self, policy: Policy, *, frozen: Policy | None = None) -> None:
+        """Copies the policy as it is now, unless its adapters can be switched off (then it costs no memory).
+
+        `frozen`, a model without adapters, is the reference itself where there is one already.
+        """
+        if frozen is not None:
+            self._policy = frozen.requires_grad_(False)
+        else:
+            self._policy = policy if policy.is_adapted else copy.deepcopy(policy).requires_grad_(False)
 
     @contextmanager
     def model(self) -> Iterator[Policy]:

@@ -23,13 +23,11 @@ def prompt_batch(
     The filling is id 0, whatever the tokenizer's padding is: the mask tells what is real, and every model has an id 0.
     """
     rows = tokenizer(texts).input_ids
-    width = max(len(row) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        columns = slice(width - len(row), width) if left else slice(0, len(row))
-        input_ids[i, columns] = torch.tensor(row)
-        mask[i, columns] = True
+    lengths = torch.tensor([[len(row)] for row in rows])
+    columns = torch.arange(int(lengths.max()))
+    mask = columns >= len(columns) - lengths if left else columns < lengths
+    input_ids = torch.zeros(mask.shape, dtype=torch.int64)
+    input_ids[mask] = torch.tensor([token for row in rows for token in row])
     return PromptBatch(texts=texts, input_ids=input_ids.to(device), mask=mask.to(device))
 
 
@@ -113,7 +111,9 @@ def collect(
 
 
 def _real_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    return [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]
+    """The real ids of each row."""
+    rows = ids[mask].split(mask.sum(1).tolist())
+    return [row.tolist() for row in rows]
 
 
 def _text_after(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response_ids: list[int]) -> str:

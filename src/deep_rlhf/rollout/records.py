@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deep_rlhf.types import Completions
+from deep_rlhf.types import Completions, Experience, Rollout
 
 Record = TypeVar("Record", bound=Completions)
 
@@ -49,6 +49,14 @@ def concatenate(records: Sequence[Record], *, left: bool = True) -> Record:
             values = [_padded(value, width, left=on_the_left) for value in values]
         joined[field.name] = torch.cat(values)
     return dataclasses.replace(records[0], **joined)
+
+
+def experience_from(rollout: Rollout, **targets: Tensor) -> Experience:
+    """The rollout with its rewards, advantages and returns [N, R], set to 0 outside the mask."""
+    fields: dict[str, Any] = {field.name: getattr(rollout, field.name) for field in dataclasses.fields(Rollout)}
+    for name, values in targets.items():
+        fields[name] = torch.where(rollout.response_mask, values, torch.zeros_like(rollout.kl))
+    return Experience(**fields)
 
 
 def moved(record: Record, device: torch.device) -> Record:

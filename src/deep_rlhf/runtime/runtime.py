@@ -51,6 +51,11 @@ class Runtime:
         self.processes: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
 
+    @property
+    def accelerator(self) -> Accelerator:
+        """What scripts written around an Accelerator ask for (`compat.trl`); everything else asks this class."""
+        return self._accelerator
+
     def share(self, items: T) -> T:
         """This process's contiguous part of a list or tensor that all processes hold; parts differ by one at most."""
         base, extra = divmod(len(items), self.processes)  # type: ignore[arg-type]
