@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deep_rlhf import PPOConfig, PPOTrainer, UserError
-from deep_rlhf.cli.online import ALGORITHMS, algorithm
+from deep_rlhf.cli.main import ALGORITHMS
+from deep_rlhf.cli.online import algorithm
 
 PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not", "two fish", "moon or sun", "bad", "a"]
 RUNS: dict[str, dict[str, Any]] = {

@@ -3,11 +3,14 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from deep_rlhf import PPOConfig, UserError
+from deep_rlhf.cli.flags import parse_flags
 
 GREATER_THAN_0 = [
     *("max_prompt_length", "max_new_tokens", "temperature", "batch_size", "ppo_epochs", "learning_rate", "score_clip"),
@@ -56,6 +59,53 @@ def test_the_original_command_means_what_it_meant() -> None:
         **{"cliprange": 0.2, "cliprange_value": 0.2, "whiten_rewards": False, "lora_alpha": 16, "lora_r": 16},
     }
     assert {name: getattr(config, name) for name in published} == published
+
+
+def test_a_configuration_of_trl_is_understood(tmp_path: Path) -> None:
+    """Every option of classic PPO by its old name, from a file."""
+    old = {
+        **{"steps": 20_000, "learning_rate": 1.41e-5, "adap_kl_ctrl": True, "init_kl_coef": 0.2, "kl_penalty": "full"},
+        **{"target": 6, "horizon": 10_000, "gamma": 1, "lam": 0.95, "cliprange": 0.2, "cliprange_value": 0.2},
+        **{"vf_coef": 0.1, "batch_size": 128, "mini_batch_size": 16, "gradient_accumulation_steps": 8, "ppo_epochs": 4},
+        **{"max_grad_norm": 0.5, "early_stopping": True, "target_kl": 1, "ratio_threshold": 10.0, "score_clip": 5.0},
+        **{"use_score_scaling": True, "use_score_norm": True, "whiten_rewards": True, "gradient_checkpointing": True},
+        **{"forward_batch_size": 16, "compare_steps": 5, "tracker_project_name": "trl", "dataset_num_proc": 2},
+        **{"tracker_kwargs": {"wandb": {"tags": ["old"]}}, "project_kwargs": {"logging_dir": "logs"}},
+        **{"accelerator_kwargs": {"cpu": True}, "push_to_hub_if_best_kwargs": {"repo_id": "me/best"}},
+    }
+    path = tmp_path / "old.yaml"
+    path.write_text(yaml.safe_dump(old))
+    (config,) = parse_flags([f"--config={path}"], PPOConfig, prog="ppo.py", description="")
+    assert {name: getattr(config, name) for name in old} == old
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_score_norm": True}, "use_score_norm does nothing without use_score_scaling"),
+        ({"kl_in_loss": True}, "kl_in_loss needs kl_penalty=mse or k3"),
+        ({"kl_in_loss": True, "kl_penalty": "full"}, "not full: use one of them"),
+        ({"ensemble_reward": "uncertainty"}, "need each other"),
+        ({"ensemble_std_coef": 1.0}, "need each other"),
+        ({"push_to_hub_if_best_kwargs": {"private": True}}, "needs a repo_id"),
+        ({"push_to_hub_if_best_kwargs": "me/best"}, "must be a mapping of names to values"),
+        ({"batch_size": 8, "mini_batch_size": 16}, "is 16, more than the batch_size=8"),
+        ({"gradient_accumulation_steps": 2}, "is 256, more than the batch_size=128"),
+        ({"dual_clip": 1.1}, "dual_clip=1.1 must be larger than 1 + cliprange"),
+        ({"dual_clip": 1.0}, "dual_clip must be a number greater than 1"),
+        ({"importance_cap": 0.5}, "importance_cap must be 1 or more"),
+        ({"kl_penalty": "k4"}, "kl_penalty must be one of kl, abs, mse, full, k1, k2, k3, not k4"),
+        ({"horizon": 20}, "can turn the KL coefficient to 0 and below"),
+        ({"missing_eos_mode": "subtract"}, "does nothing without missing_eos_penalty"),
+        ({"critic": "big"}, "critic must be one of shared, separate, reward, not big"),
+        ({"missing_eos_mode": "add"}, "missing_eos_mode must be one of replace, subtract"),
+        ({"save_freq": 0}, "save_freq must be 1 or more"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        PPOConfig(**settings)
+    assert words in str(refused.value)
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
@@ -21,9 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from deep_rlhf.algorithms import online_setup as setup
 from deep_rlhf.algorithms.online_config import FREE_TO_CHANGE, OnlineConfig
-from deep_rlhf.algorithms.optimisation import NotFiniteError
+from deep_rlhf.algorithms.optimisation import Learner, NotFiniteError
 from deep_rlhf.algorithms.shaping import ScoreShaping, rollout_metrics, rollout_problem
-from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.ops.kl import adapted_kl_coef
 from deep_rlhf.rollout.collect import collect, complete, prompt_batch
@@ -47,27 +46,6 @@ logger = logging.getLogger(__name__)
 
 class Stopped(KeyboardInterrupt):
     """One Ctrl-C: the update that was running is done, and a checkpoint written."""
-
-
-class Learner(Protocol):
-    """An algorithm: it changes the policy so that rollouts like the one it is shown score higher."""
-
-    @property
-    def critic(self) -> Critic | None:
-        """Whose values a rollout holds, if the algorithm has one."""
-        ...
-
-    def learn(self, rollout: Rollout, *, kl_coef: float, update: int) -> dict[str, float]:
-        """One update from a rollout of all processes; returns metrics, or raises NotFiniteError."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """What a continuation needs beside the weights."""
-        ...
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what `state` returned."""
-        ...
 
 
 class OnlineTrainer:
@@ -117,7 +95,13 @@ class OnlineTrainer:
         self._bad_batches = self._bad_in_a_row = 0
         self._interrupted = False
         self._identity = setup.run_identity(
-            config, self.prompts, self._reference, updates=self.updates, without=FREE_TO_CHANGE
+            config,
+            self.prompts,
+            self._reference,
+            self.scorer,
+            updates=self.updates,
+            processes=self.runtime.processes,
+            without=FREE_TO_CHANGE,
         )
         self._find_earlier_run()
 
@@ -177,14 +161,16 @@ class OnlineTrainer:
         try:
             if problem := rollout_problem(rollout):
                 raise NotFiniteError(problem)
-            metrics |= self._learn(rollout, update)
+            self._push_if_best(metrics["score_mean"], update)
+            with setup.undone_if_not_finite(self._policy, self.learner):
+                metrics |= self.learner.learn(rollout, kl_coef=self.kl_coef, update=update)
         except NotFiniteError as error:
             self._shaping.moments = moments
             self._set_aside(rollout, update, str(error))
         else:
             self._bad_in_a_row = 0
-            self._adapt_kl_coef(metrics["kl"])
-            self._push_if_best(metrics["score_mean"], update)
+            if self.config.adapts_kl_coef(update):
+                self._adapt_kl_coef(float(torch.where(rollout.response_mask, rollout.kl, 0.0).sum(1).mean()))
         seconds = time.perf_counter() - start
         metrics["bad_batches"] = float(self._bad_batches)
         metrics["tokens_per_second"] = float(rollout.response_mask.sum()) / seconds
@@ -313,22 +299,11 @@ class OnlineTrainer:
             batch += [self.prompts[order[offset]]] * config.samples_per_prompt
         return batch
 
-    def _learn(self, rollout: Rollout, update: int) -> dict[str, float]:
-        """What the learner makes of a rollout. Raises NotFiniteError, everything as it was: its last step may fail."""
-        before = setup.copied((setup.trainable_tensors(self._policy), self.learner.state()))
-        try:
-            return self.learner.learn(rollout, kl_coef=self.kl_coef, update=update)
-        except NotFiniteError:
-            setup.load_tensors(self._policy, before[0])
-            self.learner.load_state(before[1])
-            raise
-
     def _adapt_kl_coef(self, kl: float) -> None:
         config = self.config
-        if config.adap_kl_ctrl:
-            self.kl_coef = adapted_kl_coef(
-                self.kl_coef, kl, target=config.target, horizon=config.horizon, samples=config.batch_size
-            )
+        self.kl_coef = adapted_kl_coef(
+            self.kl_coef, kl, target=config.target, horizon=config.horizon, samples=config.batch_size
+        )
 
     def _set_aside(self, rollout: Rollout, update: int, reason: str) -> None:
         """Keeps a batch that taught nothing, for people to look at. Raises UserError after too many in a row."""
@@ -347,6 +322,7 @@ class OnlineTrainer:
             )
 
     def _push_if_best(self, score: float, update: int) -> None:
+        """Saves and pushes the policy that sampled, before it learns, if nothing scored as high yet."""
         options = self.config.push_to_hub_if_best_kwargs
         if not options or (update + 1) % self.config.compare_steps or score <= self._best_score:
             return

@@ -130,6 +130,10 @@ class OnlineConfig(ScriptArguments):
         """Responses to each prompt of a batch."""
         return 1
 
+    def adapts_kl_coef(self, update: int) -> bool:
+        """Whether the KL coefficient follows the KL after this update."""
+        return self.adap_kl_ctrl
+
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "project_kwargs", "accelerator_kwargs", "push_to_hub_if_best_kwargs"):
             value = getattr(self, name)
@@ -167,11 +171,20 @@ class OnlineConfig(ScriptArguments):
             raise UserError("use_score_norm does nothing without use_score_scaling: give both, or neither.")
         if self.kl_in_loss and self.kl_penalty not in ("mse", "k2", "k3"):
             raise UserError(
-                f"kl_in_loss needs an estimator whose gradient pulls towards the reference, and kl_penalty="
-                f"{self.kl_penalty} has none: use kl_penalty=mse or k3, or leave the KL in the reward."
+                f"kl_in_loss needs kl_penalty=mse or k3, whose gradients are those of a KL, not {self.kl_penalty}: use"
+                " one of them, or leave the KL in the reward."
             )
         if (self.ensemble_std_coef is None) == (self.ensemble_reward == "uncertainty"):
             raise UserError("ensemble_reward=uncertainty and ensemble_std_coef (its λ) need each other: give both.")
+        if self.adap_kl_ctrl and self.batch_size >= 5 * self.horizon:
+            raise UserError(
+                f"adap_kl_ctrl with batch_size={self.batch_size} and horizon={self.horizon:g} can turn the KL"
+                " coefficient to 0 and below: raise horizon."
+            )
+        if self.missing_eos_penalty is None and self.missing_eos_mode == "subtract":
+            raise UserError(
+                "missing_eos_mode=subtract does nothing without missing_eos_penalty: give both, or neither."
+            )
         if self.push_to_hub_if_best_kwargs:
             check_push_options(self.push_to_hub_if_best_kwargs)
         if self.batch_size % self.samples_per_prompt:

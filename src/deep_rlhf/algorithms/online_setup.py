@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online_config import OnlineConfig
+from deep_rlhf.algorithms.optimisation import Learner, NotFiniteError
 from deep_rlhf.models.adapters import add_lora
 from deep_rlhf.models.load import load_language_model, load_tokenizer
 from deep_rlhf.models.policy import Policy, Reference
@@ -118,9 +120,16 @@ def count_updates(prompts: int, config: OnlineConfig) -> int:
 
 
 def run_identity(
-    config: OnlineConfig, prompts: Sequence[str], reference: Reference, *, updates: int, without: Collection[str]
+    config: OnlineConfig,
+    prompts: Sequence[str],
+    reference: Reference,
+    scorer: Scorer,
+    *,
+    updates: int,
+    processes: int,
+    without: Collection[str],
 ) -> dict[str, Any]:
-    """Everything that decides what a run computes: its settings but for `without`, its prompts and where it starts.
+    """Everything that decides what a run computes: settings but for `without`, prompts, reward model, where it starts.
 
     The same for the settings as typed and as config.yaml has them: what `steps` and `template` came to.
 
@@ -132,7 +141,13 @@ def run_identity(
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in without}
     settings["steps"] = updates * config.batch_size
     texts = hashlib.sha256("\0".join(prompts).encode(errors="surrogatepass")).hexdigest()[:16]
-    return {**settings, "prompts": texts, "weights of the reference": _fingerprint(reference)}
+    identity = {**settings, "processes": processes, "prompts": texts}
+    with reference.model() as frozen:  # adapters are switched off in the reference
+        weights = [tensor for name, tensor in frozen.named_parameters() if "lora_" not in name]
+    identity["weights of the reference"] = _fingerprint(weights)
+    if isinstance(scorer, RewardModel):
+        identity["weights of the reward model"] = _fingerprint([*scorer.model.parameters(), scorer.mean, scorer.std])
+    return identity
 
 
 def trainable_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -146,6 +161,18 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     parameters = dict(module.named_parameters())
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
+
+
+@contextmanager
+def undone_if_not_finite(policy: Policy, learner: Learner) -> Iterator[None]:
+    """Puts policy and learner back as they were if the update inside raises NotFiniteError: its last step may fail."""
+    weights, state = copied((trainable_tensors(policy), learner.state()))
+    try:
+        yield
+    except NotFiniteError:
+        load_tensors(policy, weights)
+        learner.load_state(state)
+        raise
 
 
 def copied(value: Any) -> Any:
@@ -188,10 +215,8 @@ def save_policy(
             raise UserError(f"The policy saved in '{folder}' differs from the trained one in '{name}': save it again.")
 
 
-def _fingerprint(reference: Reference) -> str:
+def _fingerprint(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
-    with reference.model() as frozen:
-        for name, parameter in frozen.named_parameters():
-            if "lora_" not in name:  # adapters are switched off in the reference
-                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -6,24 +6,46 @@ cut into forward passes nor the number of processes changes anything. What is no
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 from deep_rlhf.algorithms.online_config import OnlineConfig
+from deep_rlhf.models.critic import Critic
 from deep_rlhf.ops.masked import masked_sum
 from deep_rlhf.rollout.collect import token_batches
 from deep_rlhf.rollout.records import select
 from deep_rlhf.runtime.runtime import Runtime
-from deep_rlhf.types import Experience
+from deep_rlhf.types import Experience, Rollout
 
 Losses = Callable[[Experience], tuple[Tensor, dict[str, Tensor]]]
 
 
 class NotFiniteError(Exception):
     """A NaN or an infinity was met, before any weight changed; the message says where."""
+
+
+class Learner(Protocol):
+    """An algorithm: it changes the policy so that rollouts like the one it is shown score higher."""
+
+    @property
+    def critic(self) -> Critic | None:
+        """Whose values a rollout holds, if the algorithm has one."""
+        ...
+
+    def learn(self, rollout: Rollout, *, kl_coef: float, update: int) -> dict[str, float]:
+        """One update from a rollout of all processes; returns metrics, or raises NotFiniteError."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a continuation needs beside the weights."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores what `state` returned."""
+        ...
 
 
 class Optimisation:

@@ -48,6 +48,10 @@ class PPOConfig(OnlineConfig):
         """Responses per optimiser step."""
         return (self.mini_batch_size or self.batch_size) * self.gradient_accumulation_steps
 
+    def adapts_kl_coef(self, update: int) -> bool:
+        """Not while only the critic learns: the KL is then 0 whatever its coefficient."""
+        return super().adapts_kl_coef(update) and update >= self.critic_warmup_steps
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range("ppo_epochs", "cliprange", "cliprange_value", "target_kl", above=0)

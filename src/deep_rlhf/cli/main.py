@@ -18,7 +18,8 @@ COMMANDS = {
     "reinforce_plus_plus": "the same by REINFORCE++: neither critic nor groups",
     "dpo": "tune a policy on preferences directly: no reward model, no sampling",
 }
-ONLINE = ("ppo", "trpo", "rloo", "grpo", "reinforce_plus_plus")
+# Commands that share one module, and how the classes of their algorithms are called.
+ALGORITHMS = {"ppo": "PPO", "trpo": "TRPO", "rloo": "RLOO", "grpo": "GRPO", "reinforce_plus_plus": "ReinforcePlusPlus"}
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def run(command: str, argv: list[str] | None = None) -> None:
         if command not in COMMANDS:
             raise UserError(f"There is no command '{command}': choose one of {', '.join(COMMANDS)}.")
         import_module("deep_rlhf.cli.console").calm_libraries()
-        if command in ONLINE:
+        if command in ALGORITHMS:
             import_module("deep_rlhf.cli.online").main(command, argv)
         else:
             import_module(f"deep_rlhf.cli.{command}").main(argv)

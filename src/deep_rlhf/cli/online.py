@@ -14,6 +14,7 @@ from rich.console import Console
 from deep_rlhf.algorithms.online import OnlineTrainer, Stopped
 from deep_rlhf.algorithms.online_config import OnlineConfig
 from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_config
+from deep_rlhf.cli.main import ALGORITHMS
 from deep_rlhf.data.prompts import load_prompts
 from deep_rlhf.evaluation.comparison import build_samples
 from deep_rlhf.evaluation.report import write_report
@@ -24,8 +25,6 @@ from deep_rlhf.types import RowReport, Scorer, UserError
 SHOWN_PROMPTS = 16  # answered before and after, for the report
 SAMPLES_PER_UPDATE = 4  # lines in samples.jsonl
 
-ALGORITHMS = {"ppo": "PPO", "trpo": "TRPO", "rloo": "RLOO", "grpo": "GRPO", "reinforce_plus_plus": "ReinforcePlusPlus"}
-
 console = Console()
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,8 @@ logger = logging.getLogger(__name__)
 def main(command: str, argv: list[str] | None = None) -> None:
     """Runs the algorithm `command` as the flags say. Ctrl-C leaves a checkpoint and the policy as it is then."""
     config_class, trainer_class = algorithm(command)
-    (config,) = parse_flags(argv, config_class, prog=f"{command}.py", description=__doc__.split("\n")[0])
+    prog = "ppo.py" if command == "ppo" else f"deep-rlhf {command}"
+    (config,) = parse_flags(argv, config_class, prog=prog, description=__doc__.split("\n")[0])
     start = time.perf_counter()
     output_dir = output_folder(config.output_dir or f"outputs/{config.exp_name}")
     config = dataclasses.replace(config, output_dir=str(output_dir))
@@ -51,7 +51,7 @@ def main(command: str, argv: list[str] | None = None) -> None:
     trainer = trainer_class(config, prompts=prompts, reward=scorer)
     is_main = trainer.runtime.is_main
     if is_main:
-        print_config(config)
+        print_config(_public(config))
         console.print(f"Prompts: {rows}.{_too_long(trainer.prompt_report)} Template: {template}.", highlight=False)
     run = RunDirectory(output_dir, resume_from=len(trainer.history) or None) if is_main else None
     if run:
@@ -80,7 +80,7 @@ def main(command: str, argv: list[str] | None = None) -> None:
             history=trainer.history,
             samples=build_samples(shown, after, before=before, scores_after=scores_after, scores_before=scores_before),
             score_name="reward",
-            config=dataclasses.asdict(config),
+            config=dataclasses.asdict(_public(config)),
         )
     files = {"Policy": output_dir / "model", "Report": report, "Metrics": run.path / "metrics.jsonl"}
     for name, path in files.items():
@@ -123,16 +123,17 @@ def _told(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _resolved(config: OnlineConfig, template: Any, trainer: OnlineTrainer) -> OnlineConfig:
-    """The settings as they turned out to be, to be run again; without what must stay secret."""
+def _public(config: OnlineConfig) -> OnlineConfig:
+    """The settings without what must stay secret."""
     push = config.push_to_hub_if_best_kwargs or {}
-    return dataclasses.replace(
-        config,
-        template=template,
-        steps=trainer.updates * config.batch_size,
-        resume=False,
-        push_to_hub_if_best_kwargs={name: value for name, value in push.items() if name != "token"} or None,
-    )
+    shown = {name: value for name, value in push.items() if name != "token"}
+    return dataclasses.replace(config, push_to_hub_if_best_kwargs=shown or None)
+
+
+def _resolved(config: OnlineConfig, template: Any, trainer: OnlineTrainer) -> OnlineConfig:
+    """The settings as they turned out to be, to be run again."""
+    steps = trainer.updates * config.batch_size
+    return dataclasses.replace(_public(config), template=template, steps=steps, resume=False)
 
 
 def _template(config: OnlineConfig, scorer: Scorer) -> str:

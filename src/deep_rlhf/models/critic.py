@@ -68,6 +68,15 @@ def _from_reward_model(policy: Policy, scorer: Scorer | None, tokenizer: PreTrai
             "critic=reward needs a decoder as policy and as reward model, which judges an unfinished answer as it"
             f" does a whole one, and '{trunk.language_model.config.model_type}' does not: use critic=separate."
         )
+    known, needed = (
+        getattr(model.config, "max_position_embeddings", None)
+        for model in (trunk.language_model, policy.language_model)
+    )
+    if known is not None and (needed is None or known < needed):
+        raise UserError(
+            f"critic=reward needs a reward model that reads as far as the policy, and this one ends at {known} tokens:"
+            " use critic=separate."
+        )
     head = nn.Linear(score.in_features, 1)
     std = scorer.std.to(score.weight.device)
     bias = torch.zeros_like(std) if score.bias is None else score.bias

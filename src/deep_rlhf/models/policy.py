@@ -128,13 +128,18 @@ class Reference:
     ) -> Tensor:
         """Exact KL(policy ‖ reference) in nats of each response token's distribution, [n, R], 0 outside the mask.
 
-        states and ref_states [n, R, H] are those of policy and reference; adapters do not reach the head.
+        states and ref_states [n, R, H] are those of policy and reference.
         """
+
+        def ref_head(hidden: Tensor) -> Tensor:
+            with self.model() as frozen:
+                return frozen.head(hidden)
+
         real = chunked_kl_full(
             states[response_mask],
             policy.head,
             ref_states[response_mask],
-            self._policy.head,
+            ref_head,
             temperature=temperature,
             chunk_size=policy.chunk_size,
         )

@@ -59,7 +59,7 @@ def complete(
         sampler_logprobs=sampled.logprobs,
         entropy=sampled.entropy,
         finished=sampled.finished,
-        group=torch.arange(len(responses)) if group is None else group,
+        group=(torch.arange(len(responses)) if group is None else group).to(sampled.response_ids.device),
     )
 
 

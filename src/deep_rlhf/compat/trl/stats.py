@@ -25,8 +25,7 @@ _LEARNED = {  # TRL's key -> what the learner reports, a mean over its optimiser
 def step_stats(experience: Experience, learned: dict[str, float], kl_coef: float) -> dict[str, Any]:
     """The figures of one step; those of values and advantages are of the policy and critic that it began with."""
     mask, values, returns = experience.response_mask, experience.values, experience.returns
-    difference = torch.where(mask, experience.logprobs - experience.ref_logprobs, 0.0)
-    kl_per_response = difference.sum(1)
+    kl_per_response = torch.where(mask, experience.kl, 0.0).sum(1)
     figures = {
         "objective/kl": kl_per_response.mean(),
         "objective/entropy": torch.where(mask, -experience.logprobs, 0.0).sum(1).mean(),

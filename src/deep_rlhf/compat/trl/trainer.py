@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from deep_rlhf.algorithms.online_setup import open_runtime, undone_if_not_finite
 from deep_rlhf.algorithms.optimisation import NotFiniteError
 from deep_rlhf.algorithms.ppo import PPO
 from deep_rlhf.algorithms.shaping import ScoreShaping, rollout_problem
@@ -28,8 +29,6 @@ from deep_rlhf.ops.kl import adapted_kl_coef
 from deep_rlhf.rollout.collect import collect
 from deep_rlhf.rollout.generate import eos_token_ids
 from deep_rlhf.rollout.records import concatenate, moved
-from deep_rlhf.runtime.runtime import Runtime
-from deep_rlhf.runtime.trackers import usable_trackers
 from deep_rlhf.types import Rollout, UserError
 
 logger = logging.getLogger(__name__)
@@ -97,12 +96,7 @@ class PPOTrainer:
         native = config.native(1)
         set_seed(config.seed)
         self.config, self.model, self.tokenizer, self.dataset = config, model, tokenizer, dataset
-        trackers = usable_trackers(
-            [native.log_with or "none"], run_name=native.exp_name, project=native.tracker_project_name
-        )
-        self._runtime = Runtime(
-            trackers, project_kwargs=native.project_kwargs, accelerator_kwargs=native.accelerator_kwargs
-        )
+        self._runtime = open_runtime(native)
         self._native = config.native(self._runtime.processes)
         self.accelerator = self._runtime.accelerator
         self.current_device = self._runtime.device
@@ -123,7 +117,8 @@ class PPOTrainer:
         self._shaping = ScoreShaping(self._native)
         self._highest_reward = -float("inf")
         self._fill_in_config()
-        self._runtime.start_trackers(config.tracker_project_name, config.to_dict(), self._native.tracker_kwargs)
+        public = {name: value for name, value in config.to_dict().items() if not name.endswith("/token")}
+        self._runtime.start_trackers(config.tracker_project_name, public, self._native.tracker_kwargs)
         self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
 
     def prepare_dataloader(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None) -> DataLoader:
@@ -180,14 +175,14 @@ class PPOTrainer:
         """One PPO update from `config.batch_size` queries [length], responses [length] and scores (one number each).
 
         `response_masks` are 1 for a response's first tokens and 0 for what follows. Returns statistics under TRL's
-        keys. Raises ValueError for input of another form, and UserError, before any weight changed by it, for a batch
-        with a number that is not finite.
+        keys. Raises ValueError for input of another form, and UserError for a batch with a number that is not finite,
+        which changes nothing.
         """
         times = [time.perf_counter()]
         responses, all_scores = batches.checked(self.config.batch_size, queries, responses, scores, response_masks)
-        self._push_if_best(float(all_scores.mean()))
         rollout = self._rollout(queries, responses, all_scores)
         times.append(time.perf_counter())
+        moments = self._shaping.moments
         rollout = self._shaping.shaped(rollout)
         times.append(time.perf_counter())
         kl_coef = self.kl_ctl.value
@@ -196,8 +191,11 @@ class PPOTrainer:
         try:
             if problem := rollout_problem(rollout):
                 raise NotFiniteError(problem)
-            learned = self._learner.learn(rollout, kl_coef=kl_coef, update=self.current_step)
+            self._push_if_best(float(rollout.scores.mean()))
+            with undone_if_not_finite(self._policy, self._learner):
+                learned = self._learner.learn(rollout, kl_coef=kl_coef, update=self.current_step)
         except NotFiniteError as error:
+            self._shaping.moments = moments
             raise UserError(f"This batch cannot be learned from: {error}. Mend the reward, or leave it out.") from error
         times.append(time.perf_counter())
         stats = step_stats(experience, learned, kl_coef)
