@@ -47,10 +47,10 @@ RUNS: dict[str, Run] = {
         PPOConfig,
         PPOTrainer,
         PPO | {"learning_rate": 4e-3, "use_peft": True, "mini_batch_size": 128},
-        {1: PPO_BY_LENGTH[1], 3: PPO_BY_LENGTH[3] | {"batch_size": 384}},
+        PPO_BY_LENGTH,
         model="wide gpt2",
     ),
-    "ppo, t5": Run(PPOConfig, PPOTrainer, PPO | {"learning_rate": 1.5e-2}, PPO_BY_LENGTH, model="t5"),
+    "ppo, t5": Run(PPOConfig, PPOTrainer, PPO | {"learning_rate": 1e-2}, PPO_BY_LENGTH, model="t5"),
     "trpo": Run(
         TRPOConfig,
         TRPOTrainer,
