@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the expectations are those of a CPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: workers of pytest share the cores
 
 import pytest
 import torch

@@ -119,7 +119,7 @@ def reference_update(trainer: PPOTrainer, tokenizer: Any) -> tuple[list[dict[str
         for parameter, expected in zip(parameters, gradient, strict=True):
             if parameter.grad is not None:
                 parameter.grad *= min(1.0, (config.max_grad_norm or math.inf) / norm)
-                torch.testing.assert_close(expected, parameter.grad, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(expected, parameter.grad, atol=1e-5, rtol=1e-5)
         optimizer.step()
         steps.append({**losses, "grad_norm": norm})
     for expected, actual in zip(parameters, learner.optimisation.parameters, strict=True):
