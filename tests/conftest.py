@@ -27,6 +27,7 @@ VOCABULARY = 3 + len(WORDS)
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it saves
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share something expensive run on one worker of pytest-xdist; the others go where there is room."""
     for item in items:

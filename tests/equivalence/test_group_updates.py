@@ -246,7 +246,7 @@ def test_an_infinite_gradient_never_reaches_the_weights(kind: str, make_trainer:
         (GRPOConfig, {"num_iterations": 0}, "num_iterations must be 1 or more, not 0."),
         (GRPOConfig, {"cliprange": 0}, "cliprange must be a number greater than 0, not 0."),
         (GRPOConfig, {"loss_reduction": "mean"}, "loss_reduction must be one of sequence, token, not mean."),
-        (GRPOConfig, {"kl_penalty": "kl"}, "kl_in_loss needs an estimator"),
+        (GRPOConfig, {"kl_penalty": "kl"}, "kl_in_loss needs kl_penalty=mse or k3"),
         (RLOOConfig, {"kl_in_loss": True, "kl_penalty": "k3"}, "kl_in_loss is for PPO and GRPO"),
         (ReinforcePlusPlusConfig, {"kl_in_loss": True, "kl_penalty": "k3"}, "kl_in_loss is for PPO and GRPO"),
         (ReinforcePlusPlusConfig, {"gamma": 1.1}, "gamma must lie between 0 and 1, not 1.1."),

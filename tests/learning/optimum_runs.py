@@ -32,7 +32,7 @@ class Run:
 
 # Normalised advantages never shrink, so the steps must: every schedule falls to 0.
 PPO_BY_LENGTH: dict[int, Settings] = {
-    1: {"batch_size": 256, "updates": 20, "lam": 1.0, "lr_scheduler_type": "linear"},
+    1: {"batch_size": 256, "updates": 16, "lam": 1.0, "lr_scheduler_type": "linear"},
     3: {"batch_size": 512, "updates": 30, "lam": 0.95, "lr_scheduler_type": "cosine", "mini_batch_size": 256},
 }
 PPO: Settings = {"ppo_epochs": 2, "learning_rate": 3e-3}
@@ -58,7 +58,7 @@ RUNS: dict[str, Run] = {
             **{"batch_size": 256, "max_kl": 0.1, "cg_damping": 1e-3, "cg_iterations": 6, "value_epochs": 5, "lam": 1.0},
             **{"learning_rate": 4e-3, "lr_scheduler_type": "linear"},
         },
-        {1: {"updates": 12}, 3: {"updates": 16}},
+        {1: {"updates": 8}, 3: {"updates": 16}},
     ),
     "rloo": Run(RLOOConfig, RLOOTrainer, CRITIC_FREE | GROUPS, GROUPS_BY_LENGTH),
     # with the KL in the loss its optimum is another one: test_grpo_fixed_point.py

@@ -18,7 +18,7 @@ def test_grpo_with_the_kl_in_its_loss_ends_at_the_optimum_of_the_forward_kl(
     """That of E[r] − β KL(π₀ ‖ π), or βσ in place of β if rewards are divided by their standard deviation σ."""
     in_loss = {"kl_in_loss": True, "kl_penalty": "k3", "scale_rewards": scale_rewards}
     tokenizer = make_tokenizer(optimum.WORDS)
-    outcome = optimum_runs.train("grpo", make_model, tokenizer, length=1, beta=beta, seed=1, **in_loss)
+    outcome = optimum_runs.train("grpo", make_model, tokenizer, length=1, beta=beta, seed=1, updates=25, **in_loss)
     best, policy = outcome.best, outcome.trainer.policy
     log_reference = best.log_policy(optimum.reference_model(make_model, "gpt2", 1))
     rewards = beta * (best.log_optimum - log_reference)  # but for a constant, which changes nothing
