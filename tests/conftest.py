@@ -27,16 +27,6 @@ VOCABULARY = 3 + len(WORDS)
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it saves
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share something expensive run on one worker of pytest-xdist; the others go where there is room."""
-    for item in items:
-        if "workplace" in getattr(item, "fixturenames", ()) or item.path.stem == "test_original_commands":
-            item.add_marker(pytest.mark.xdist_group("workplace"))
-        elif item.path.parent.name == "cli" or item.path.stem == "test_ops_mutations":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """make_tokenizer(words=WORDS): one token per word; ids 0 <pad>, 1 <eos>, 2 <unk>, then the words."""
