@@ -1,6 +1,6 @@
 """Every algorithm on the task whose optimum is known, and what an update costs: `make algorithms` (fifteen minutes).
 
-`--costs` measures the costs alone and keeps the rest.
+`--costs` measures the costs alone and keeps the rest; `--table` only prints the figures of the guide again.
 
 Writes results/algorithms.json and the two pictures of docs/algorithms.md. The tasks and settings are those of
 tests/learning/optimum.py and optimum_runs.py; the cost is that of a 6-layer, 384-wide GPT-2 with random weights.
@@ -39,6 +39,10 @@ Row = dict[str, Any]
 def main() -> None:
     if sys.argv[1:2] == ["--cost"]:
         sys.stdout.write(json.dumps(cost(sys.argv[2])) + "\n")
+        return
+    if sys.argv[1:2] == ["--table"]:
+        kept = json.loads(RESULTS.read_text())
+        sys.stdout.write(table(kept["optimum"], kept["cost"]))
         return
     rows = json.loads(RESULTS.read_text())["optimum"] if sys.argv[1:2] == ["--costs"] else optimum_rows()
     costs = [measured_apart(name) for name in ALGORITHMS]
@@ -118,7 +122,38 @@ def table(rows: list[Row], costs: list[Row]) -> str:
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in worst) + " |")
     lines += ["", "| | seconds per update | peak memory, GB |", "|---|---|---|"]
     lines += [f"| {row['name']} | {row['seconds_per_update']:.1f} | {row['memory_gb']:.1f} |" for row in costs]
-    return "\n".join(lines) + "\n"
+    lines += ["", "| | responses until KL(π ‖ π*) stays within the bar at β = 0.5 | seconds |", "|---|---|---|"]
+    for name in ALGORITHMS:
+        needed = [until_within(row) for row in rows if (row["name"], row["beta"]) == (name, 0.5)]
+        samples, seconds = (sum(column) / len(needed) for column in zip(*needed, strict=True))
+        lines.append(f"| {name} | {samples:,.0f} | {seconds:.1f} |")
+    return "\n".join([*lines, "", *fixed_points()]) + "\n"
+
+
+def until_within(row: Row) -> tuple[int, float]:
+    """Responses and seconds after the last update that left the policy outside the bar."""
+    updates = 1 + max(update for update, distance in enumerate(row["kl"]) if distance > BOUND)
+    return updates * row["batch_size"], updates * row["seconds"] / (len(row["kl"]) - 1)
+
+
+def fixed_points() -> list[str]:
+    """How far from π* GRPO's own fixed points lie, for responses of one token; closed form, nothing is trained."""
+    tokenizer = conftest.make_tokenizer.__wrapped__()(optimum.WORDS)
+    lines = [
+        "| GRPO with k3 in its loss | " + " | ".join(f"β = {beta}" for beta in optimum.SCALES) + " |",
+        "|---|---|---|---|",
+    ]
+    for scale_rewards in (True, False):
+        cells = []
+        for beta in optimum.SCALES:
+            model = optimum.reference_model(conftest.make_model.__wrapped__(), "gpt2", 1)
+            best = optimum.Optimum(model, tokenizer, length=1, beta=beta)
+            fixed = optimum.grpo_fixed_point(
+                best.log_policy(model), best.log_optimum, beta, scale_rewards=scale_rewards
+            )
+            cells.append(f"{float((fixed.exp() * (fixed - best.log_optimum)).sum()):.2f}")
+        lines.append(f"| scale_rewards={scale_rewards} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def draw_ppo(rows: list[Row]) -> None:

@@ -93,6 +93,30 @@ def _responses(length: int) -> itertools.chain[tuple[int, ...]]:
     return itertools.chain(ended, itertools.product(going_on, repeat=length))
 
 
+def grpo_fixed_point(log_reference: Tensor, log_optimum: Tensor, beta: float, *, scale_rewards: bool) -> Tensor:
+    """log of where GRPO with k3 in its loss ends, for responses of one token: the best of E[r] − β KL(π₀ ‖ π).
+
+    With `scale_rewards` βσ stands in place of β, σ the standard deviation of the rewards at that very point.
+    """
+    rewards = beta * (log_optimum - log_reference)  # but for a constant, which changes nothing
+    fixed = _forward_kl_optimum(log_reference, rewards, beta)
+    for _ in range(50 if scale_rewards else 0):
+        mean = (fixed.exp() * rewards).sum()
+        deviation = (fixed.exp() * (rewards - mean) ** 2).sum().sqrt().item()
+        fixed = _forward_kl_optimum(log_reference, rewards, beta * deviation)
+    return fixed
+
+
+def _forward_kl_optimum(log_reference: Tensor, rewards: Tensor, coef: float) -> Tensor:
+    """log of cπ₀/(λ − r), with the λ above every r for which that sums to 1, by bisection."""
+    weights = coef * log_reference.exp()
+    low, high = rewards.max(), rewards.max() + coef
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (weights / (middle - rewards)).sum() > 1 else (low, middle)
+    return torch.log(weights / (high - rewards))
+
+
 # Sizes and the spread of the random weights. Adapters change the attention alone, so theirs must be able to do more.
 MODELS: dict[str, tuple[str, dict[str, int], float]] = {
     "gpt2": ("gpt2", {"n_layer": 1}, 0.2),

@@ -6,8 +6,6 @@ from typing import Any
 import optimum
 import optimum_runs
 import pytest
-import torch
-from torch import Tensor
 
 
 @pytest.mark.parametrize("scale_rewards", [True, False])
@@ -21,23 +19,8 @@ def test_grpo_with_the_kl_in_its_loss_ends_at_the_optimum_of_the_forward_kl(
     outcome = optimum_runs.train("grpo", make_model, tokenizer, length=1, beta=beta, seed=1, updates=25, **in_loss)
     best, policy = outcome.best, outcome.trainer.policy
     log_reference = best.log_policy(optimum.reference_model(make_model, "gpt2", 1))
-    rewards = beta * (best.log_optimum - log_reference)  # but for a constant, which changes nothing
-    expected, coef = forward_kl_optimum(log_reference, rewards, beta), beta
-    for _ in range(50 if scale_rewards else 0):  # σ is that of the optimum's own rewards
-        mean = (expected.exp() * rewards).sum()
-        coef = beta * (expected.exp() * (rewards - mean) ** 2).sum().sqrt().item()
-        expected = forward_kl_optimum(log_reference, rewards, coef)
+    expected = optimum.grpo_fixed_point(log_reference, best.log_optimum, beta, scale_rewards=scale_rewards)
     log_policy = best.log_policy(policy)
     reached = float((log_policy.exp() * (log_policy - expected)).sum())
     assert reached <= optimum.BOUNDS[1] / 2
     assert best.distance(policy) > 5 * reached
-
-
-def forward_kl_optimum(log_reference: Tensor, rewards: Tensor, coef: float) -> Tensor:
-    """log of cπ₀/(λ − r), with the λ above every r for which that sums to 1, by bisection."""
-    weights = coef * log_reference.exp()
-    low, high = rewards.max(), rewards.max() + coef
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (weights / (middle - rewards)).sum() > 1 else (low, middle)
-    return torch.log(weights / (high - rewards))
