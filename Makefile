@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test lint format bars algorithms clean
+.PHONY: demo test lint format bars algorithms bench growth headline clean
 demo: $(VENV)/.installed
 	$(BIN)/deep-rlhf demo --seed=$(SEED)
 
@@ -18,6 +18,25 @@ bars: $(VENV)/.installed
 # Every algorithm on the task whose optimum is known, and the pictures of docs/algorithms.md.
 algorithms: $(VENV)/.installed
 	$(BIN)/python benchmarks/algorithms.py
+
+# This project and TRL side by side: docs/speed.md. BENCH takes options, as in make bench BENCH='--jobs ppo-fp32'.
+bench: $(VENV)/.installed .peers/ppo/.installed .peers/reward/.installed
+	$(BIN)/python benchmarks/speed.py $(BENCH)
+
+# Time and memory of PPO against batch size, response length and prompt length: docs/growth.md.
+growth: $(VENV)/.installed
+	$(BIN)/python benchmarks/growth.py
+
+# The original's PPO command with whole prompts in 8 GiB. HEADLINE takes flags of ppo.py, as in HEADLINE=--precision=fp32.
+headline: $(VENV)/.installed
+	$(BIN)/python benchmarks/headline.py $(HEADLINE)
+
+# torch first and alone, by the same constraints as the project's own, so that both sides run the same build.
+.peers/%/.installed: benchmarks/peers/requirements-%.txt constraints.txt
+	$(PYTHON) -m venv .peers/$*
+	.peers/$*/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.peers/$*/bin/python -m pip install --quiet --constraint constraints.txt --requirement $<
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

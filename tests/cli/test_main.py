@@ -34,7 +34,7 @@ def test_a_mistake_ends_a_process_with_one_line_and_code_2(tmp_path: Path) -> No
     assert result.returncode == 2
     assert (
         result.stderr == "error: There is no command 'ppoo': choose one of "
-        "demo, reward, ppo, trpo, rloo, grpo, reinforce_plus_plus, dpo.\n"
+        "demo, reward, ppo, trpo, rloo, grpo, reinforce_plus_plus, dpo, plan.\n"
     )
     assert result.stdout == ""
 
@@ -69,7 +69,6 @@ def test_only_user_errors_are_swallowed(monkeypatch: pytest.MonkeyPatch) -> None
         (["--dataset_name=wentingzhao/anthropic-hh-first-prompt"], "its columns are"),
         (["--evaluation_strategy=sometimes"], "sometimes is not a valid IntervalStrategy"),
         (["--optim=adamm"], "--optim: invalid choice: 'adamm'"),
-        (["--bf16=True"], "bf16"),
         (["--max_length=4"], "larger --max_length"),
         (["--learning_rate=abc"], "--learning_rate: invalid float value: 'abc'"),
         (["--output_dir=a_file"], "a_file"),

@@ -16,7 +16,7 @@ from deep_rlhf.algorithms.grpo import GRPOConfig, GRPOTrainer
 from deep_rlhf.algorithms.online import OnlineTrainer
 from deep_rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlusConfig, ReinforcePlusPlusTrainer
 from deep_rlhf.algorithms.rloo import RLOOConfig, RLOOTrainer
-from deep_rlhf.rollout import collect as collect_module
+from deep_rlhf.rollout import passes as passes_module
 
 PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not"]
 SMALL: dict[str, Any] = {
@@ -201,7 +201,7 @@ def test_the_cut_into_forward_passes_changes_nothing(
 ) -> None:
     settings = {"num_iterations": 2, "mini_batch_size": 5}
     whole = make_trainer(kind, **settings).train()[0]
-    monkeypatch.setattr(collect_module, "FORWARD_TOKENS", 30)
+    monkeypatch.setitem(passes_module.TOKENS, "cpu", (30, 30))
     cut = make_trainer(kind, **settings).train()[0]
     assert whole["optimizer_steps"] == 4
     for name in ("loss", "grad_norm", "policy_clip_fraction", "approx_kl", "ratio"):

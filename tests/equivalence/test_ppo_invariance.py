@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
 from deep_rlhf import PPOConfig, PPOTrainer, UserError
-from deep_rlhf.rollout import collect as collect_module
 from deep_rlhf.rollout import engine as engine_module
+from deep_rlhf.rollout import passes as passes_module
 
 PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not", "two fish", "moon or sun", "bad", "a"]
 SMALL: dict[str, Any] = {
@@ -61,8 +61,8 @@ def test_the_cut_into_forward_passes_changes_nothing(
     kind: str, make_trainer: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_trainer(kind).train()
-    monkeypatch.setattr(collect_module, "FORWARD_TOKENS", 30)
-    monkeypatch.setattr(engine_module, "CACHE_TOKENS", 30)
+    monkeypatch.setitem(passes_module.TOKENS, "cpu", (30, 30))
+    monkeypatch.setattr(engine_module, "CPU_BYTES", 30_000)
     assert_same_history(whole, make_trainer(kind).train(), 1e-5)
     assert whole[1]["kl"] != 0
 
@@ -137,7 +137,7 @@ OTHERS = {"kl_penalty": "k3", "whiten_rewards": True, "gamma": 0.9, "lam": 0.8, 
 
 @pytest.mark.parametrize(
     ("settings", "clips"),
-    [(H24 | {"learning_rate": 3e-6}, False), (H24, True), ({}, True), (OTHERS, True)],
+    [(H24 | {"learning_rate": 3e-6}, False), (H24 | {"learning_rate": 1.9e-2}, True), ({}, True), (OTHERS, True)],
     ids=["Huang et al. 2024", "the same in larger steps", "defaults", "everything else"],
 )
 def test_one_update_is_that_of_a_plain_reference(

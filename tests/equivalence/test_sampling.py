@@ -77,6 +77,11 @@ def rows_of(sampled: Sampled) -> list[tuple[list[int], list[float], bool]]:
     ]
 
 
+def reordered(sampled: Sampled, order: Tensor) -> Sampled:
+    fields = {field.name: getattr(sampled, field.name) for field in dataclasses.fields(Sampled)}
+    return Sampled(**{name: None if values is None else values[order] for name, values in fields.items()})
+
+
 def assert_same(one: Sampled, other: Sampled) -> None:
     for (ids, logprobs, finished), (other_ids, other_logprobs, other_finished) in zip(
         rows_of(one), rows_of(other), strict=True
@@ -115,8 +120,7 @@ def test_a_sample_depends_on_its_own_prompt_and_uniforms_alone(
     shuffled = engine(policy).sample(
         PromptBatch(texts=PROMPTS, input_ids=prompts.input_ids[order], mask=prompts.mask[order]), uniforms[order]
     )
-    back = order.argsort()
-    assert_same(whole, Sampled(**{f.name: getattr(shuffled, f.name)[back] for f in dataclasses.fields(Sampled)}))
+    assert_same(whole, reordered(shuffled, order.argsort()))
 
     for i, text in enumerate(PROMPTS):
         alone = engine(policy).sample(batch(tokenizer, policy, [text]), uniforms[i : i + 1])
@@ -129,8 +133,8 @@ def test_a_sample_depends_on_its_own_prompt_and_uniforms_alone(
     padded.input_ids[~padded.mask] = 7  # whatever stands under the mask is never read
     assert_same(whole, engine(policy).sample(padded, uniforms))
 
-    for budget in (1, 2 * (LIMIT + 4)):
-        monkeypatch.setattr(engine_module, "CACHE_TOKENS", budget)
+    for budget in (1, 20_000):
+        monkeypatch.setattr(engine_module, "CPU_BYTES", budget)
         assert_same(whole, engine(policy).sample(prompts, uniforms))
 
 
@@ -153,7 +157,7 @@ def test_draw_follows_the_distribution_at_its_temperature() -> None:
     logits = torch.tensor([1.0, -1.0, float("-inf"), 0.5, -3.0, 2.0])
     count = 20_000
     uniforms = torch.rand(count, generator=torch.Generator().manual_seed(0))
-    tokens = draw(logits.expand(count, -1), uniforms, 1.7)
+    tokens = draw(logits.expand(count, -1), uniforms, 1.7).token_ids
     observed = tokens.bincount(minlength=6).double()
     expected = (logits.double() / 1.7).softmax(0) * count
     assert observed[2] == 0
@@ -168,7 +172,7 @@ def test_draw_never_takes_an_impossible_token(seed: int) -> None:
     logits[:, ::3] = float("-inf")  # the first token among them
     logits[:, -7:] = float("-inf")  # and the last, where rounding of the total would land
     for uniform in (0.0, 2.0**-24, 0.5, 1.0 - 2.0**-24):
-        tokens = draw(logits, torch.full((50,), uniform), 1.0)
+        tokens = draw(logits, torch.full((50,), uniform), 1.0).token_ids
         assert torch.isfinite(logits.gather(1, tokens.unsqueeze(1))).all()
 
 
@@ -181,7 +185,8 @@ def test_uniforms_depend_on_seed_and_draw_alone() -> None:
 def test_text_continues_the_prompt_and_has_no_special_tokens(make_model: Callable[..., Any], tokenizer: Any) -> None:
     policy = Policy(make_model("gpt2", spread=0.02))
     uniforms = sampling_uniforms(0, 0, len(PROMPTS), LIMIT)
-    completions = complete(batch(tokenizer, policy, PROMPTS), engine(policy, stops=[1]), tokenizer, uniforms)
+    prompts = batch(tokenizer, policy, PROMPTS)
+    completions = complete(prompts, engine(policy, stops=[1]).sample(prompts, uniforms), tokenizer)
     assert completions.finished.any()
     for i, (prompt, response) in enumerate(zip(PROMPTS, completions.responses, strict=True)):
         ids = completions.response_ids[i][completions.response_mask[i]].tolist()

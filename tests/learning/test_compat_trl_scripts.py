@@ -65,7 +65,9 @@ def test_the_sentiment_script_learns_and_saves_a_plain_folder(run_script: Callab
     assert reopened.v_head.summary.weight.abs().sum() > 0
     ids = torch.tensor([[3, 4, 5]])
     for mine, theirs in zip(reopened(ids), trained(ids), strict=True):
-        assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+        assert (mine is None) == (theirs is None)
+        if mine is not None:  # the trained model has faster kernels
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_the_same_script_learns_with_t5(run_script: Callable[..., dict[str, Any]]) -> None:

@@ -100,6 +100,10 @@ def test_a_configuration_of_trl_is_understood(tmp_path: Path) -> None:
         ({"critic": "big"}, "critic must be one of shared, separate, reward, not big"),
         ({"missing_eos_mode": "add"}, "missing_eos_mode must be one of replace, subtract"),
         ({"save_freq": 0}, "save_freq must be 1 or more"),
+        ({"load_in_4bit": True}, "load_in_4bit needs use_peft"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw_8bit, not sgd"),
+        ({"frozen_precision": "fp16"}, "frozen_precision must be one of auto, fp32, bf16, not fp16"),
+        ({"frozen_device": "disk"}, "frozen_device must be one of auto, cpu, not disk"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(settings: dict[str, Any], words: str) -> None:

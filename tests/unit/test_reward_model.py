@@ -15,12 +15,11 @@ from transformers import AutoModelForSequenceClassification
 from deep_rlhf.algorithms.reward import (
     RewardConfig,
     RewardTrainer,
-    accuracy,
     out_of_bag_accuracy,
     pair_features,
-    pair_metrics,
     train_reward_model,
 )
+from deep_rlhf.algorithms.reward_trainer import accuracy, pair_metrics
 from deep_rlhf.models.reward import RewardModel, init_reward_head
 from deep_rlhf.types import Preference, UserError
 
@@ -84,7 +83,7 @@ def test_score_does_not_depend_on_the_other_texts_of_a_batch(kind, tokenizer):
     together = model.score([""] * 4, texts)
     alone = torch.cat([model.score([""], [text]) for text in texts])
     assert together.shape == (4, 3)
-    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(together, alone, atol=3e-6, rtol=0)
     assert together.std(dim=0).min() > 1e-3
 
 
@@ -244,17 +243,23 @@ class Table(nn.Module):
 
     def __init__(self, members):
         super().__init__()
-        self.rewards = nn.Parameter(torch.tensor([0.0, 0.0, 0.0, 2.0, 1.0])[:, None].repeat(1, members))
+        self.config = SimpleNamespace(num_labels=members, hidden_size=1)
+        self.rewards = nn.Embedding.from_pretrained(torch.tensor([[0.0], [0.0], [0.0], [2.0], [1.0]]), freeze=False)
+        self.score = nn.Linear(1, members, bias=False)
+        nn.init.ones_(self.score.weight)
 
-    def forward(self, input_ids, attention_mask):
-        return SimpleNamespace(logits=self.rewards[input_ids[:, 0]])
+    def get_input_embeddings(self):
+        return self.rewards
+
+    def forward(self, input_ids, attention_mask, position_ids=None):
+        return SimpleNamespace(logits=self.score(self.rewards(input_ids))[:, 0])
 
 
 def loss_of(tmp_path, *, mu=1.0, margin=0.0, weight=(1.0,), count=None, rows=1, **flags):
     """Of pairs in which a is worth 2 and b is worth 1."""
     config = settings(tmp_path, eval_strategy="no", ensemble_size=len(weight), **flags)
     trainer = RewardTrainer(Table(len(weight)), config, pad_token_id=0)
-    pair = {"input_ids": torch.tensor([3, 4]), "length_a": 1, "labels": mu, "margin": margin, "longer": 0.5}
+    pair = {"input_ids": torch.tensor([3, 4]), "lengths": (0, 1, 1), "labels": mu, "margin": margin, "longer": 0.5}
     batch = trainer.data_collator([pair | {"weight": torch.tensor(weight)}] * rows)
     return trainer.compute_loss(trainer.model, batch, num_items_in_batch=count).item()
 
@@ -311,8 +316,9 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(tokenizer, tmp_path):
     features, report = pair_features(rows, tokenizer, settings(tmp_path), max_length=4)
     assert (report.read, report.kept, report.dropped) == (3, 1, {"too long": 2})
     (pair,) = features
-    assert pair["input_ids"].tolist() == tokenizer("the cat sees gold the cat eats")["input_ids"]
-    assert (pair["length_a"], pair["labels"], pair["margin"], pair["longer"]) == (4, 0.0, 2.0, 1.0)
+    assert pair["input_ids"].tolist() == tokenizer("the cat sees gold eats")["input_ids"]
+    assert pair["lengths"] == (2, 2, 1)
+    assert (pair["labels"], pair["margin"], pair["longer"]) == (0.0, 2.0, 1.0)
     assert pair["weight"].tolist() == [3.0]
 
 

@@ -63,7 +63,7 @@ class BestOfN:
         continues = not self.policy.is_seq2seq
         batch = prompt_batch(repeated, self.tokenizer, self.policy.device, left=continues)
         uniforms = sampling_uniforms(seed, 0, count * n, self.max_new_tokens)
-        responses = complete(batch, self.sampler, self.tokenizer, uniforms, continues=continues).responses
+        responses = complete(batch, self.sampler.sample(batch, uniforms), self.tokenizer, continues=continues).responses
         scores = self.scorer.score(repeated, responses).mean(1)
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0])

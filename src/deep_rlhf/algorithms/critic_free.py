@@ -52,7 +52,13 @@ class CriticFreeLearner:
         self.policy = policy
         self.runtime = runtime
         self.optimisation = Optimisation(
-            policy.trainable_parameters(), config, runtime, updates=updates, max_rows=config.forward_batch_size
+            policy.trainable_parameters(),
+            policy,
+            None,
+            config,
+            runtime,
+            updates=updates,
+            max_rows=config.forward_batch_size,
         )
 
     def minibatches(self, update: int) -> Iterator[Tensor]:
@@ -73,19 +79,3 @@ class CriticFreeLearner:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.optimisation.load_state(state["optimisation"])
-
-
-def policy_metrics(logprobs: Tensor, old_logprobs: Tensor, clipped: Tensor) -> dict[str, Tensor]:
-    """How far the policy moved since it sampled, per token; `clipped` [n, R] or [n, 1] is True without gradient."""
-    change = logprobs.detach() - old_logprobs
-    return {
-        "policy_clip_fraction": clipped.expand_as(change),
-        "approx_kl": 0.5 * change**2,
-        "ratio": change.exp(),
-    }
-
-
-def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The means over the optimiser steps of an update, and how many there were."""
-    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-    return {"optimizer_steps": float(len(steps)), **means}

@@ -27,10 +27,9 @@ from torch import Tensor
 from deep_rlhf.algorithms.critic_free import (
     CriticFreeConfig,
     CriticFreeLearner,
-    mean_of_steps,
-    policy_metrics,
 )
 from deep_rlhf.algorithms.online import OnlineTrainer
+from deep_rlhf.algorithms.optimisation import mean_of_steps, policy_metrics
 from deep_rlhf.ops.advantages import group_mean_std, token_rewards
 from deep_rlhf.ops.kl import KLPenalty, kl_estimate
 from deep_rlhf.ops.losses import policy_loss
@@ -108,7 +107,7 @@ class GRPO(CriticFreeLearner):
             losses = losses + kl_coef * kl_estimate(logprobs, part.ref_logprobs, config.kl_penalty)
         by_response = config.loss_reduction == "sequence"
         total = len(mask) * sequence_mean(losses, mask) if by_response else masked_sum(losses, mask)
-        return total, policy_metrics(logprobs, part.logprobs, clipped)
+        return total, policy_metrics(logprobs, part, clipped)
 
 
 class GRPOTrainer(OnlineTrainer):

@@ -2,7 +2,7 @@
 
 What an algorithm does with a batch is its `Learner`, one file each. A batch depends on nothing but the seed, the number
 of the update and the policy, so a run that goes on from a checkpoint is the run that was never stopped. An update that
-meets a NaN or an infinity is undone, whatever part of it was done before.
+meets a NaN or an infinity ends there, and its batch is set aside.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from deep_rlhf.algorithms.optimisation import Learner, NotFiniteError
 from deep_rlhf.algorithms.shaping import ScoreShaping, rollout_metrics, rollout_problem
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.ops.kl import adapted_kl_coef
-from deep_rlhf.rollout.collect import collect, complete, prompt_batch
+from deep_rlhf.rollout.collect import collect, complete, needs_states, prompt_batch
 from deep_rlhf.rollout.engine import Engine
 from deep_rlhf.rollout.generate import eos_token_ids, generate_text, sampling_uniforms
 from deep_rlhf.rollout.records import concatenate, moved
@@ -73,19 +73,20 @@ class OnlineTrainer:
         self.config = config
         self.runtime: Runtime = setup.open_runtime(config)
         model, self.tokenizer = setup.model_and_tokenizer(model, tokenizer, config)
-        self._policy: Policy = setup.open_policy(model, config).to(self.runtime.device)
+        self._policy: Policy = setup.open_policy(model, self.runtime.device, config)
         self._reference = Reference(self._policy)
         self.scorer = setup.open_scorer(reward, self.runtime.device, config)
-        self.sampler = Engine(
-            self._policy,
-            eos_ids=eos_token_ids(self._policy.language_model, self.tokenizer),
-            temperature=config.temperature,
-        )
         longest = setup.longest_prompt(self._policy.language_model, config)
         self.prompts, self.prompt_report = setup.usable_prompts(prompts, self.tokenizer, longest)
         self.updates = setup.count_updates(len(self.prompts), config)
         self.learner = type(self).make_learner(
             config, self._policy, self.runtime, updates=self.updates, scorer=self.scorer, tokenizer=self.tokenizer
+        )
+        self.sampler = Engine(
+            self._policy,
+            eos_ids=eos_token_ids(self._policy.language_model, self.tokenizer),
+            temperature=config.temperature,
+            keep_states=needs_states(self.learner.critic, config.kl_penalty),
         )
         self.kl_coef = config.init_kl_coef
         self.history: list[dict[str, float]] = []
@@ -162,8 +163,7 @@ class OnlineTrainer:
             if problem := rollout_problem(rollout):
                 raise NotFiniteError(problem)
             self._push_if_best(metrics["score_mean"], update)
-            with setup.undone_if_not_finite(self._policy, self.learner):
-                metrics |= self.learner.learn(rollout, kl_coef=self.kl_coef, update=update)
+            metrics |= self.learner.learn(rollout, kl_coef=self.kl_coef, update=update)
         except NotFiniteError as error:
             self._shaping.moments = moments
             self._set_aside(rollout, update, str(error))
@@ -270,7 +270,8 @@ class OnlineTrainer:
         group = share(torch.arange(config.batch_size) // config.samples_per_prompt)
         uniforms = share(sampling_uniforms(config.seed, update, config.batch_size, config.max_new_tokens))
         prompts = prompt_batch(texts, self.tokenizer, self.runtime.device, left=left)
-        completions = complete(prompts, self.sampler, self.tokenizer, uniforms, continues=left, group=group)
+        sampled = self.sampler.sample(prompts, uniforms)
+        completions = complete(prompts, sampled, self.tokenizer, continues=left, group=group)
         scores = self.scorer.score(completions.prompts, completions.responses)
         part = collect(
             completions,
@@ -280,6 +281,8 @@ class OnlineTrainer:
             temperature=config.temperature,
             kl_penalty=config.kl_penalty,
             critic=self.learner.critic,
+            states=sampled.states,
+            recompute=config.recomputes_logprobs,
             max_rows=config.forward_batch_size,
         )
         part = dataclasses.replace(part, shaped_scores=self._shaping.combined(scores).to(part.scores.device))

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from deep_rlhf.ops.kl import KLPenalty
 from deep_rlhf.runtime.hub import check_push_options
+from deep_rlhf.runtime.precision import OptimizerName, Precision
 from deep_rlhf.types import UserError, check_seed
 
 # What may differ between a run and its continuation: it changes neither the weights nor the metrics.
@@ -29,6 +30,9 @@ class ScriptArguments:
     )
     lora_alpha: float = field(default=16, metadata={"help": "LoRA's scale, applied as alpha / r"})
     lora_r: int = field(default=16, metadata={"help": "rank of the LoRA matrices"})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "with use_peft: the base in 4-bit NF4 (QLoRA), by bitsandbytes"}
+    )
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,24 @@ class OnlineConfig(ScriptArguments):
     forward_batch_size: int | None = field(
         default=None, metadata={"help": "most responses in one forward pass; default: as many as fit its tokens"}
     )
+    optimizer: OptimizerName = field(
+        default="adamw", metadata={"help": "adamw_8bit: Adam's moments in 8 bits, by bitsandbytes"}
+    )
     learning_rate: float = field(default=1.41e-5, metadata={"help": "Adam's step size"})
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = field(
         default="constant", metadata={"help": "how learning_rate falls over the updates, to 0 at the end"}
     )
     max_grad_norm: float | None = field(default=1.0, metadata={"help": "gradients are scaled down to this norm"})
+    precision: Precision = field(
+        default="auto",
+        metadata={"help": "bf16 keeps fp32 master weights; auto: bf16 for wide models where the hardware has it"},
+    )
+    frozen_precision: Precision = field(
+        default="auto", metadata={"help": "format of reference and reward model; auto: as precision"}
+    )
+    frozen_device: Literal["auto", "cpu"] = field(
+        default="auto", metadata={"help": "cpu: reference and reward model stay in main memory and compute there"}
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "compute activations twice instead of keeping them"}
     )
@@ -129,6 +146,11 @@ class OnlineConfig(ScriptArguments):
     def samples_per_prompt(self) -> int:
         """Responses to each prompt of a batch."""
         return 1
+
+    @property
+    def recomputes_logprobs(self) -> bool:
+        """Whether the trainer's own log-probabilities are needed, beside those that the sampler drew from."""
+        return False
 
     def adapts_kl_coef(self, update: int) -> bool:
         """Whether the KL coefficient follows the KL after this update."""
@@ -167,6 +189,8 @@ class OnlineConfig(ScriptArguments):
                 raise UserError(f"{name} must be {least} or more, not {value}.")
 
     def _check_contradictions(self) -> None:
+        if self.load_in_4bit and not self.use_peft:
+            raise UserError("load_in_4bit needs use_peft, for 4-bit weights cannot be trained: give both, or neither.")
         if self.use_score_norm and not self.use_score_scaling:
             raise UserError("use_score_norm does nothing without use_score_scaling: give both, or neither.")
         if self.kl_in_loss and self.kl_penalty not in ("mse", "k2", "k3"):

@@ -1,10 +1,10 @@
 """What an online run is made of, from its settings: models, reward, prompts, and what tells one run from another."""
 
+import copy
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online_config import OnlineConfig
-from deep_rlhf.algorithms.optimisation import Learner, NotFiniteError
 from deep_rlhf.models.adapters import add_lora
 from deep_rlhf.models.load import load_language_model, load_tokenizer
 from deep_rlhf.models.policy import Policy, Reference
+from deep_rlhf.models.quantisation import compute_four_bit_in, is_four_bit
 from deep_rlhf.models.reward import FunctionScorer, RewardModel, load_scorer
+from deep_rlhf.runtime.precision import cast_weights, compute_dtype, frozen_copy
 from deep_rlhf.runtime.run_directory import write_summary
 from deep_rlhf.runtime.runtime import Runtime
 from deep_rlhf.runtime.trackers import LOOP_TRACKERS, usable_trackers
@@ -56,32 +57,66 @@ def model_and_tokenizer(
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer, trust_remote_code=config.trust_remote_code)
     if isinstance(model, str):
-        model = load_language_model(model, seq2seq=config.use_seq2seq, trust_remote_code=config.trust_remote_code)
+        model = load_language_model(
+            model,
+            seq2seq=config.use_seq2seq,
+            in_4bit=config.load_in_4bit,
+            trust_remote_code=config.trust_remote_code,
+        )
+    elif config.load_in_4bit and not is_four_bit(model):
+        raise UserError("load_in_4bit quantises a model while it is loaded: give its name, or load it in 4 bits.")
     return model, tokenizer
 
 
-def open_policy(model: PreTrainedModel, config: OnlineConfig) -> Policy:
-    """The policy that is trained: all of `model`, or adapters on it."""
+def open_policy(model: PreTrainedModel, device: torch.device, config: OnlineConfig) -> Policy:
+    """The policy that is trained, on its device and in its precision: all of `model`, or adapters on it."""
     if config.use_peft:
         task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
         model = add_lora(model, r=config.lora_r, alpha=config.lora_alpha, task_type=task_type)
     policy = Policy(model)
+    dtype = compute_dtype(config.precision, device, model.get_input_embeddings().weight.shape[1])
+    cast_weights(policy, dtype, frozen_only=policy.is_adapted)  # adapters are few, and stay float32
+    compute_four_bit_in(policy, dtype)
     if config.gradient_checkpointing:
         policy.checkpoint_activations()
-    return policy
+    return policy.to(device)
+
+
+def open_reference(policy: Policy, config: OnlineConfig) -> Reference:
+    """The policy as it is now, frozen: a copy in the format and place of `config`, or the policy without adapters."""
+    if policy.is_adapted:
+        if (config.frozen_precision, config.frozen_device) != ("auto", "auto"):
+            logger.info("With use_peft the reference is the policy's own base: frozen_… is for the reward model alone.")
+        return Reference(policy)
+    return Reference(policy, frozen=frozen_copy(policy, *_frozen_format(policy.language_model, policy.device, config)))
 
 
 def open_scorer(reward: Any, device: torch.device, config: OnlineConfig) -> Scorer:
-    """A Scorer from a Scorer, a function, or what `--reward_model` takes."""
+    """A Scorer from a Scorer, a function, or what `--reward_model` takes.
+
+    A RewardModel that has to be cast or moved is copied, and the caller's stays as it is.
+    """
     if isinstance(reward, str):
         reward = load_scorer(reward, trust_remote_code=config.trust_remote_code)
     if isinstance(reward, RewardModel):
-        reward.model.to(device)
+        dtype, device = _frozen_format(reward.model, device, config)
+        if any(weight.dtype != dtype or weight.device != device for weight in reward.model.parameters()):
+            reward = copy.copy(reward)
+            reward.model = frozen_copy(reward.model, dtype, device)
     if not hasattr(reward, "score"):
         reward = FunctionScorer(reward, getattr(reward, "__name__", "reward"))
     if isinstance(reward, FunctionScorer):
         reward.timeout = config.reward_timeout
     return reward
+
+
+def _frozen_format(
+    model: PreTrainedModel, device: torch.device, config: OnlineConfig
+) -> tuple[torch.dtype, torch.device]:
+    """How and where a model that is not trained computes in a run on `device`."""
+    device = torch.device("cpu") if config.frozen_device == "cpu" else torch.empty(0, device=device).device
+    precision = config.precision if config.frozen_precision == "auto" else config.frozen_precision
+    return compute_dtype(precision, device, model.get_input_embeddings().weight.shape[1]), device
 
 
 def longest_prompt(model: PreTrainedModel, config: OnlineConfig) -> int:
@@ -163,18 +198,6 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         parameters[name].copy_(tensor)
 
 
-@contextmanager
-def undone_if_not_finite(policy: Policy, learner: Learner) -> Iterator[None]:
-    """Puts policy and learner back as they were if the update inside raises NotFiniteError: its last step may fail."""
-    weights, state = copied((trainable_tensors(policy), learner.state()))
-    try:
-        yield
-    except NotFiniteError:
-        load_tensors(policy, weights)
-        learner.load_state(state)
-        raise
-
-
 def copied(value: Any) -> Any:
     """A copy of a nest of dicts, lists and tuples with every tensor in main memory, where there is room."""
     if isinstance(value, Tensor):
@@ -211,7 +234,7 @@ def save_policy(
     seq2seq = model.config.is_encoder_decoder
     reopened = load_language_model(str(folder), seq2seq=seq2seq, trust_remote_code=trust_remote_code).state_dict()
     for name, weight in model.state_dict().items():
-        if not torch.equal(reopened[name], weight.cpu()):
+        if not torch.equal(reopened[name], weight.cpu().to(reopened[name].dtype)):
             raise UserError(f"The policy saved in '{folder}' differs from the trained one in '{name}': save it again.")
 
 

@@ -2,10 +2,12 @@
 
 Every process holds the whole experience (it is small) and computes its share of a minibatch in as many forward passes
 as fit. Losses are summed, divided by a global count and their gradients added up over the processes, so neither the
-cut into forward passes nor the number of processes changes anything. What is not finite never reaches the weights.
+cut into forward passes nor the number of processes changes anything. What is not finite never reaches the weights:
+an update ends at the first number that is not, and the finite steps before it stay.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +16,12 @@ from transformers import get_scheduler
 
 from deep_rlhf.algorithms.online_config import OnlineConfig
 from deep_rlhf.models.critic import Critic
+from deep_rlhf.models.embeddings import one_table_gradient
+from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.masked import masked_sum
-from deep_rlhf.rollout.collect import token_batches
+from deep_rlhf.rollout.passes import ForwardPasses
 from deep_rlhf.rollout.records import select
+from deep_rlhf.runtime.precision import make_adamw
 from deep_rlhf.runtime.runtime import Runtime
 from deep_rlhf.types import Experience, Rollout
 
@@ -24,7 +29,7 @@ Losses = Callable[[Experience], tuple[Tensor, dict[str, Tensor]]]
 
 
 class NotFiniteError(Exception):
-    """A NaN or an infinity was met, before any weight changed; the message says where."""
+    """A NaN or an infinity was met, before it reached any weight; the message says where."""
 
 
 class Learner(Protocol):
@@ -54,19 +59,26 @@ class Optimisation:
     def __init__(
         self,
         parameters: list[nn.Parameter],
+        policy: Policy,
+        critic: Critic | None,
         config: OnlineConfig,
         runtime: Runtime,
         *,
         updates: int,
         max_rows: int | None,
     ) -> None:
-        """`max_rows` is the most samples in one forward pass, beside what its tokens allow."""
+        """`parameters` are what is trained: the policy's, its critic's, or both.
+
+        `max_rows` is the most samples in one forward pass, beside what its tokens allow.
+        """
         self.parameters = parameters
-        self.adam = torch.optim.AdamW(parameters, lr=config.learning_rate, eps=1e-5, weight_decay=0.0)
+        self.adam = make_adamw(config.optimizer, parameters, lr=config.learning_rate, eps=1e-5, weight_decay=0.0)
         self.schedule = get_scheduler(config.lr_scheduler_type, self.adam, 0, updates)
         self._max_grad_norm = config.max_grad_norm or float("inf")
         self._runtime = runtime
-        self._max_rows = max_rows
+        trunks = [policy] if critic is None or critic.own_trunk is None else [policy, critic.own_trunk]
+        self._tables = [trunk.language_model.get_input_embeddings() for trunk in trunks]
+        self._passes = ForwardPasses(policy, training=True, max_rows=max_rows)
 
     def backward(
         self, experience: Experience, minibatch: Tensor, losses: Losses, *, count: Tensor | None = None
@@ -78,19 +90,27 @@ class Optimisation:
         """
         tokens = experience.response_mask[minibatch].sum()
         count = tokens if count is None else count
-        self.adam.zero_grad()
-        names: list[str] = []
-        sums = torch.zeros(0, device=tokens.device)
-        for rows in self._forward_passes(experience, minibatch):
-            part = select(experience, rows)
-            loss, reported = losses(part)
-            (loss / count).backward()
-            names = ["loss", *reported]
-            here = [
-                loss.detach(),
-                *(masked_sum(values.detach().float(), part.response_mask) for values in reported.values()),
-            ]
-            sums = torch.stack(here) + (sums if len(sums) else 0.0)
+
+        def passes(parts: list[Tensor]) -> tuple[list[str], Tensor]:
+            self.adam.zero_grad()
+            names: list[str] = []
+            sums = torch.zeros(0, device=tokens.device)
+            for rows in parts:
+                part = select(experience, rows)
+                loss, reported = losses(part)
+                (loss / count).backward()
+                names = ["loss", *reported]
+                here = [
+                    loss.detach(),
+                    *(masked_sum(values.detach().float(), part.response_mask) for values in reported.values()),
+                ]
+                sums = torch.stack(here) + (sums if len(sums) else 0.0)
+            return names, sums
+
+        with ExitStack() as stack:
+            for table in self._tables:
+                stack.enter_context(one_table_gradient(table))
+            names, sums = self._passes.run(experience, self._runtime.share(minibatch), passes)
         names = next(filter(None, self._runtime.gather(names)))  # a process without work does not know them
         sums = self._runtime.sum(sums if len(sums) else torch.zeros(len(names), device=tokens.device))
         means = dict(zip(names, (sums / tokens).tolist(), strict=True))
@@ -120,11 +140,30 @@ class Optimisation:
         self.adam.load_state_dict(state["adam"])
         self.schedule.load_state_dict(state["schedule"])
 
-    def _forward_passes(self, experience: Experience, minibatch: Tensor) -> list[Tensor]:
-        own_share = self._runtime.share(minibatch)
-        return token_batches(experience, own_share, self._max_rows) if len(own_share) else []
-
 
 def minibatches(generator: torch.Generator, samples: int, size: int, device: torch.device) -> Iterator[Tensor]:
     """A permutation of the samples, cut into minibatches of `size`."""
     yield from torch.randperm(samples, generator=generator).to(device).split(size)
+
+
+def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The means over the optimiser steps of an update, and how many there were.
+
+    `sampler_logprob_gap` is the first step's alone: after it the policy is no longer the one that sampled.
+    """
+    means = {name: sum(step[name] for step in steps) / len(steps) for name in (steps[0] if steps else {})}
+    if steps:
+        means["sampler_logprob_gap"] = steps[0]["sampler_logprob_gap"]
+    return {"optimizer_steps": float(len(steps)), **means}
+
+
+def policy_metrics(logprobs: Tensor, part: Experience, clipped: Tensor) -> dict[str, Tensor]:
+    """How far the policy moved since it sampled, per token; `clipped` [n, R] or [n, 1] is True without gradient."""
+    logprobs = logprobs.detach()
+    change = logprobs - part.logprobs
+    return {
+        "policy_clip_fraction": clipped.expand_as(change),
+        "approx_kl": 0.5 * change**2,
+        "ratio": change.exp(),
+        "sampler_logprob_gap": (logprobs - part.sampler_logprobs).abs(),
+    }

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online import OnlineTrainer
 from deep_rlhf.algorithms.online_setup import load_tensors, trainable_tensors
-from deep_rlhf.algorithms.optimisation import Optimisation, minibatches
+from deep_rlhf.algorithms.optimisation import Optimisation, mean_of_steps, minibatches, policy_metrics
 from deep_rlhf.algorithms.ppo_config import PPOConfig
 from deep_rlhf.models.critic import Critic, make_critic
 from deep_rlhf.models.policy import Policy
@@ -60,6 +60,8 @@ class PPO:
             self.critic.own_trunk.checkpoint_activations()
         self.optimisation = Optimisation(
             policy.trainable_parameters() + self.critic.trainable_parameters(),
+            policy,
+            self.critic,
             config,
             runtime,
             updates=updates,
@@ -89,8 +91,7 @@ class PPO:
             if config.early_stopping and steps and steps[-1]["approx_kl"] > 1.5 * config.target_kl:
                 break
         self.optimisation.schedule.step()
-        metrics |= {"optimizer_steps": float(len(steps)), "skipped_minibatches": float(skipped)}
-        return metrics | {name: sum(step[name] for step in steps) / len(steps) for name in (steps[0] if steps else {})}
+        return metrics | {"skipped_minibatches": float(skipped), **mean_of_steps(steps)}
 
     def experience(self, rollout: Rollout, kl_coef: float) -> Experience:
         """Rewards, advantages and returns of a rollout."""
@@ -120,14 +121,11 @@ class PPO:
             losses = losses + kl_coef * kl_estimate(logprobs, part.ref_logprobs, config.kl_penalty)
         if entropy is not None:
             losses = losses - config.entropy_coef * entropy
-        change = logprobs.detach() - part.logprobs
         return masked_sum(losses, mask), {
             "policy_loss": policy_losses,
             "value_loss": value_losses,
-            "policy_clip_fraction": policy_clipped,
             "value_clip_fraction": value_clipped,
-            "approx_kl": 0.5 * change**2,
-            "ratio": change.exp(),
+            **policy_metrics(logprobs, part, policy_clipped),
         }
 
     def _logprobs_and_entropy(self, part: Experience, states: Tensor) -> tuple[Tensor, Tensor | None]:

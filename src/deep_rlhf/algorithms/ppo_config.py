@@ -48,6 +48,11 @@ class PPOConfig(OnlineConfig):
         """Responses per optimiser step."""
         return (self.mini_batch_size or self.batch_size) * self.gradient_accumulation_steps
 
+    @property
+    def recomputes_logprobs(self) -> bool:
+        """Only a correction for a sampler unlike the trainer tells the two apart."""
+        return self.importance_cap is not None
+
     def adapts_kl_coef(self, update: int) -> bool:
         """Not while only the critic learns: the KL is then 0 whatever its coefficient."""
         return super().adapts_kl_coef(update) and update >= self.critic_warmup_steps

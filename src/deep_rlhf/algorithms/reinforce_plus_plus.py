@@ -16,10 +16,9 @@ from torch import Tensor
 from deep_rlhf.algorithms.critic_free import (
     CriticFreeConfig,
     CriticFreeLearner,
-    mean_of_steps,
-    policy_metrics,
 )
 from deep_rlhf.algorithms.online import OnlineTrainer
+from deep_rlhf.algorithms.optimisation import mean_of_steps, policy_metrics
 from deep_rlhf.ops.advantages import gae, token_rewards
 from deep_rlhf.ops.losses import policy_loss
 from deep_rlhf.ops.masked import masked_sum, whiten
@@ -69,7 +68,7 @@ class ReinforcePlusPlus(CriticFreeLearner):
         """The loss summed over the real tokens of `part`, and what is reported of each token."""
         logprobs = self.logprobs(part)
         losses, clipped = policy_loss(logprobs, part.logprobs, part.advantages, cliprange=self.config.cliprange)
-        return masked_sum(losses, part.response_mask), policy_metrics(logprobs, part.logprobs, clipped)
+        return masked_sum(losses, part.response_mask), policy_metrics(logprobs, part, clipped)
 
 
 class ReinforcePlusPlusTrainer(OnlineTrainer):

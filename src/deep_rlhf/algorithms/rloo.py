@@ -17,10 +17,9 @@ from torch import Tensor
 from deep_rlhf.algorithms.critic_free import (
     CriticFreeConfig,
     CriticFreeLearner,
-    mean_of_steps,
-    policy_metrics,
 )
 from deep_rlhf.algorithms.online import OnlineTrainer
+from deep_rlhf.algorithms.optimisation import mean_of_steps, policy_metrics
 from deep_rlhf.ops.advantages import leave_one_out, token_rewards
 from deep_rlhf.ops.losses import policy_loss
 from deep_rlhf.rollout.records import experience_from
@@ -77,7 +76,7 @@ class RLOO(CriticFreeLearner):
         losses, clipped = policy_loss(
             logprobs.sum(1), part.logprobs.sum(1), part.advantages[:, 0], cliprange=self.config.cliprange
         )
-        return losses.sum(), policy_metrics(logprobs, part.logprobs, clipped.unsqueeze(1))
+        return losses.sum(), policy_metrics(logprobs, part, clipped.unsqueeze(1))
 
 
 class RLOOTrainer(OnlineTrainer):

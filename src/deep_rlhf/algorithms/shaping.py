@@ -58,7 +58,6 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """The metrics of a batch before anything is learned from it."""
     mask = rollout.response_mask
     kl = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(1)
-    gap = (rollout.logprobs - rollout.sampler_logprobs).abs()
     return {
         "score_mean": float(rollout.scores.mean()),
         "score_std": float(rollout.scores.std(correction=0)),
@@ -68,7 +67,6 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "entropy": float(masked_mean(rollout.entropy, mask)),
         "response_tokens": float(mask.sum(1).float().mean()),
         "missing_eos": float(1.0 - rollout.finished.float().mean()),
-        "sampler_logprob_gap": float(masked_mean(gap, mask)),
     }
 
 

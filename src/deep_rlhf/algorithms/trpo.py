@@ -13,9 +13,9 @@ departs from the paper:
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,10 +34,13 @@ from deep_rlhf.ops.logprobs import chunked_kl_full
 from deep_rlhf.ops.losses import explained_variance, policy_loss, value_loss
 from deep_rlhf.ops.masked import masked_mean, masked_sum, whiten
 from deep_rlhf.ops.trust_region import backtracking, conjugate_gradient
-from deep_rlhf.rollout.collect import token_batches
+from deep_rlhf.rollout.passes import ForwardPasses
 from deep_rlhf.rollout.records import experience_from, select
+from deep_rlhf.runtime.precision import Precision
 from deep_rlhf.runtime.runtime import Runtime
 from deep_rlhf.types import Experience, Rollout, Scorer, UserError
+
+T = TypeVar("T")
 
 CG_TOLERANCE = 1e-5  # of the residual relative to the target: float32 has no more to give
 
@@ -49,6 +52,9 @@ class TRPOConfig(OnlineConfig):
     """What TRPO adds to the settings of every online algorithm. Raises UserError for values that cannot work."""
 
     exp_name: str = field(default="trpo", metadata={"help": "the run's name"})
+    precision: Precision = field(
+        default="fp32", metadata={"help": "fp32: bf16 is too coarse for products with the Fisher matrix"}
+    )
     learning_rate: float = field(default=1.41e-5, metadata={"help": "Adam's step size for the critic"})
     max_kl: float = field(
         default=0.01,
@@ -69,6 +75,8 @@ class TRPOConfig(OnlineConfig):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
+        if self.precision == "bf16":
+            raise UserError("precision=bf16 is too coarse for the products with TRPO's Fisher matrix: use fp32.")
         if self.kl_in_loss:
             raise UserError("kl_in_loss is for PPO and GRPO: TRPO has its KL in the reward, so leave it out.")
 
@@ -94,8 +102,15 @@ class TRPO:
         if config.gradient_checkpointing and self.critic.own_trunk is not None:
             self.critic.own_trunk.checkpoint_activations()
         self.optimisation = Optimisation(
-            self.critic.trainable_parameters(), config, runtime, updates=updates, max_rows=config.forward_batch_size
+            self.critic.trainable_parameters(),
+            policy,
+            self.critic,
+            config,
+            runtime,
+            updates=updates,
+            max_rows=config.forward_batch_size,
         )
+        self._passes = ForwardPasses(policy, training=False, max_rows=config.forward_batch_size)
         frozen = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
         self._old = copy.deepcopy(policy, frozen)  # shares what is never trained
         self._old_parameters = self._old.trainable_parameters()
@@ -167,17 +182,26 @@ class TRPO:
         The KL is that from the policy as it is now, whose gradient is 0 here, so its Hessian is the Fisher matrix.
         Memory is that of one forward pass; a batch that is no more than that is passed once, not for every product.
         """
-        parts, tokens = list(self._forward_passes(experience)), experience.response_mask.sum()
-        kept = [self._kl_slopes(part) for part in parts] if len(parts) == 1 else None
+        tokens = experience.response_mask.sum()
+        kept: list[Sequence[Tensor]] = []
 
         @twice_differentiable
         def product(vector: Tensor) -> Tensor:
-            result, directions = torch.zeros_like(vector), self._as_parameters(vector)
-            for part in parts:
-                slopes = kept[0] if kept else self._kl_slopes(part)
-                along = torch.stack([(a * b).sum() for a, b in zip(slopes, directions, strict=True)]).sum()
-                result += _vector(self._gradient(along, retain_graph=bool(kept)))
-            return self.runtime.sum(result) / tokens
+            directions = self._as_parameters(vector)
+
+            def passes(parts: list[Tensor]) -> Tensor:
+                if len(parts) > 1:
+                    kept.clear()
+                result = torch.zeros_like(vector)
+                for rows in parts:
+                    slopes = kept[0] if kept else self._kl_slopes(select(experience, rows))
+                    if len(parts) == 1:
+                        kept[:] = [slopes]
+                    along = torch.stack([(a * b).sum() for a, b in zip(slopes, directions, strict=True)]).sum()
+                    result += _vector(self._gradient(along, retain_graph=bool(kept)))
+                return result
+
+            return self.runtime.sum(self._in_passes(experience, passes)) / tokens
 
         return product
 
@@ -200,31 +224,43 @@ class TRPO:
 
     def _loss_and_gradient(self, experience: Experience) -> tuple[float, Tensor]:
         """The surrogate loss per token, and its gradient [D] as one vector."""
-        gradient = torch.zeros_like(_vector(self._old_parameters))
-        total = torch.zeros((), device=gradient.device)
-        for part in self._forward_passes(experience):
-            loss = self._surrogate_loss(part, _states(self.policy, part))
-            gradient += _vector(self._gradient(loss))
-            total += loss.detach()
+
+        def passes(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+            gradient = torch.zeros_like(_vector(self._old_parameters))
+            total = torch.zeros((), device=gradient.device)
+            for rows in parts:
+                part = select(experience, rows)
+                loss = self._surrogate_loss(part, _states(self.policy, part))
+                gradient += _vector(self._gradient(loss))
+                total += loss.detach()
+            return total, gradient
+
+        total, gradient = self._in_passes(experience, passes)
         tokens = experience.response_mask.sum()
         return float(self.runtime.sum(total) / tokens), self.runtime.sum(gradient) / tokens
 
     @torch.no_grad()
     def _loss_and_kl(self, experience: Experience) -> tuple[float, float]:
         """The surrogate loss per token of the policy as it is now, and the exact KL(old ‖ now) per token in nats."""
-        sums = torch.zeros(2, device=experience.scores.device)
-        for part in self._forward_passes(experience):
-            mask, states = part.response_mask, _states(self.policy, part)
-            kl = chunked_kl_full(
-                _states(self._old, part)[mask],
-                self._old.head,
-                states[mask],
-                self.policy.head,
-                temperature=self.config.temperature,
-                chunk_size=self.policy.chunk_size,
-            )
-            sums += torch.stack([self._surrogate_loss(part, states), kl.sum()])
-        loss, mean_kl = (self.runtime.sum(sums) / experience.response_mask.sum()).tolist()
+
+        def passes(parts: list[Tensor]) -> Tensor:
+            sums = torch.zeros(2, device=experience.scores.device)
+            for rows in parts:
+                part = select(experience, rows)
+                mask, states = part.response_mask, _states(self.policy, part)
+                kl = chunked_kl_full(
+                    _states(self._old, part)[mask],
+                    self._old.head,
+                    states[mask],
+                    self.policy.head,
+                    temperature=self.config.temperature,
+                    chunk_size=self.policy.chunk_size,
+                )
+                sums += torch.stack([self._surrogate_loss(part, states), kl.sum()])
+            return sums
+
+        sums = self.runtime.sum(self._in_passes(experience, passes))
+        loss, mean_kl = (sums / experience.response_mask.sum()).tolist()
         return loss, mean_kl
 
     def _surrogate_loss(self, part: Experience, states: Tensor) -> Tensor:
@@ -248,11 +284,10 @@ class TRPO:
             self.optimisation.step()
         return total / self.config.value_epochs
 
-    def _forward_passes(self, experience: Experience) -> Iterator[Experience]:
-        """This process's share of the samples, in as many parts as forward passes are needed."""
+    def _in_passes(self, experience: Experience, work: Callable[[list[Tensor]], T]) -> T:
+        """`work` on this process's share of the samples, cut into as many parts as forward passes are needed."""
         own_share = self.runtime.share(torch.arange(len(experience.scores), device=self.runtime.device))
-        for rows in token_batches(experience, own_share, self.config.forward_batch_size):
-            yield select(experience, rows)
+        return self._passes.run(experience, own_share, work)
 
     def _as_parameters(self, vector: Tensor) -> list[Tensor]:
         """A vector [D] cut into tensors of the shapes of the trainable weights."""

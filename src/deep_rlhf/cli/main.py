@@ -17,6 +17,7 @@ COMMANDS = {
     "grpo": "the same by group relative policy optimisation: no critic",
     "reinforce_plus_plus": "the same by REINFORCE++: neither critic nor groups",
     "dpo": "tune a policy on preferences directly: no reward model, no sampling",
+    "plan": "the memory that a command would take, before anything is loaded",
 }
 # Commands that share one module, and how the classes of their algorithms are called.
 ALGORITHMS = {"ppo": "PPO", "trpo": "TRPO", "rloo": "RLOO", "grpo": "GRPO", "reinforce_plus_plus": "ReinforcePlusPlus"}

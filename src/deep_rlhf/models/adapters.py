@@ -3,7 +3,10 @@
 import copy
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
+
+from deep_rlhf.models.quantisation import is_four_bit, unpack_four_bit
 
 
 def add_lora(
@@ -31,5 +34,17 @@ def add_lora(
 
 
 def merged(peft_model: Any) -> PreTrainedModel:
-    """A plain transformers copy with the adapters added into the weights; the original goes on training."""
-    return copy.deepcopy(peft_model).merge_and_unload()
+    """A plain transformers copy with the adapters added into the weights; the original goes on training.
+
+    The copy of a model in 4 bits has whole weights, on the CPU: what it computes is what was trained.
+    """
+    if not is_four_bit(peft_model.get_base_model()):
+        return copy.deepcopy(peft_model).merge_and_unload()
+    layers = dict(peft_model.get_base_model().named_modules())
+    with torch.no_grad():
+        deltas = {
+            name: layer.get_delta_weight(adapter)
+            for name, layer in layers.items()
+            for adapter in getattr(layer, "lora_A", ())
+        }
+    return unpack_four_bit(copy.deepcopy(peft_model).unload(), deltas)

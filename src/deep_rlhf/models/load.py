@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from deep_rlhf.models.quantisation import four_bit_config, keep_trainable
 from deep_rlhf.types import UserError
 
 T = TypeVar("T")
@@ -25,17 +26,25 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return _opened("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
 
 
-def load_language_model(name: str, *, seq2seq: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model that writes text, float32 on the CPU, dropout off. Raises UserError if it cannot be opened."""
+def load_language_model(
+    name: str, *, seq2seq: bool = False, in_4bit: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model that writes text, float32 on the CPU, dropout off. Raises UserError if it cannot be opened.
+
+    `in_4bit` quantises its layers, on the GPU where there is one; embeddings, norms and the head stay float32.
+    """
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     what = "encoder-decoder" if seq2seq else "decoder-only language model"
     options = _options(trust_remote_code) | {"output_loading_info": True}
+    if in_4bit:
+        options["quantization_config"] = four_bit_config()
     model, loaded = _opened(what, name, lambda: auto.from_pretrained(name, **options))
     if loaded["missing_keys"]:
         raise UserError(
             f"'{name}' is no {what}: it lacks the weights {min(loaded['missing_keys'])}. Give a model that writes text,"
             " such as gpt2 (or t5-small with use_seq2seq)."
         )
+    keep_trainable(model)
     return disable_dropout(model)
 
 

@@ -17,7 +17,9 @@ from deep_rlhf.models.trunk import Trunk
 from deep_rlhf.ops.logprobs import chunked_kl_full, chunked_logprobs_and_entropy, chunked_token_logprobs
 from deep_rlhf.types import UserError
 
-LOGITS_AT_ONCE = 8_388_608  # 32 MB in float32; larger chunks were slower on a CPU (page faults), not faster
+# Logits held at once, which a training pass keeps until its backward pass: 67 MB in float32 on a CPU, 1 GB on a GPU.
+LOGITS_AT_ONCE = {"cpu": 16_777_216}
+LOGITS_AT_ONCE_OF_GPU = 268_435_456
 
 
 class Policy(Trunk):
@@ -38,7 +40,9 @@ class Policy(Trunk):
             hidden = hidden * model.model_dim**-0.5
         logits = model.get_output_embeddings()(hidden)
         scale = getattr(config, "logit_scale", None) or 1.0  # MPT's may be None
-        logits = logits * scale / getattr(config, "logits_scaling", 1.0)
+        scale /= getattr(config, "logits_scaling", 1.0)
+        if scale != 1.0:
+            logits = logits * scale
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -69,7 +73,8 @@ class Policy(Trunk):
     @property
     def chunk_size(self) -> int:
         """Tokens whose logits are held at once."""
-        return max(1, LOGITS_AT_ONCE // self.language_model.get_output_embeddings().weight.shape[0])
+        logits = LOGITS_AT_ONCE.get(self.device.type, LOGITS_AT_ONCE_OF_GPU)
+        return max(1, logits // self.language_model.get_output_embeddings().weight.shape[0])
 
     def plain_model(self) -> PreTrainedModel:
         """The language model as plain transformers saves and opens it: adapters merged in."""
@@ -78,6 +83,7 @@ class Policy(Trunk):
     @torch.no_grad()
     def _check_head(self) -> None:
         model = self.language_model
+        tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
         ids, other_end = torch.tensor([[1, 2], [1, 3]], device=self.device).split(1)
         mask = torch.ones_like(ids, dtype=torch.bool)
         if self.is_seq2seq:
@@ -87,12 +93,12 @@ class Policy(Trunk):
             own = model(input_ids=ids, attention_mask=mask.long()).logits
             states = self.run_trunk(ids, mask, use_cache=False)
             other = model(input_ids=other_end, attention_mask=mask.long()).logits
-            if not torch.allclose(other[:, 0], own[:, 0], atol=1e-4, rtol=1e-4):
+            if not torch.allclose(other[:, 0], own[:, 0], atol=tolerance, rtol=tolerance):
                 raise UserError(
                     f"The architecture '{model.config.model_type}' reads ahead, so it cannot write: use a decoder"
                     " (GPT-2, Llama, …), or an encoder-decoder with use_seq2seq."
                 )
-        if not torch.allclose(self.head(states), own, atol=1e-4, rtol=1e-4):
+        if not torch.allclose(self.head(states), own, atol=tolerance, rtol=tolerance):
             raise UserError(
                 f"The architecture '{model.config.model_type}' computes its logits in a way this project does not know:"
                 " use a model whose logits are its output embeddings applied to the last hidden state."
@@ -105,7 +111,8 @@ class Reference:
     def __init__(self, policy: Policy, *, frozen: Policy | None = None) -> None:
         """Copies the policy as it is now, unless its adapters can be switched off (then it costs no memory).
 
-        `frozen`, a model without adapters, is the reference itself where there is one already.
+        `frozen`, a model without adapters, is the reference itself where there is one already; it may compute in
+        another format and on another device than the policy.
         """
         if frozen is not None:
             self._policy = frozen.requires_grad_(False)
@@ -122,23 +129,35 @@ class Reference:
             else:
                 yield self._policy
 
+    def look(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """The states [n, R, H] before each response token, where the reference is, and log π₀(token) [n, R] in nats.
+
+        The log-probabilities are where the ids are; they are 0 outside the mask.
+        """
+        with self.model() as frozen:
+            ids, mask = response_ids.to(frozen.device), response_mask.to(frozen.device)
+            states = frozen.states(prompt_ids.to(frozen.device), prompt_mask.to(frozen.device), ids, mask)
+            return states, frozen.logprobs(states, ids, mask, temperature).to(response_ids.device)
+
     @torch.no_grad()
     def kl(
         self, policy: Policy, states: Tensor, ref_states: Tensor, response_mask: Tensor, temperature: float
     ) -> Tensor:
         """Exact KL(policy ‖ reference) in nats of each response token's distribution, [n, R], 0 outside the mask.
 
-        states and ref_states [n, R, H] are those of policy and reference.
+        states and ref_states [n, R, H] are those of policy and reference, each on its device.
         """
 
         def ref_head(hidden: Tensor) -> Tensor:
             with self.model() as frozen:
-                return frozen.head(hidden)
+                return frozen.head(hidden).to(policy.device)
 
         real = chunked_kl_full(
             states[response_mask],
             policy.head,
-            ref_states[response_mask],
+            ref_states[response_mask.to(ref_states.device)],
             ref_head,
             temperature=temperature,
             chunk_size=policy.chunk_size,

@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 
 from deep_rlhf.data.batching import token_budget_batches
 from deep_rlhf.data.templates import TEMPLATES, get_template
+from deep_rlhf.models.kernels import use_fast_kernels
 from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer
 from deep_rlhf.types import Scorer, UserError
 
@@ -59,6 +60,7 @@ class RewardModel:
     ) -> None:
         tokenizer = copy.deepcopy(tokenizer)  # the policy may use the same object, and its vocabulary stays as it is
         ensure_pad_token(model, tokenizer)
+        use_fast_kernels(model)
         tokenizer.truncation_side = "left"  # the answer is at the end
         members = model.config.num_labels
         self.model = model.eval()
@@ -279,13 +281,19 @@ def has_reward_head(config: PretrainedConfig) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
-def init_reward_head(model: PreTrainedModel) -> None:
-    """Draws the heads afresh: normal with standard deviation 1/√(d + 1), bias 0 (Huang et al. 2024)."""
-    head = [
+def reward_head(model: Any) -> nn.Linear:
+    """The layer that gives the K rewards: the last of that many outputs."""
+    heads = [
         module
         for module in model.modules()
         if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
-    ][-1]
+    ]
+    return heads[-1]
+
+
+def init_reward_head(model: PreTrainedModel) -> None:
+    """Draws the heads afresh: normal with standard deviation 1/√(d + 1), bias 0 (Huang et al. 2024)."""
+    head = reward_head(model)
     nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
     if head.bias is not None:
         nn.init.zeros_(head.bias)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deep_rlhf.models.kernels import use_fast_kernels
 from deep_rlhf.models.load import disable_dropout
 
 
@@ -19,8 +20,9 @@ class Trunk(nn.Module):
     """What a decoder-only or encoder-decoder model, plain or with adapters, computes before its head."""
 
     def __init__(self, model: Any) -> None:
-        """`model` is a transformers model or a peft.PeftModel around one; its dropout is switched off."""
+        """`model` is a transformers model or a peft.PeftModel around one, changed here: no dropout, fast kernels."""
         super().__init__()
+        use_fast_kernels(model)
         self.model = disable_dropout(model).eval()  # a few models read dropout from their configuration
         self.is_adapted = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
         self.is_seq2seq: bool = bool(self.language_model.config.is_encoder_decoder)
@@ -41,6 +43,11 @@ class Trunk(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the hidden states are computed in."""
+        return self.language_model.get_input_embeddings().weight.dtype
 
     def checkpoint_activations(self) -> None:
         """From now on activations are computed again in the backward pass instead of being kept (Chen et al. 2016)."""

@@ -1,18 +1,18 @@
-"""From prompts to a rollout: sample, decode, and look at each token with policy, reference and critic."""
+"""From samples to a rollout: decode, and look at each token with policy, reference and critic."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from deep_rlhf.data.batching import token_budget_batches
 from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.ops.kl import KLPenalty, kl_estimate
+from deep_rlhf.rollout.passes import ForwardPasses
 from deep_rlhf.rollout.records import select
-from deep_rlhf.rollout.sampler import Sampler
+from deep_rlhf.rollout.sampler import Sampled
 from deep_rlhf.types import Completions, PromptBatch, Rollout
-
-FORWARD_TOKENS = 8_192  # padded tokens in one forward pass
 
 
 def prompt_batch(
@@ -33,19 +33,17 @@ def prompt_batch(
 
 def complete(
     prompts: PromptBatch,
-    sampler: Sampler,
+    sampled: Sampled,
     tokenizer: PreTrainedTokenizerBase,
-    uniforms: Tensor,
     *,
     continues: bool = True,
     group: Tensor | None = None,
 ) -> Completions:
-    """One sampled response to each prompt, as ids and as text without special tokens.
+    """The sampled response to each prompt, as ids and as text without special tokens.
 
     `continues` is False for an encoder-decoder, whose response is a text of its own. `group` [N] tells which responses
     belong to one prompt; by default each stands alone.
     """
-    sampled = sampler.sample(prompts, uniforms)
     response_ids = _real_ids(sampled.response_ids, sampled.response_mask)
     before = _real_ids(prompts.input_ids, prompts.mask) if continues else [[] for _ in response_ids]
     responses = [_text_after(tokenizer, *ids) for ids in zip(before, response_ids, strict=True)]
@@ -63,6 +61,11 @@ def complete(
     )
 
 
+def needs_states(critic: Critic | None, kl_penalty: KLPenalty) -> bool:
+    """Whether the policy's own states are looked at: by a critic that stands on them, or for the exact KL."""
+    return kl_penalty == "full" or (critic is not None and critic.own_trunk is None)
+
+
 def collect(
     completions: Completions,
     policy: Policy,
@@ -72,41 +75,50 @@ def collect(
     temperature: float,
     kl_penalty: KLPenalty = "kl",
     critic: Critic | None = None,
+    states: Tensor | None = None,
+    recompute: bool = True,
     max_rows: int | None = None,
 ) -> Rollout:
     """Adds what policy, reference and critic say of each token; no gradients.
 
-    scores [N, K] are the members' rewards of each response. `max_rows` bounds the responses in one forward pass.
+    scores [N, K] are the members' rewards of each response. `states` [N, R, H], the policy's before each token, may be
+    those it was sampled from. Without `recompute` the policy's log-probabilities are the sampler's, which its own
+    forward only repeats. `max_rows` bounds the responses in one forward pass.
     """
     shape, device = completions.response_mask.shape, policy.device
-    logprobs, ref_logprobs, kl, values = (torch.zeros(shape, device=device) for _ in range(4))
-    for rows in token_batches(completions, torch.arange(shape[0], device=device), max_rows):
-        part = select(completions, rows)
-        ids, mask = part.response_ids, part.response_mask
-        width = ids.shape[1]
-        with torch.no_grad():
-            states = policy.states(part.prompt_ids, part.prompt_mask, ids, mask)
-            logprobs[rows, :width] = policy.logprobs(states, ids, mask, temperature)
+    recompute = recompute or (states is None and needs_states(critic, kl_penalty))
+
+    def look(parts: list[Tensor]) -> dict[str, Tensor]:
+        seen = {name: torch.zeros(shape, device=device) for name in ("logprobs", "ref_logprobs", "kl", "values")}
+        if not recompute:
+            seen["logprobs"] = completions.sampler_logprobs
+        for rows in parts:
+            part = select(completions, rows)
+            ids, mask = part.response_ids, part.response_mask
+            context, width = (part.prompt_ids, part.prompt_mask, ids, mask), ids.shape[1]
+            here = None if states is None else states[rows, :width]
+            if recompute:
+                here = policy.states(*context)
+                seen["logprobs"][rows, :width] = policy.logprobs(here, ids, mask, temperature)
             if critic is not None:
-                values[rows, :width] = torch.where(mask, critic(part, states), 0.0)
-        with reference.model() as frozen:
-            ref_states = frozen.states(part.prompt_ids, part.prompt_mask, ids, mask)
-            ref_logprobs[rows, :width] = frozen.logprobs(ref_states, ids, mask, temperature)
-        if kl_penalty == "full":
-            kl[rows, :width] = reference.kl(policy, states, ref_states, mask, temperature)
+                seen["values"][rows, :width] = torch.where(mask, critic(part, here), 0.0)
+            ref_states, seen["ref_logprobs"][rows, :width] = reference.look(*context, temperature)
+            if kl_penalty == "full" and here is not None:
+                seen["kl"][rows, :width] = reference.kl(policy, here, ref_states, mask, temperature)
+        return seen
+
+    with torch.no_grad():
+        passes = ForwardPasses(policy, training=False, max_rows=max_rows)
+        seen = passes.run(completions, torch.arange(shape[0], device=device), look)
     if kl_penalty != "full":
-        kl = kl_estimate(logprobs, ref_logprobs, kl_penalty)
+        seen["kl"] = kl_estimate(seen["logprobs"], seen["ref_logprobs"], kl_penalty)
     scores = scores.to(device)
-    fields = {name: getattr(completions, name) for name in Completions.__dataclass_fields__}
+    fields: dict[str, Any] = {name: getattr(completions, name) for name in Completions.__dataclass_fields__}
     return Rollout(
-        **fields,
+        **(fields | seen),
         scores=scores.mean(1),
         score_std=scores.std(1) if scores.shape[1] > 1 else torch.zeros_like(scores[:, 0]),
         shaped_scores=scores.mean(1),
-        logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
-        kl=kl,
-        values=values,
     )
 
 
@@ -123,11 +135,3 @@ def _text_after(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], respo
     if whole.startswith(before):
         return whole[len(before) :]
     return tokenizer.decode(response_ids, skip_special_tokens=True)
-
-
-def token_batches(completions: Completions, rows: Tensor, max_rows: int | None = None) -> list[Tensor]:
-    """`rows` cut into batches of like length, each of which one forward pass takes at once."""
-    lengths = (completions.prompt_mask[rows].sum(1) + completions.response_mask[rows].sum(1)).tolist()
-    batches = token_budget_batches(lengths, FORWARD_TOKENS)
-    cut = [part for batch in batches for part in torch.tensor(batch, device=rows.device).split(max_rows or len(batch))]
-    return [rows[part] for part in cut]

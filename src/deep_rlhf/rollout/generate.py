@@ -39,4 +39,4 @@ def generate_text(
     continues = not policy.is_seq2seq
     prompts = prompt_batch(texts, tokenizer, policy.device, left=continues)
     uniforms = sampling_uniforms(seed, 0, len(texts), max_new_tokens)
-    return complete(prompts, engine, tokenizer, uniforms, continues=continues).responses
+    return complete(prompts, engine.sample(prompts, uniforms), tokenizer, continues=continues).responses

@@ -17,6 +17,7 @@ class Sampled:
     logprobs: Tensor  # [n, R] nats
     entropy: Tensor  # [n, R] nats
     finished: Tensor  # [n] bool
+    states: Tensor | None = None  # [n, R, H] the policy's hidden state before each token, where it was asked for
 
 
 class Sampler(Protocol):

@@ -87,7 +87,7 @@ class Runtime:
             return
         for parameter in parameters:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             parameter.grad = self.sum(parameter.grad)
 
     def start_trackers(

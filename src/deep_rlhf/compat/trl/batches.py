@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from deep_rlhf.models.policy import Policy
-from deep_rlhf.rollout.collect import token_batches
+from deep_rlhf.rollout.passes import ForwardPasses
 from deep_rlhf.rollout.records import select
 from deep_rlhf.types import Completions
 
@@ -99,11 +99,16 @@ def make_completions(
 def policy_entropy(completions: Completions, policy: Policy, temperature: float, max_rows: int | None) -> Tensor:
     """The entropy [N, R] in nats of the distributions that the tokens were drawn from."""
     entropy = torch.zeros_like(completions.entropy)
-    for rows in token_batches(completions, torch.arange(len(entropy), device=entropy.device), max_rows):
-        part = select(completions, rows)
-        ids, mask = part.response_ids, part.response_mask
-        states = policy.states(part.prompt_ids, part.prompt_mask, ids, mask)
-        entropy[rows, : ids.shape[1]] = policy.logprobs_and_entropy(states, ids, mask, temperature)[1]
+
+    def look(parts: list[Tensor]) -> None:
+        for rows in parts:
+            part = select(completions, rows)
+            ids, mask = part.response_ids, part.response_mask
+            states = policy.states(part.prompt_ids, part.prompt_mask, ids, mask)
+            entropy[rows, : ids.shape[1]] = policy.logprobs_and_entropy(states, ids, mask, temperature)[1]
+
+    passes = ForwardPasses(policy, training=False, max_rows=max_rows)
+    passes.run(completions, torch.arange(len(entropy), device=entropy.device), look)
     return entropy
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from deep_rlhf.algorithms.online_setup import open_runtime, undone_if_not_finite
+from deep_rlhf.algorithms.online_setup import open_runtime
 from deep_rlhf.algorithms.optimisation import NotFiniteError
 from deep_rlhf.algorithms.ppo import PPO
 from deep_rlhf.algorithms.shaping import ScoreShaping, rollout_problem
@@ -192,8 +192,7 @@ class PPOTrainer:
             if problem := rollout_problem(rollout):
                 raise NotFiniteError(problem)
             self._push_if_best(float(rollout.scores.mean()))
-            with undone_if_not_finite(self._policy, self._learner):
-                learned = self._learner.learn(rollout, kl_coef=kl_coef, update=self.current_step)
+            learned = self._learner.learn(rollout, kl_coef=kl_coef, update=self.current_step)
         except NotFiniteError as error:
             self._shaping.moments = moments
             raise UserError(f"This batch cannot be learned from: {error}. Mend the reward, or leave it out.") from error

@@ -1,0 +1,206 @@
+"""`deep-rlhf plan COMMAND`: the memory that a command would take, before anything is loaded, and what makes it fit."""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from deep_rlhf.cli.flags import parse_flags
+from deep_rlhf.runtime.memory_plan import GIB, GPUS, Machine, MemoryPlan, gpu_of, resident_peak, this_machine
+from deep_rlhf.types import UserError
+
+PLANNED = ("reward", "ppo", "rloo", "grpo", "reinforce_plus_plus")
+CARDS = ", ".join(gpu.name for gpu in GPUS.values())
+USAGE = f"""usage: deep-rlhf plan COMMAND [--flags of COMMAND] [--gpu=CARD]
+
+COMMAND: {", ".join(PLANNED)}.
+CARD: {CARDS}, or a size such as 24GiB. Without --gpu it is this machine's CPU and main memory.
+
+Prints what each part of a run takes in memory, and which flags make it fit.
+"""
+
+# What a process holds on a CPU beyond its imports (tokenizers, data, threads, what the allocator does not give back),
+# measured on runs of docs/memory.md; and what CUDA takes on a GPU.
+LATER_ON_CPU, CUDA = 170 * 10**6, 600 * 10**6
+
+Flags = tuple[str, ...]
+Planner = Callable[[Flags], MemoryPlan]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the plan; raises UserError for a user's mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return
+    command, machine, flags = _split(argv)
+    planner = cache(_reward_planner(machine) if command == "reward" else _online_planner(command, machine))
+    plan = planner(flags)
+    console = Console(highlight=False)
+    console.print(_table(plan, f"deep-rlhf {command}"))
+    room = f"{machine.name} ({_gib(machine.memory)} GiB)"
+    console.print(f"Peak: {_gib(plan.peak)} GiB, in {plan.largest.name}.")
+    if plan.peak <= machine.memory:
+        console.print(f"It fits in {room}.")
+        return
+    with console.status("Looking for settings that make it fit …"):
+        added = advice(planner, flags, ladders(command, machine), machine.memory)
+    least = planner(flags + added).peak
+    if least <= machine.memory:
+        console.print(f"It does not fit in {room}. With these flags it takes {_gib(least)} GiB and does:")
+    else:
+        console.print(
+            f"It does not fit in {room}, whatever is set: {_gib(least)} GiB is the least, with"
+            if added
+            else f"It does not fit in {room}, and no setting makes it smaller: take a smaller model."
+        )
+    if added:
+        console.print(shlex.join(added), soft_wrap=True)
+
+
+def ladders(command: str, machine: Machine) -> Iterator[list[str]]:
+    """What takes less memory, what costs least first; each as flags of growing effect, of which one is given."""
+    yield ["--precision=bf16"]
+    yield ["--gradient_checkpointing=True"]
+    if command == "reward":
+        yield [f"--per_device_train_batch_size={size}" for size in (8, 2, 1)]
+    else:
+        yield [f"--forward_batch_size={size}" for size in (16, 4, 1)]
+        yield ["--frozen_precision=bf16"]
+        if machine.is_gpu:
+            yield ["--frozen_device=cpu"]
+        yield ["--optimizer=adamw_8bit"]
+    if command == "ppo":
+        yield ["--critic=shared"]
+    yield ["--use_peft=True"]
+    if command == "reward":
+        yield [f"--max_length={length}" for length in (256, 128)]
+    else:
+        yield ["--load_in_4bit=True"]
+        yield [f"--max_prompt_length={length}" for length in (256, 128)]
+        yield [f"--max_new_tokens={length}" for length in (64, 32)]
+
+
+def advice(planner: Planner, flags: Flags, steps: Iterator[list[str]], memory: int) -> Flags:
+    """The flags to add so that a run fits in `memory` bytes, as few as do; those that help if it never fits."""
+    added: Flags = ()
+    for ladder in steps:
+        for flag in ladder:
+            best = _peak(planner, flags + added)
+            if best <= memory:
+                break
+            others = tuple(other for other in added if other not in ladder)
+            if _peak(planner, (*flags, *others, flag)) < best:
+                added = (*others, flag)
+    if _peak(planner, flags + added) <= memory:
+        for flag in added:
+            others = tuple(other for other in added if other != flag)
+            if _peak(planner, flags + others) <= memory:
+                added = others
+    return added
+
+
+def _peak(planner: Planner, flags: Flags) -> float:
+    """Infinite for flags that contradict each other."""
+    try:
+        return planner(flags).peak
+    except UserError:
+        return float("inf")
+
+
+def _split(argv: list[str]) -> tuple[str, Machine, Flags]:
+    command, *rest = argv
+    if command not in PLANNED:
+        raise UserError(f"There is no plan for '{command}': give one of {', '.join(PLANNED)}.")
+    machine, flags = this_machine(), []
+    words = iter(rest)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--gpu":
+            flags.append(word)
+        elif given := value if equals else next(words, ""):
+            machine = gpu_of(given)
+        else:
+            raise UserError("--gpu needs a card or a size, such as --gpu=24GiB.")
+    return command, machine, tuple(flags)
+
+
+def _online_planner(command: str, machine: Machine) -> Planner:
+    baseline = _baseline("deep_rlhf.cli.online", machine)
+    from deep_rlhf.algorithms.online_memory import plan_online
+    from deep_rlhf.cli.online import algorithm
+
+    config_class, _ = algorithm(command)
+
+    def plan(flags: Flags) -> MemoryPlan:
+        (config,) = parse_flags(list(flags), config_class, prog=f"deep-rlhf plan {command}", description=__doc__)
+        trusted = {"trust_remote_code": config.trust_remote_code}
+        policy = _configuration("model_name", config.model_name, **trusted)
+        is_function = config.reward_model.startswith("python:")
+        reward = None if is_function else _configuration("reward_model", config.reward_model, **trusted)
+        return _told(config.model_name, lambda: plan_online(config, policy, reward, machine, baseline=baseline))
+
+    return plan
+
+
+def _reward_planner(machine: Machine) -> Planner:
+    baseline = _baseline("deep_rlhf.cli.reward", machine)
+    from deep_rlhf.algorithms.reward import RewardConfig
+    from deep_rlhf.algorithms.reward_memory import plan_reward
+    from deep_rlhf.cli.reward import RewardArguments
+
+    def plan(flags: Flags) -> MemoryPlan:
+        arguments, config = parse_flags(
+            list(flags), RewardArguments, RewardConfig, prog="deep-rlhf plan reward", description=__doc__
+        )
+        name, trusted = arguments.model_name_or_path, {"trust_remote_code": arguments.trust_remote_code}
+        model = _configuration("model_name_or_path", name, **trusted)
+        return _told(name, lambda: plan_reward(config, model, machine, baseline=baseline, **trusted))
+
+    return plan
+
+
+def _baseline(module: str, machine: Machine) -> int:
+    """What a process takes that has imported the command, as this one has now; on a GPU, what CUDA takes."""
+    import_module(module)
+    return CUDA if machine.is_gpu else resident_peak() + LATER_ON_CPU
+
+
+def _configuration(flag: str, name: str, *, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--{flag}: '{name}' has no readable config.json: give a folder or Hub name of the model that it will be,"
+            " or of the one that it is trained from."
+        ) from error
+
+
+def _told(name: str, plan: Callable[[], MemoryPlan]) -> MemoryPlan:
+    """A configuration of the wrong kind becomes one sentence."""
+    try:
+        return plan()
+    except ValueError as error:
+        raise UserError(f"The architecture of '{name}' is not one that this command trains: give another.") from error
+
+
+def _table(plan: MemoryPlan, title: str) -> Table:
+    table = Table(title=f"{title}, GiB", title_justify="left")
+    table.add_column("")
+    for phase in plan.phases:
+        table.add_column(phase.name, justify="right")
+    for part in plan.parts:
+        table.add_row(part, *(_gib(phase.parts.get(part, 0)) for phase in plan.phases))
+    table.add_section()
+    table.add_row("together", *(_gib(phase.total) for phase in plan.phases), style="bold")
+    return table
+
+
+def _gib(amount: float) -> str:
+    return f"{amount / GIB:.2f}" if amount else ""

@@ -1,0 +1,80 @@
+"""How samples are cut into forward passes that fit in memory, and cut finer when one did not."""
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from deep_rlhf.models.policy import Policy
+from deep_rlhf.runtime.memory import is_out_of_memory
+from deep_rlhf.types import Completions, UserError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Padded tokens in one pass, without and with gradients. A CPU is no faster with more; a GPU is.
+TOKENS = {"cpu": (4_096, 1_024)}
+TOKENS_OF_GPU = (65_536, 16_384)
+
+
+class ForwardPasses:
+    """Cuts samples of like length into passes of bounded size; the size is halved for good when memory runs out."""
+
+    def __init__(self, policy: Policy, *, training: bool, max_rows: int | None = None) -> None:
+        """`training` passes keep activations, and the logits of every response token: both are bounded.
+
+        `max_rows` is the most samples in one pass, beside what its tokens allow.
+        """
+        self._policy = policy
+        self._training = training
+        self._max_rows = max_rows or 1_000_000
+        self._halvings = 0
+
+    def cut(self, completions: Completions, rows: Tensor) -> list[Tensor]:
+        """`rows` as parts of like length, longest first, each of which one pass takes at once."""
+        tokens = TOKENS.get(self._policy.device.type, TOKENS_OF_GPU)[self._training] >> self._halvings
+        logits = (self._policy.chunk_size if self._training else tokens) >> self._halvings
+        responses = completions.response_mask[rows].sum(1)
+        lengths = (completions.prompt_mask[rows].sum(1) + responses).tolist()
+        response_lengths = responses.tolist()
+        parts: list[list[int]] = []
+        longest = held = 0
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            fits = (
+                parts
+                and (len(parts[-1]) + 1) * longest <= tokens
+                and held + response_lengths[row] <= logits
+                and len(parts[-1]) < max(1, self._max_rows >> self._halvings)
+            )
+            if fits:
+                parts[-1].append(row)
+                held += response_lengths[row]
+            else:
+                parts.append([row])
+                longest, held = lengths[row], response_lengths[row]
+        return [rows[torch.tensor(part, device=rows.device)] for part in parts]
+
+    def run(self, completions: Completions, rows: Tensor, work: Callable[[list[Tensor]], T]) -> T:
+        """`work` on the parts of `rows`; if memory runs out, again from its beginning on parts half as large.
+
+        Raises UserError when not even one sample fits.
+        """
+        while True:
+            parts = self.cut(completions, rows)
+            try:
+                return work(parts)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if all(len(part) == 1 for part in parts):
+                    raise UserError(
+                        "Memory runs out with a single response in a forward pass: lower max_prompt_length or"
+                        " max_new_tokens, or see `deep-rlhf plan` for what else takes less."
+                    ) from error
+            self._halvings += 1
+            logger.warning("Out of memory: forward passes are half as large from now on.")
+            if self._policy.device.type == "cuda":
+                torch.cuda.empty_cache()

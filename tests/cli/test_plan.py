@@ -1,0 +1,208 @@
+"""`deep-rlhf plan`: what it prints, what it refuses, and how near it comes to the memory of real runs."""
+
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures import write_jsonl
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+from deep_rlhf.cli.main import run
+from deep_rlhf.cli.plan import advice, ladders
+from deep_rlhf.runtime.memory_plan import GIB, MemoryPlan, Phase, gpu_of
+from deep_rlhf.types import UserError
+
+VOCABULARY = 50_257  # GPT-2's
+PROMPT, RESPONSE, TEXT = 64, 48, 250  # in tokens
+GPT2 = {"n_layer": 6, "n_embd": 384, "n_head": 6, "vocab_size": VOCABULARY, "eos_token_id": 0, "bos_token_id": None}
+DISTILBERT = {"n_layers": 6, "dim": 384, "hidden_dim": 1536, "n_heads": 6, "vocab_size": VOCABULARY}
+FUNCTION = "--reward_model=python:my_rewards:length"  # never called, and not even imported
+
+
+@pytest.fixture
+def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """plan("ppo", "--flag=value", …) -> exit code, output, errors, beside two layers of GPT-2 and DistilBERT.
+
+    Only their configurations are there: nothing else is looked at.
+    """
+    GPT2Config(n_layer=2).save_pretrained(tmp_path / "gpt2")
+    DistilBertConfig().save_pretrained(tmp_path / "distilbert")
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = 0
+        try:
+            run("plan", [word.replace("./", f"{tmp_path}/") for word in argv])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_a_table_of_parts_and_phases(plan: Callable) -> None:
+    code, out, _ = plan("ppo", "--model_name=./gpt2", "--reward_model=./distilbert", "--gpu=A100", "--precision=fp32")
+    assert code == 0
+    rows = {cells[0].strip(): cells[1:] for line in out.splitlines() if len(cells := line.strip("│").split("│")) > 3}
+    assert {"policy", "reference", "reward model", "gradients", "optimiser", "activations", "logits"} <= rows.keys()
+    assert float(rows["policy"][0]) == pytest.approx(53.6e6 * 4 / GIB, abs=0.01)
+    assert float(rows["optimiser"][0]) == pytest.approx(53.6e6 * 8 / GIB, abs=0.01)
+    assert float(rows["reward model"][0]) == pytest.approx(67e6 * 4 / GIB, abs=0.01)
+    phases = [float(total) for total in rows["together"]]
+    assert f"Peak: {max(phases):.2f} GiB" in out
+    assert "It fits in A100 (39.40 GiB)." in out
+
+
+def test_the_flags_that_it_gives_make_it_fit(plan: Callable) -> None:
+    argv = ["ppo", "--model_name=./gpt2", FUNCTION, "--precision=fp32", "--gpu=4GiB"]
+    _, out, _ = plan(*argv)
+    assert "It does not fit in a GPU with 4GiB (4.00 GiB). With these flags" in " ".join(out.split())
+    flags = shlex.split(out.splitlines()[-1])
+    assert flags
+    assert "It fits in" in plan(*argv, *flags)[1]
+    for flag in flags:  # none of them is given for nothing
+        assert "does not fit" in plan(*argv, *(other for other in flags if other != flag))[1]
+
+
+def test_nothing_makes_a_large_model_fit_in_a_small_gpu(plan: Callable) -> None:
+    _, out, _ = plan("reward", "--model_name_or_path=./distilbert", "--gpu", "0.7GiB")
+    assert "whatever is set" in " ".join(out.split())
+    assert "--use_peft=True" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["trpo"], "There is no plan for 'trpo'"),
+        (["ppo", "--model_name=./gpt2", FUNCTION, "--gpu=big"], "--gpu must be one of"),
+        (["ppo", "--model_name=./gpt2", FUNCTION, "--gpu"], "--gpu needs a card or a size"),
+        (["ppo", "--model_name=./gpt2", FUNCTION, "--bach_size=4"], "Did you mean --batch_size?"),
+        (["ppo", "--model_name=./gpt2", FUNCTION, "--max_new_tokens=2000"], "leaves no room for a prompt"),
+        (["ppo", "--model_name=./nothing", FUNCTION], "--model_name: '.*/nothing' has no readable config.json"),
+        (["ppo", "--model_name=./distilbert", FUNCTION], "is not one that this command trains"),
+        (["ppo", "--model_name=./gpt2", FUNCTION, "--critic=reward"], "critic=reward needs a reward model"),
+    ],
+)
+def test_wrong_input_is_one_sentence(plan: Callable, argv: list[str], error: str) -> None:
+    code, out, err = plan(*argv)
+    assert (code, out) == (2, "")
+    assert re.search(error, err.splitlines()[-1])
+
+
+def test_help(plan: Callable) -> None:
+    assert "T4, L4, A100, H200" in plan("--help")[1]
+
+
+def test_the_advice_is_as_short_as_it_can_be() -> None:
+    saves = {"--precision=bf16": 1, "--gradient_checkpointing=True": 2, "--critic=shared": 0}
+    saves |= {"--forward_batch_size=16": 0, "--forward_batch_size=4": 3, "--forward_batch_size=1": 4}
+
+    def planner(flags: tuple[str, ...]) -> MemoryPlan:
+        if "--optimizer=adamw_8bit" in flags:
+            raise UserError("It contradicts something.")
+        return MemoryPlan((Phase("training", {"all": 10 - sum(saves.get(flag, 0) for flag in flags)}),))
+
+    def steps() -> Any:
+        return ladders("ppo", gpu_of("T4"))
+
+    assert advice(planner, (), steps(), 9) == ("--precision=bf16",)
+    assert advice(planner, (), steps(), 8) == ("--gradient_checkpointing=True",)
+    assert advice(planner, (), steps(), 5) == ("--gradient_checkpointing=True", "--forward_batch_size=4")
+    assert advice(planner, ("--precision=bf16",), steps(), 10) == ()
+    assert len(advice(planner, (), steps(), 1)) == 3  # it never fits
+
+
+# ---- against the peak of real runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models with 30 million weights each, and texts of known length in a vocabulary of GPT-2's size."""
+    folder = tmp_path_factory.mktemp("plan")
+    ids = {"<eos>": 0, "<unk>": 1} | {f"w{number}": number for number in range(2, VOCABULARY)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>", pad_token="<unk>")
+    for name, model in (
+        ("policy", GPT2LMHeadModel(GPT2Config(**GPT2))),
+        ("scorer", GPT2ForSequenceClassification(GPT2Config(**GPT2, num_labels=1, pad_token_id=1))),
+        ("encoder", DistilBertForSequenceClassification(DistilBertConfig(**DISTILBERT, num_labels=1))),
+    ):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rng = random.Random(0)
+
+    def text(length: int) -> str:
+        return " ".join(f"w{rng.randrange(2, VOCABULARY)}" for _ in range(length))
+
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": text(PROMPT)} for _ in range(16)])
+    pairs = [{"prompt": text(TEXT - 20) + " ", "chosen": text(20), "rejected": text(20)} for _ in range(16)]
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    return folder
+
+
+def peak_of(folder: Path, *argv: str) -> int:
+    """The most main memory that a command took, as the operating system says, in bytes."""
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"}
+    with open(folder / "log.txt", "w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deep_rlhf.cli.main", *argv], cwd=folder, env=env, stdout=log, stderr=log
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        log.seek(0)
+        assert status == 0, log.read()
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def planned_peak(folder: Path, *argv: str) -> float:
+    """What `plan` says in a process of its own."""
+    out = subprocess.run(
+        [sys.executable, "-m", "deep_rlhf.cli.main", "plan", *argv],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = re.search(r"Peak: ([\d.]+) GiB", out)
+    assert found, out
+    return float(found[1]) * GIB
+
+
+PPO = shlex.split(f"""
+    ppo --model_name=./policy --reward_model=./scorer --query_dataset=./prompts.jsonl --template=plain --batch_size=16
+    --mini_batch_size=4 --max_prompt_length={PROMPT} --max_new_tokens={RESPONSE} --ppo_epochs=1 --steps=16
+""")
+REWARD = shlex.split(f"""
+    reward --model_name_or_path=./encoder --dataset_name=./pairs.jsonl --template=plain --max_length={TEXT}
+    --per_device_train_batch_size=8 --report_to=none
+""")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        pytest.param([*PPO, "--precision=fp32"], id="ppo fp32"),
+        pytest.param([*PPO, "--precision=bf16"], id="ppo bf16"),
+        pytest.param([*REWARD, "--precision=fp32"], id="reward fp32"),
+    ],
+)
+def test_the_plan_is_within_15_percent_of_the_measured_peak(folder: Path, argv: list[str], tmp_path: Path) -> None:
+    argv = [*argv, f"--output_dir={tmp_path}"]
+    assert planned_peak(folder, *argv) == pytest.approx(peak_of(folder, *argv), rel=0.15)
