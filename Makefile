@@ -4,12 +4,18 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test lint format bars algorithms bench growth headline clean
+.PHONY: demo test test-8bit lint format bars algorithms bench growth headline clean
 demo: $(VENV)/.installed
 	$(BIN)/deep-rlhf demo --seed=$(SEED)
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
+
+# What needs bitsandbytes, which peft then imports in every process, three seconds long: so not for the other tests.
+test-8bit: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[8bit]'
+	$(BIN)/pytest tests/unit/test_adamw_8bit.py tests/equivalence/test_memory_options.py \
+		tests/learning/test_memory_saving_learns.py
 
 # The demo at three seeds against its bars.
 bars: $(VENV)/.installed

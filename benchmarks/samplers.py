@@ -1,8 +1,8 @@
 """The ways to sample, at equal prompts: the engine here, transformers' `generate`, and its continuous batching.
 
 `python benchmarks/samplers.py` (about four minutes on two cores) writes results/samplers.json. Each way draws responses
-to the same 64 prompts of mixed length, three rounds in turn: once all of full length, once with ends drawn early. All
-use this project's kernels (models/kernels.py), so that the ways are compared and not the products.
+to the same 64 prompts of mixed length, three rounds in turn: once all of full length, once with ends drawn early.
+The engine uses this project's kernels (models/kernels.py), transformers' two ways PyTorch's own.
 Tokens per second count real tokens. The gap is the largest and the mean difference in nats between the sampler's
 log-probabilities and those that training computes of the same tokens.
 """
@@ -36,7 +36,7 @@ Responses = list[tuple[list[int], list[float]]]  # ids and log-probabilities of 
 def main() -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    model = Policy(GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=384, n_head=6))).model
+    model = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=384, n_head=6)).eval()
     lengths = torch.randint(LONGEST // 8, LONGEST + 1, (PROMPTS,)).tolist()
     prompts = [torch.randint(0, VOCABULARY, (length,)).tolist() for length in lengths]
     rows = []

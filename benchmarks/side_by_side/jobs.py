@@ -56,7 +56,7 @@ class PPOJob:
     prompt_tokens: int = 64
     response_tokens: int = 48
     batch_size: int = 16
-    mini_batch_size: int = 4  # responses per backward pass; one optimiser step per epoch, as TRL accumulates them
+    mini_batch_size: int = 4  # of TRL: responses per backward pass, accumulated to one optimiser step per epoch
     ppo_epochs: int = 4
     updates: int = 2
 

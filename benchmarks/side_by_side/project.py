@@ -33,8 +33,6 @@ def ppo(job: PPOJob, folder: Path) -> dict[str, Any]:
         max_prompt_length=job.prompt_tokens,
         max_new_tokens=job.response_tokens,
         batch_size=job.batch_size,
-        mini_batch_size=job.mini_batch_size,
-        gradient_accumulation_steps=job.batch_size // job.mini_batch_size,
         ppo_epochs=job.ppo_epochs,
         **settings,
     )

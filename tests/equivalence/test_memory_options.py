@@ -1,6 +1,7 @@
 """Options that save memory: each run against the one it must equal, or stay near, or against what is on disk."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not"
 SMALL: dict[str, Any] = {"batch_size": 8, "steps": 32, "max_new_tokens": 6, "learning_rate": 3e-3}
 CPU = torch.device("cpu")
 NOT_THE_RESULT = ("tokens_per_second", "sampling_share_of_time", "memory_gb")
+
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
 
 def reward(prompts: list[str], responses: list[str]) -> list[float]:
@@ -137,6 +140,7 @@ def test_a_run_with_frozen_models_on_the_cpu_is_the_same_run(make_model: Any, to
     assert runs[0] == runs[1]
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_was_trained_in_4_bits_is_what_is_saved(
@@ -170,6 +174,7 @@ def test_what_was_trained_in_4_bits_is_what_is_saved(
         assert (logits(base.model) - logits(before)).abs().max() > 2 * atol  # … and so did 4 bits
 
 
+@needs_bitsandbytes
 def test_4_bits_are_a_fraction_of_the_memory(on_disk: Any) -> None:
     config = PPOConfig(load_in_4bit=True, use_peft=True, model_name=on_disk("llama"))
     trainer = PPOTrainer(config, prompts=PROMPTS, reward=reward)
@@ -177,6 +182,7 @@ def test_4_bits_are_a_fraction_of_the_memory(on_disk: Any) -> None:
         assert layer.weight.nbytes * 8 == 4 * layer.in_features * layer.out_features
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize(
     "settings",
     [
@@ -205,6 +211,7 @@ def test_a_run_that_stops_goes_on_to_the_same_end(settings: dict[str, Any], on_d
     assert all(torch.equal(expected[name], weight) for name, weight in resumed._policy.named_parameters())
 
 
+@needs_bitsandbytes
 def test_trpo_differentiates_4_bit_layers_twice(on_disk: Any) -> None:
     settings = SMALL | {"batch_size": 32, "steps": 64}
     config = TRPOConfig(**settings, load_in_4bit=True, use_peft=True, model_name=on_disk("llama"))
@@ -212,7 +219,17 @@ def test_trpo_differentiates_4_bit_layers_twice(on_disk: Any) -> None:
     assert all(row["step_fraction"] > 0 for row in history)
 
 
+@needs_bitsandbytes
 def test_a_model_that_is_loaded_already_is_not_quantised(make_model: Any, tokenizer: Any) -> None:
     config = PPOConfig(load_in_4bit=True, use_peft=True)
     with pytest.raises(UserError, match="while it is loaded: give its name"):
         PPOTrainer(config, model=make_model("gpt2"), tokenizer=tokenizer, prompts=PROMPTS, reward=reward)
+
+
+def test_the_trainer_opens_the_reference_it_was_told(make_model: Any, tokenizer: Any) -> None:
+    config = PPOConfig(**SMALL, precision="fp32", frozen_precision="bf16")
+    trainer = PPOTrainer(config, model=make_model("gpt2"), tokenizer=tokenizer, prompts=PROMPTS, reward=reward)
+    with trainer._reference.model() as frozen:
+        assert {weight.dtype for weight in frozen.parameters()} == {torch.bfloat16}
+    assert trainer._policy.dtype == torch.float32
+    assert trainer.train()[0]["kl"] == pytest.approx(0, abs=0.1)

@@ -12,6 +12,8 @@ PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not"
 COLOURS = {"red", "green", "blue", "black", "white", "gold", "grey", "pink"}
 TOKENS = 8
 
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
 
 def colours(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """The share of the response's places that hold a colour: about 0.2 by chance, at most 1."""

@@ -8,12 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deep_rlhf.runtime.adamw_8bit import VALUES_AT_ONCE
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
 from deep_rlhf.runtime.precision import MasterOptimizer, make_adamw
 from deep_rlhf.types import UserError
 
-SHAPES = [(VALUES_AT_ONCE // 512 + 3, 512), (64, 96), (40,)]  # in two parts, in one, and too small for 8 bits
+adamw_8bit = pytest.importorskip("deep_rlhf.runtime.adamw_8bit", reason="no bitsandbytes", exc_type=ImportError)
+
+SHAPES = [
+    (adamw_8bit.VALUES_AT_ONCE // 512 + 3, 512),
+    (64, 96),
+    (40,),
+]  # in two parts, in one, and too small for 8 bits
 OPTIONS = {"lr": 1e-2, "eps": 1e-5, "weight_decay": 0.0}
 
 

@@ -23,7 +23,7 @@ from deep_rlhf.algorithms import online_setup as setup
 from deep_rlhf.algorithms.online_config import FREE_TO_CHANGE, OnlineConfig
 from deep_rlhf.algorithms.optimisation import Learner, NotFiniteError
 from deep_rlhf.algorithms.shaping import ScoreShaping, rollout_metrics, rollout_problem
-from deep_rlhf.models.policy import Policy, Reference
+from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.kl import adapted_kl_coef
 from deep_rlhf.rollout.collect import collect, complete, needs_states, prompt_batch
 from deep_rlhf.rollout.engine import Engine
@@ -74,7 +74,7 @@ class OnlineTrainer:
         self.runtime: Runtime = setup.open_runtime(config)
         model, self.tokenizer = setup.model_and_tokenizer(model, tokenizer, config)
         self._policy: Policy = setup.open_policy(model, self.runtime.device, config)
-        self._reference = Reference(self._policy)
+        self._reference = setup.open_reference(self._policy, config)
         self.scorer = setup.open_scorer(reward, self.runtime.device, config)
         longest = setup.longest_prompt(self._policy.language_model, config)
         self.prompts, self.prompt_report = setup.usable_prompts(prompts, self.tokenizer, longest)

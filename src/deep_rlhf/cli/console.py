@@ -20,6 +20,8 @@ def calm_libraries() -> None:
     # Users type it and it means what it did; its new name exists only in the newest transformers.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true", category=UserWarning)
+    # With bitsandbytes installed peft imports it, and it misses an optional package on CPUs that multiply bf16.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     trainer.DEFAULT_PROGRESS_CALLBACK = TrainingBar
 
 
