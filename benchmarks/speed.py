@@ -115,6 +115,7 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": str(HERE),
         "OMP_NUM_THREADS": str(THREADS),
         "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
