@@ -66,9 +66,10 @@ def test_examples_that_are_too_long_are_left_out_and_counted(
     model = make_model("gpt2", **NO_DROPOUT)
     with caplog.at_level(logging.WARNING, "deep_rlhf"):
         alone = train_sft(config(tmp_path, **settings), model, tokenizer, [fitting])
-        assert not caplog.messages
         both = train_sft(config(tmp_path, **settings), model, tokenizer, [too_long, fitting])
-    assert caplog.messages == ["1 of 2 examples have more than 5 tokens: left out."]
+    # Only this project's lines: earlier tests of the process may have let transformers' own through.
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("deep_rlhf")]
+    assert ours == ["1 of 2 examples have more than 5 tokens: left out."]
     assert both["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-6)
 
 
