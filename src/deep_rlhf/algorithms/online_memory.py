@@ -17,9 +17,9 @@ from deep_rlhf.algorithms.online_config import OnlineConfig
 from deep_rlhf.algorithms.online_setup import longest_prompt, open_policy, open_reference
 from deep_rlhf.algorithms.ppo_config import PPOConfig
 from deep_rlhf.models.critic import Critic, make_critic
-from deep_rlhf.models.embeddings import one_table_gradient
+from deep_rlhf.models.gradients import gradients_in_place
 from deep_rlhf.models.kernels import use_fast_kernels
-from deep_rlhf.models.policy import LOGITS_AT_ONCE, LOGITS_AT_ONCE_OF_GPU, Policy
+from deep_rlhf.models.policy import LOGIT_BYTES, LOGIT_BYTES_OF_GPU, Policy
 from deep_rlhf.models.reward import TOKENS_PER_BATCH
 from deep_rlhf.models.trunk import Trunk
 from deep_rlhf.ops.logprobs import chunked_token_logprobs
@@ -79,7 +79,6 @@ def plan_online(
         "reference": 0 if frozen_is_elsewhere else bytes_of(models.reference),
         "reward model": 0 if frozen_is_elsewhere or models.reward is None else bytes_of([models.reward]),
         "critic": bytes_of([models.critic]) if models.critic else 0,
-        "gradients": GRADIENT_BYTES * sum(parameter.numel() for parameter in models.trained),
         "optimiser": optimizer_bytes(models.trained, config.optimizer),
     }
     free = machine.memory - sum(held.values())
@@ -90,7 +89,9 @@ def plan_online(
         rows = max(1, min(TOKENS_PER_BATCH // longest, config.batch_size))
         phases.append(Phase("scoring", looking | {"activations": forward_bytes(models.reward, rows, longest)}))
     phases.append(Phase("experience", looking | _experience(models, prompt, response, config, on_gpu)))
-    phases.append(Phase("training", held | _training(models, prompt, response, config, on_gpu)))
+    gradients = GRADIENT_BYTES * sum(parameter.numel() for parameter in models.trained)
+    training = _training(models, prompt, response, config, on_gpu)
+    phases.append(Phase("training", held | {"gradients": gradients} | training))
     if not on_gpu:
         phases.append(Phase("saving", held | {"policy, read again": _saving(policy)}))
     return MemoryPlan(tuple(phases))
@@ -207,7 +208,8 @@ def _experience(models: _Models, prompt: int, response: int, config: OnlineConfi
 def _training(models: _Models, prompt: int, response: int, config: OnlineConfig, on_gpu: bool) -> dict[str, int]:
     """A forward and backward pass, which keeps activations and the logits of its response tokens."""
     policy, critic = models.policy, models.critic
-    tokens, chunk = (TOKENS_OF_GPU if on_gpu else TOKENS["cpu"])[1], _chunk_size(policy, on_gpu)
+    trunks = 2 if critic and critic.own_trunk else 1
+    tokens, chunk = (TOKENS_OF_GPU if on_gpu else TOKENS["cpu"])[1] // trunks, _chunk_size(policy, on_gpu)
     of_step = (isinstance(config, PPOConfig) and config.mini_batch_size) or config.batch_size
     most = config.forward_batch_size or of_step
     rows = _rows(tokens, prompt, response, logits=chunk, most=most)
@@ -216,7 +218,7 @@ def _training(models: _Models, prompt: int, response: int, config: OnlineConfig,
         with ExitStack() as stack:
             for trunk in (policy, critic and critic.own_trunk):
                 if trunk:
-                    stack.enter_context(one_table_gradient(trunk.language_model.get_input_embeddings()))
+                    stack.enter_context(gradients_in_place(trunk.language_model))
             states, logprobs = _logprobs(policy, rows, prompt, response, on_gpu)
             loss = logprobs.sum()
             if critic and critic.own_trunk:
@@ -227,6 +229,8 @@ def _training(models: _Models, prompt: int, response: int, config: OnlineConfig,
 
     momentary = training_bytes(backward, models.trained)
     head = policy.language_model.get_output_embeddings().weight
+    if head.requires_grad and not on_gpu:  # a CPU adds its gradient in place, and meta tensors do not
+        momentary -= head.nbytes
     logits = min(chunk, rows * response) * head.shape[0] * head.element_size()
     unpacked = max((layer.weight.nbytes for layer in _frozen_layers(policy)), default=0) if config.load_in_4bit else 0
     return {"logits": min(logits, momentary), "activations": max(0, momentary - logits) + unpacked}
@@ -242,8 +246,7 @@ def _logprobs(policy: Policy, rows: int, prompt: int, response: int, on_gpu: boo
 
 def _chunk_size(policy: Policy, on_gpu: bool) -> int:
     """`Policy.chunk_size` on the machine that is planned for."""
-    logits = LOGITS_AT_ONCE_OF_GPU if on_gpu else LOGITS_AT_ONCE["cpu"]
-    return max(1, logits // policy.language_model.get_output_embeddings().weight.shape[0])
+    return policy.chunk_size_of(LOGIT_BYTES_OF_GPU if on_gpu else LOGIT_BYTES["cpu"])
 
 
 def _rows(tokens: int, prompt: int, response: int, *, logits: int, most: int) -> int:

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from deep_rlhf.algorithms.online_config import OnlineConfig
+from deep_rlhf.models.attention import FastAttention
 from deep_rlhf.models.critic import Critic
-from deep_rlhf.models.embeddings import one_table_gradient
+from deep_rlhf.models.gradients import gradients_in_place
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.masked import masked_sum
 from deep_rlhf.rollout.passes import ForwardPasses
 from deep_rlhf.rollout.records import select
+from deep_rlhf.runtime.allocator import release_freed_memory
 from deep_rlhf.runtime.precision import make_adamw
 from deep_rlhf.runtime.runtime import Runtime
 from deep_rlhf.types import Experience, Rollout
@@ -77,8 +79,8 @@ class Optimisation:
         self._max_grad_norm = config.max_grad_norm or float("inf")
         self._runtime = runtime
         trunks = [policy] if critic is None or critic.own_trunk is None else [policy, critic.own_trunk]
-        self._tables = [trunk.language_model.get_input_embeddings() for trunk in trunks]
-        self._passes = ForwardPasses(policy, training=True, max_rows=max_rows)
+        self._models = [trunk.language_model for trunk in trunks]
+        self._passes = ForwardPasses(policy, training=True, max_rows=max_rows, trunks=len(trunks))
 
     def backward(
         self, experience: Experience, minibatch: Tensor, losses: Losses, *, count: Tensor | None = None
@@ -96,6 +98,8 @@ class Optimisation:
             names: list[str] = []
             sums = torch.zeros(0, device=tokens.device)
             for rows in parts:
+                if names:
+                    release_freed_memory()  # the last pass left holes
                 part = select(experience, rows)
                 loss, reported = losses(part)
                 (loss / count).backward()
@@ -108,8 +112,9 @@ class Optimisation:
             return names, sums
 
         with ExitStack() as stack:
-            for table in self._tables:
-                stack.enter_context(one_table_gradient(table))
+            stack.enter_context(FastAttention())
+            for model in self._models:
+                stack.enter_context(gradients_in_place(model))
             names, sums = self._passes.run(experience, self._runtime.share(minibatch), passes)
         names = next(filter(None, self._runtime.gather(names)))  # a process without work does not know them
         sums = self._runtime.sum(sums if len(sums) else torch.zeros(len(names), device=tokens.device))
@@ -121,11 +126,15 @@ class Optimisation:
         return means
 
     def step(self) -> float:
-        """Follows the gradients, scaled down to max_grad_norm, and returns their norm. Raises NotFiniteError."""
+        """Follows the gradients, scaled down to max_grad_norm, forgets them and returns their norm.
+
+        Raises NotFiniteError.
+        """
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm))
         if not norm < float("inf"):
             raise NotFiniteError(f"the gradient's norm is {norm}")
         self.adam.step()
+        self.adam.zero_grad()  # sampling needs the room
         return norm
 
     @property

@@ -92,7 +92,7 @@ def train_reward_model(
 
     evaluated = _sample(held_out, config.eval_samples, config.seed)
     trainer = RewardTrainer(
-        _with_adapters(model, config) if config.use_peft else model,
+        with_adapters(model, config) if config.use_peft else model,
         config,
         pad_token_id=tokenizer.pad_token_id,
         train_dataset=train,
@@ -191,7 +191,7 @@ def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config:
         init_reward_head(model)
 
 
-def _with_adapters(model: PreTrainedModel, config: RewardConfig) -> Any:
+def with_adapters(model: PreTrainedModel, config: RewardConfig) -> Any:
     """LoRA on the trunk; what lies above it is new, and trained whole."""
     above = [(name, module) for name, module in model.named_children() if name != model.base_model_prefix]
     head = [name for name, module in above if next(module.parameters(), None) is not None]

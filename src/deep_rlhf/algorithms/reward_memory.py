@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from deep_rlhf.algorithms.reward import _with_adapters
+from deep_rlhf.algorithms.reward import with_adapters
 from deep_rlhf.algorithms.reward_config import RewardConfig
 from deep_rlhf.algorithms.reward_trainer import TOKENS_AT_ONCE
-from deep_rlhf.models.embeddings import embed_as, one_table_gradient
+from deep_rlhf.models.gradients import gradients_in_place
 from deep_rlhf.models.kernels import use_fast_kernels
 from deep_rlhf.models.load import disable_dropout
 from deep_rlhf.runtime.memory_plan import (
@@ -26,7 +26,7 @@ from deep_rlhf.runtime.memory_plan import (
     optimizer_bytes,
     training_bytes,
 )
-from deep_rlhf.runtime.precision import cast_weights
+from deep_rlhf.runtime.precision import cast_weights, embed_as
 
 
 def plan_reward(
@@ -45,7 +45,7 @@ def plan_reward(
     dtype = machine.dtype(config.precision, model)
     use_fast_kernels(model)
     if config.use_peft:
-        model = _with_adapters(model, config)
+        model = with_adapters(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
     _cast(model, table, dtype)
@@ -53,16 +53,16 @@ def plan_reward(
     held = {
         "Python, libraries": baseline,
         "model": bytes_of([model]),
-        "gradients": GRADIENT_BYTES * sum(parameter.numel() for parameter in trained),
         "optimiser": optimizer_bytes(trained, "adamw_8bit" if "8bit" in str(config.optim) else "adamw"),
     }
+    gradients = GRADIENT_BYTES * sum(parameter.numel() for parameter in trained)
     tokens = TOKENS_AT_ONCE["cuda" if machine.is_gpu else "cpu"]
     longest = min(config.max_length, getattr(model_config, "max_position_embeddings", None) or config.max_length)
     texts = 2 * max(1, min(tokens // (2 * longest), config.per_device_train_batch_size))
 
     def backward() -> None:
         ids = torch.zeros(texts, longest, dtype=torch.int64, device="meta")
-        with one_table_gradient(table):
+        with gradients_in_place(model):
             model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
 
     model.train()
@@ -70,7 +70,7 @@ def plan_reward(
     model.eval()
     evaluation = forward_bytes(model, max(1, tokens // longest), longest)
     phases = [
-        Phase("training", held | {"activations": training}),
+        Phase("training", held | {"gradients": gradients, "activations": training}),
         Phase("evaluation", held | {"activations": evaluation}),
     ]
     if config.load_best_model_at_end and not machine.is_gpu:

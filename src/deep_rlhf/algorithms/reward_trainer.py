@@ -19,18 +19,19 @@ from transformers import EvalPrediction
 from deep_rlhf.algorithms.resumable import ResumableTrainer
 from deep_rlhf.algorithms.reward_config import RewardConfig
 from deep_rlhf.data.batching import token_budget_batches
-from deep_rlhf.models.embeddings import embed_as, one_table_gradient
+from deep_rlhf.models.attention import FastAttention
+from deep_rlhf.models.gradients import gradients_in_place
 from deep_rlhf.models.kernels import use_fast_kernels
 from deep_rlhf.models.pairs import PairScorer
 from deep_rlhf.ops.preference import bradley_terry_loss
 from deep_rlhf.runtime.allocator import release_freed_memory
 from deep_rlhf.runtime.memory import is_out_of_memory
-from deep_rlhf.runtime.precision import MasterAdamW, cast_weights, compute_dtype
+from deep_rlhf.runtime.precision import MasterAdamW, cast_weights, compute_dtype, embed_as
 from deep_rlhf.types import UserError
 
 logger = logging.getLogger(__name__)
 
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 32768}  # in one forward and backward pass; on a CPU more were not faster
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 32768}  # in one forward and backward pass; on a CPU more were not faster
 
 Features = dict[str, Any]
 Inputs = dict[str, Tensor]
@@ -101,7 +102,7 @@ class RewardTrainer(ResumableTrainer):
         # Gradients are averaged once, by us: a pass that failed half-way could not be repeated by all processes.
         step, losses = super().training_step, list[Tensor]()
         try:
-            with one_table_gradient(self.model.get_input_embeddings()), self.accelerator.no_sync(model):
+            with gradients_in_place(self.model), FastAttention(), self.accelerator.no_sync(model):
                 for batch in batches:
                     losses = [step(model, part, count) for part in self._parts(batch)]
                 release_freed_memory()  # the table's gradient is large, and the activations are not needed any more
@@ -178,7 +179,7 @@ class RewardTrainer(ResumableTrainer):
         _, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer_cls_and_kwargs = MasterAdamW, {key: value for key, value in settings.items() if key != "fused"}
         optimizer = super().create_optimizer(model)
-        self._masters = [(lent.parameter, lent.master) for lent in optimizer._rounded]
+        self._masters = [(lent.parameter, lent.master) for lent in optimizer.rounded]
         return optimizer
 
     def widen(self) -> nn.Module:

@@ -12,7 +12,8 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from deep_rlhf.cli.flags import parse_flags
-from deep_rlhf.runtime.memory_plan import GIB, GPUS, Machine, MemoryPlan, gpu_of, resident_peak, this_machine
+from deep_rlhf.runtime.memory import resident_peak
+from deep_rlhf.runtime.memory_plan import GIB, GPUS, Machine, MemoryPlan, gpu_of, this_machine
 from deep_rlhf.types import UserError
 
 PLANNED = ("reward", "ppo", "rloo", "grpo", "reinforce_plus_plus")

@@ -17,9 +17,9 @@ from deep_rlhf.models.trunk import Trunk
 from deep_rlhf.ops.logprobs import chunked_kl_full, chunked_logprobs_and_entropy, chunked_token_logprobs
 from deep_rlhf.types import UserError
 
-# Logits held at once, which a training pass keeps until its backward pass: 67 MB in float32 on a CPU, 1 GB on a GPU.
-LOGITS_AT_ONCE = {"cpu": 16_777_216}
-LOGITS_AT_ONCE_OF_GPU = 268_435_456
+# Of the logits held at once, which a training pass keeps until its backward pass.
+LOGIT_BYTES = {"cpu": 64 * 2**20}
+LOGIT_BYTES_OF_GPU = 2**30
 
 
 class Policy(Trunk):
@@ -73,8 +73,12 @@ class Policy(Trunk):
     @property
     def chunk_size(self) -> int:
         """Tokens whose logits are held at once."""
-        logits = LOGITS_AT_ONCE.get(self.device.type, LOGITS_AT_ONCE_OF_GPU)
-        return max(1, logits // self.language_model.get_output_embeddings().weight.shape[0])
+        return self.chunk_size_of(LOGIT_BYTES.get(self.device.type, LOGIT_BYTES_OF_GPU))
+
+    def chunk_size_of(self, logit_bytes: int) -> int:
+        """`chunk_size` where so many bytes may be held."""
+        vocabulary = self.language_model.get_output_embeddings().weight.shape[0]
+        return max(1, logit_bytes // (vocabulary * self.dtype.itemsize))
 
     def plain_model(self) -> PreTrainedModel:
         """The language model as plain transformers saves and opens it: adapters merged in."""

@@ -119,7 +119,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.temperature = temperature
         logprobs = torch.empty(len(logits), device=logits.device)
         for rows in _blocks(logits):
-            whole = _scaled(logits[rows], temperature).log_softmax(1)
+            whole = scaled(logits[rows], temperature).log_softmax(1)
             logprobs[rows] = whole.gather(1, token_ids[rows].unsqueeze(1)).squeeze(1)
         return logprobs
 
@@ -128,12 +128,12 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, token_ids = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # what is in them now is good for nothing else
-        along = gradient / ctx.temperature
+        along = gradient / -ctx.temperature
         for rows in _blocks(logits):
             # d log p(token) / d logit_v = 1[v = token] − p(v)
-            towards = _scaled(logits[rows], ctx.temperature).softmax(1).neg_()
-            towards.scatter_add_(1, token_ids[rows].unsqueeze(1), torch.ones_like(towards[:, :1]))
-            logits[rows] = towards.mul_(along[rows].unsqueeze(1))
+            away = scaled(logits[rows], ctx.temperature).softmax(1)
+            away.scatter_add_(1, token_ids[rows].unsqueeze(1), away.new_full((len(away), 1), -1.0))
+            logits[rows] = away.mul_(along[rows].unsqueeze(1))
         return logits, None, None
 
 
@@ -147,6 +147,8 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    logits = logits.float()
-    return logits if temperature == 1.0 else logits / temperature
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """A float32 copy, or the logits themselves where that is the same."""
+    if temperature == 1.0:
+        return logits.float()
+    return logits / temperature if logits.dtype == torch.float32 else logits.float().div_(temperature)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from deep_rlhf.data.batching import token_budget_batches
+from deep_rlhf.models.attention import FastAttention
 from deep_rlhf.models.policy import Policy
+from deep_rlhf.ops.logprobs import scaled
 from deep_rlhf.rollout.decoding import Decoding, bytes_per_token
 from deep_rlhf.rollout.packed import packed_weights
 from deep_rlhf.rollout.sampler import Sampled
@@ -43,7 +45,7 @@ class Engine:
         """
         uniforms = uniforms.to(self.policy.device)
         parts: list[tuple[Tensor, Sampled]] = []
-        with packed_weights(self.policy):
+        with packed_weights(self.policy), FastAttention():
             pending = self._batches(prompts, uniforms.shape[1])
             while pending:
                 rows = pending.pop(0)
@@ -119,7 +121,7 @@ class Drawn(NamedTuple):
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Drawn:
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds its uniform; [n, V], [n] -> [n]."""
-    log_distribution = (logits.float() / temperature).log_softmax(-1)
+    log_distribution = scaled(logits, temperature).log_softmax(-1)
     # −inf · 0 would be NaN; the lowest finite number · 0 is 0
     log_distribution.clamp_(min=torch.finfo(torch.float32).min)
     distribution = log_distribution.exp()

@@ -16,26 +16,28 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Padded tokens in one pass, without and with gradients. A CPU is no faster with more; a GPU is.
-TOKENS = {"cpu": (4_096, 1_024)}
+TOKENS = {"cpu": (4_096, 768)}
 TOKENS_OF_GPU = (65_536, 16_384)
 
 
 class ForwardPasses:
     """Cuts samples of like length into passes of bounded size; the size is halved for good when memory runs out."""
 
-    def __init__(self, policy: Policy, *, training: bool, max_rows: int | None = None) -> None:
+    def __init__(self, policy: Policy, *, training: bool, max_rows: int | None = None, trunks: int = 1) -> None:
         """`training` passes keep activations, and the logits of every response token: both are bounded.
 
-        `max_rows` is the most samples in one pass, beside what its tokens allow.
+        `max_rows` is the most samples in one pass, beside what its tokens allow. With a critic of its own two `trunks`
+        share the tokens.
         """
         self._policy = policy
         self._training = training
         self._max_rows = max_rows or 1_000_000
+        self._trunks = trunks
         self._halvings = 0
 
     def cut(self, completions: Completions, rows: Tensor) -> list[Tensor]:
         """`rows` as parts of like length, longest first, each of which one pass takes at once."""
-        tokens = TOKENS.get(self._policy.device.type, TOKENS_OF_GPU)[self._training] >> self._halvings
+        tokens = TOKENS.get(self._policy.device.type, TOKENS_OF_GPU)[self._training] // self._trunks >> self._halvings
         logits = (self._policy.chunk_size if self._training else tokens) >> self._halvings
         responses = completions.response_mask[rows].sum(1)
         lengths = (completions.prompt_mask[rows].sum(1) + responses).tolist()

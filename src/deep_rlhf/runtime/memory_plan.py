@@ -6,8 +6,6 @@ meta tensors have shapes and formats but no memory, and `LiveBytes` adds up thos
 
 import os
 import re
-import resource
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -110,12 +108,6 @@ def this_machine() -> Machine:
         except (OSError, ValueError):  # no such group, or no limit
             continue
     return Machine("the main memory of this machine", memory, multiplies_bf16(torch.device("cpu")), is_gpu=False)
-
-
-def resident_peak() -> int:
-    """The most main memory that this process has held so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, kilobytes on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def bytes_of(modules: Iterable[nn.Module]) -> int:

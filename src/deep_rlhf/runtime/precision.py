@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from deep_rlhf.types import UserError
 
@@ -42,6 +43,11 @@ def cast_weights(module: nn.Module, dtype: torch.dtype, *, frozen_only: bool = F
     for parameter in module.parameters():
         if parameter.is_floating_point() and not (frozen_only and parameter.requires_grad):
             parameter.data = parameter.data.to(dtype)
+
+
+def embed_as(embedding: nn.Module, dtype: torch.dtype) -> RemovableHandle:
+    """Embedded tokens are cast to `dtype` until the handle is removed; the table keeps its own."""
+    return embedding.register_forward_hook(lambda _, __, embedded: embedded.to(dtype))
 
 
 def frozen_copy(module: M, dtype: torch.dtype, device: torch.device) -> M:
@@ -100,19 +106,19 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As the optimiser's own, with the masters of the bf16 parameters in order."""
-        return {**super().state_dict(), "masters": [lent.master.detach() for lent in self._rounded]}
+        return {**super().state_dict(), "masters": [lent.master.detach() for lent in self.rounded]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; the parameters become their masters, rounded."""
         masters: list[Tensor] = state_dict["masters"]
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "masters"})
-        for lent, saved in zip(self._rounded, masters, strict=True):
+        for lent, saved in zip(self.rounded, masters, strict=True):
             lent.master.copy_(saved)
             lent.parameter.copy_(lent.master)
 
     @property
-    def _rounded(self) -> list[_Lent]:
+    def rounded(self) -> list[_Lent]:
         return [lent for lent in self._lent if lent.master is not lent.parameter]
 
     def _parts(self, master: nn.Parameter) -> list[nn.Parameter]:

@@ -2,8 +2,6 @@
 
 import inspect
 import logging
-import resource
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -12,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object
 from torch import Tensor, nn
 
+from deep_rlhf.runtime.memory import resident_peak
 from deep_rlhf.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -120,8 +119,7 @@ class Runtime:
         """The most memory this process has held so far: the GPU's, or on a CPU its resident memory; 1e9 bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 1e9
-        unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, kilobytes on Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        return resident_peak() / 1e9
 
 
 def _accepted(kind: Callable[..., T], option: str, given: dict[str, Any], **own: Any) -> T:

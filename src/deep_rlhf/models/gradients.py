@@ -1,16 +1,41 @@
-"""The table of token embeddings, whose gradient is as large as the vocabulary however few tokens were read."""
+"""Gradients of weights, added where they are kept: not made anew in each backward pass and added to the last ones."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+from deep_rlhf.models.kernels import FastConv1D, FastLinear
 
 
 @contextmanager
-def one_table_gradient(embedding: nn.Module) -> Iterator[None]:
+def gradients_in_place(model: Any) -> Iterator[None]:
+    """Within, backward passes of a transformers model or a peft.PeftModel add to `grad` directly where they can.
+
+    That is in linear layers with fast kernels and in the table of token embeddings. Not for torch.autograd.grad, which
+    returns gradients instead.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FastLinear | FastConv1D) and _is_free(module)]
+    for layer in layers:
+        layer.adds_gradients = True
+    try:
+        with _of_table(model.get_input_embeddings()):
+            yield
+    finally:
+        for layer in layers:
+            layer.adds_gradients = False
+
+
+def _is_free(layer: FastLinear | FastConv1D) -> bool:
+    """Whether nobody waits for the gradient of its weight."""
+    return not (layer.weight._backward_hooks or layer.weight._post_accumulate_grad_hooks)
+
+
+@contextmanager
+def _of_table(embedding: nn.Module) -> Iterator[None]:
     """While it lasts, backward passes add the gradient of each token that was read to the table's, and no more.
 
     Autograd would fill a gradient of the table's size with zeros in each of them, and add all of it to the last one.
@@ -39,8 +64,3 @@ def one_table_gradient(embedding: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def embed_as(embedding: nn.Module, dtype: torch.dtype) -> RemovableHandle:
-    """Embedded tokens are cast to `dtype` until the handle is removed; the table keeps its own."""
-    return embedding.register_forward_hook(lambda _, __, embedded: embedded.to(dtype))

@@ -1,0 +1,132 @@
+"""Fast kernels and gradients added in place against what transformers and autograd do by themselves."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
+
+from deep_rlhf.models.attention import FastAttention
+from deep_rlhf.models.gradients import gradients_in_place
+from deep_rlhf.models.kernels import use_fast_kernels
+from deep_rlhf.runtime.precision import multiplies_bf16
+
+needs_bf16 = pytest.mark.skipif(not multiplies_bf16(torch.device("cpu")), reason="this CPU does not multiply bfloat16")
+FORMATS = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def layers() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Linear(24, 40), nn.Linear(24, 40, bias=False), Conv1D(40, 24)]
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("which", range(3))
+def test_a_linear_layer_and_its_gradients(which: int, dtype: torch.dtype) -> None:
+    plain = layers()[which].to(dtype)
+    fast = nn.Sequential(copy.deepcopy(plain))
+    use_fast_kernels(fast)
+    assert type(fast[0]) is not type(plain)
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [layer(given) for layer, given in zip((plain, fast), inputs, strict=True)]
+    along = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for output in outputs:
+        output.backward(along)
+    close = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    torch.testing.assert_close(outputs[1], outputs[0], **close)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **close)
+    for mine, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, **close)
+
+
+def test_the_written_out_gelu() -> None:
+    fast = nn.Sequential(NewGELUActivation())
+    use_fast_kernels(fast)
+    x = torch.linspace(-4, 4, 101)
+    assert isinstance(fast[0], nn.GELU)
+    torch.testing.assert_close(fast(x), NewGELUActivation()(x), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5"])
+def test_gradients_added_in_place_are_those_of_autograd(
+    make_model: Callable[..., Any], architecture: str, dtype: torch.dtype
+) -> None:
+    """Two passes, so that the second finds gradients to add to; the table of embeddings is tied to the head."""
+    model = make_model(architecture).eval()
+    use_fast_kernels(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.grad_dtype = torch.float32
+
+    def gradients(passes: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        model.zero_grad()
+        for seed in (1, 2):
+            passes(torch.randint(5, 40, (3, 7), generator=torch.Generator().manual_seed(seed)))
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    def backward(ids: Tensor) -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    def in_place(ids: Tensor) -> None:
+        with gradients_in_place(model):
+            backward(ids)
+
+    expected, found = gradients(backward), gradients(in_place)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        scale = expected[name].abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(gradient / scale, expected[name] / scale, atol=TOLERANCE[dtype], rtol=0)
+    assert not any(getattr(module, "adds_gradients", False) for module in model.modules())  # autograd has it back
+
+
+def test_a_hook_on_a_weight_gets_its_gradient() -> None:
+    layer = nn.Linear(24, 40)
+    model = nn.Sequential(nn.Embedding(5, 24), layer)
+    model.get_input_embeddings = lambda: model[0]  # type: ignore[assignment]
+    use_fast_kernels(model)
+    seen: list[Tensor] = []
+    layer.weight.register_hook(seen.append)
+    with gradients_in_place(model):
+        model(torch.tensor([1, 2])).sum().backward()
+    torch.testing.assert_close(seen[0], layer.weight.grad)
+
+
+@needs_bf16
+@pytest.mark.parametrize("masked", ["causal", "bool", "float", "none"])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_attention_by_matrix_products(queries: int, masked: str) -> None:
+    """In bfloat16, forward and back, against the fused kernel in float32."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, 3, size, 16, generator=generator) for size in (queries, 9, 9)]
+    along = torch.randn(2, 3, queries, 16, generator=generator)
+    options: dict[str, Any] = {"is_causal": masked == "causal", "scale": 0.3}
+    if masked in ("bool", "float"):
+        seen = torch.rand(2, 1, queries, 9, generator=generator) < 0.5
+        seen[..., 0] = True
+        options["attn_mask"] = seen if masked == "bool" else torch.where(seen, 0.0, torch.finfo(torch.bfloat16).min)
+
+    def attend(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(torch.bfloat16).to(dtype).requires_grad_() for tensor in given]
+        mask = options.get("attn_mask")
+        mask = mask.to(dtype) if mask is not None and mask.dtype != torch.bool else mask
+        out = scaled_dot_product_attention(*leaves, **options | {"attn_mask": mask})
+        out.backward(along.to(dtype))
+        with torch.no_grad():
+            alone = scaled_dot_product_attention(*leaves, **options | {"attn_mask": mask})
+        return [tensor.float() for tensor in (out.detach(), alone, *(leaf.grad for leaf in leaves))]
+
+    expected = attend(torch.float32)
+    with FastAttention():
+        found = attend(torch.bfloat16)
+    assert not all(torch.equal(ours, fused) for ours, fused in zip(found, attend(torch.bfloat16), strict=True))
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, exact, atol=3e-2, rtol=3e-2)
