@@ -1,6 +1,7 @@
 """This project's side of the side-by-side benchmark, on tiny jobs: it does the work that TRL's side is compared by."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 
 import speed
 from side_by_side.jobs import JOBS
@@ -47,3 +49,14 @@ def test_reward(name: str, tmp_path: Path) -> None:
     }
     assert run["precision"] == job.precision
     assert 0.3 < run["first_loss"] < 1.5
+
+
+def test_the_table_of_kernels() -> None:
+    """In a process of its own, since the number of threads would stay what it sets."""
+    command = [sys.executable, str(Path(speed.__file__).with_name("fast_kernels.py")), "--quick"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    head, _, *rows = [line.strip("|").split("|") for line in printed.splitlines()]
+    assert len(rows) == 8
+    for row in rows:
+        assert len(row) == len(head)
+        assert all(float(figure) >= 0 for figure in row[1:])

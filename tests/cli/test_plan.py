@@ -18,9 +18,6 @@ from deep_rlhf.runtime.memory_plan import GIB, MemoryPlan, Phase, gpu_of
 from deep_rlhf.types import UserError
 
 VOCABULARY = 50_257  # GPT-2's
-PROMPT, RESPONSE, TEXT = 64, 48, 250  # in tokens
-GPT2 = {"n_layer": 6, "n_embd": 384, "n_head": 6, "vocab_size": VOCABULARY, "eos_token_id": 0, "bos_token_id": None}
-DISTILBERT = {"n_layers": 6, "dim": 384, "hidden_dim": 1536, "n_heads": 6, "vocab_size": VOCABULARY}
 FUNCTION = "--reward_model=python:my_rewards:length"  # never called, and not even imported
 
 
