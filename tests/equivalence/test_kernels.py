@@ -130,3 +130,13 @@ def test_attention_by_matrix_products(queries: int, masked: str) -> None:
     assert not all(torch.equal(ours, fused) for ours, fused in zip(found, attend(torch.bfloat16), strict=True))
     for ours, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, exact, atol=3e-2, rtol=3e-2)
+
+
+@needs_bf16
+def test_a_mask_that_is_learned_gets_its_gradient() -> None:
+    query, key, value = (torch.randn(1, 2, 4, 8).bfloat16().requires_grad_() for _ in range(3))
+    bias = torch.zeros(1, 2, 4, 4).bfloat16().requires_grad_()
+    with FastAttention():
+        scaled_dot_product_attention(query, key, value, attn_mask=bias).float().square().sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.any()

@@ -22,7 +22,15 @@ class FastAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_slow(query: Tensor, key: Tensor, value: Tensor, *_: Any, dropout_p: float = 0.0, **options: Any) -> bool:
+def _is_slow(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *_: Any,
+    **options: Any,
+) -> bool:
     """Whether the fused kernel is: it took 2 to 3 times as long (docs/speed.md)."""
     return (
         query.device.type == "cpu"
@@ -30,6 +38,7 @@ def _is_slow(query: Tensor, key: Tensor, value: Tensor, *_: Any, dropout_p: floa
         and query.dim() == key.dim() == 4
         and query.shape[1] == key.shape[1]  # heads
         and dropout_p == 0.0
+        and not (attn_mask is not None and attn_mask.requires_grad)  # positions that are learned, as T5's
         and (key.shape[2] <= LONGEST if query.requires_grad else query.shape[2] <= FEW)
     )
 
