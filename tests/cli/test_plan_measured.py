@@ -95,7 +95,6 @@ REWARD = shlex.split(f"""
 @pytest.mark.parametrize(
     "argv",
     [
-        pytest.param([*PPO, "--precision=fp32"], id="ppo fp32"),
         pytest.param([*PPO, "--precision=bf16"], id="ppo bf16"),
         pytest.param([*REWARD, "--precision=fp32"], id="reward fp32"),
     ],

@@ -29,11 +29,12 @@ def brevity(prompts: list[str], responses: list[str]) -> list[float]:
     ("kind", "reward", "settings"),
     [
         ("gpt2", colours, {}),
+        ("gpt2", colours, {"precision": "bf16"}),
         ("gpt2", brevity, {}),
         ("gpt2", colours, {"use_peft": True}),
         ("t5", colours, {"learning_rate": 1e-2}),
     ],
-    ids=["gpt2 says colours", "gpt2 ends early", "adapters say colours", "t5 says colours"],
+    ids=["gpt2 says colours", "in bf16", "gpt2 ends early", "adapters say colours", "t5 says colours"],
 )
 def test_a_planted_reward_is_found(
     kind: str, reward: Any, settings: dict[str, Any], make_model: Callable[..., Any], tokenizer: Any

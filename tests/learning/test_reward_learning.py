@@ -64,9 +64,19 @@ def fit(make_tokenizer, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("kind", SIZES)
-def test_a_planted_preference_is_learned(fit, kind):
-    result = fit(kind, comparisons(480, seed=0), num_train_epochs=2, gradient_checkpointing=True)
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("GPT2", {}),
+        ("GPT2", {"precision": "bf16"}),
+        ("DistilBert", {"gradient_checkpointing": True}),
+        ("DistilBert", {"precision": "bf16"}),
+        ("Llama", {}),
+    ],
+    ids=str,
+)
+def test_a_planted_preference_is_learned(fit, kind, flags):
+    result = fit(kind, comparisons(480, seed=0), num_train_epochs=2, eval_strategy="no", **flags)
     assert result.metrics["accuracy"] >= 0.95
     assert abs(result.metrics["accuracy_length_baseline"] - 0.5) < 0.1  # length tells nothing here
     good, bad = result.model.score(["the cat "] * 2, ["sees gold and eats", "sees red and eats"])[:, 0]

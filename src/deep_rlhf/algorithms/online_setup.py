@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online_config import OnlineConfig
 from deep_rlhf.models.adapters import add_lora
+from deep_rlhf.models.function_scorer import FunctionScorer
 from deep_rlhf.models.load import load_language_model, load_tokenizer
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.models.quantisation import compute_four_bit_in, is_four_bit
-from deep_rlhf.models.reward import FunctionScorer, RewardModel, load_scorer
+from deep_rlhf.models.reward import RewardModel, load_scorer
 from deep_rlhf.runtime.precision import cast_weights, compute_dtype, frozen_copy
 from deep_rlhf.runtime.run_directory import write_summary
 from deep_rlhf.runtime.runtime import Runtime

@@ -104,8 +104,10 @@ class RewardTrainer(ResumableTrainer):
         try:
             with gradients_in_place(self.model), FastAttention(), self.accelerator.no_sync(model):
                 for batch in batches:
-                    losses = [step(model, part, count) for part in self._parts(batch)]
-                release_freed_memory()  # the table's gradient is large, and the activations are not needed any more
+                    losses = []
+                    for part in self._parts(batch):
+                        losses.append(step(model, part, count))
+                        release_freed_memory()  # parts are of different sizes, and leave holes
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -174,7 +176,7 @@ class RewardTrainer(ResumableTrainer):
         table = embedding.weight.data
         cast_weights(self.model, self.dtype)
         if embedding.weight.requires_grad:  # its gradient sums over every occurrence of a token
-            embedding.weight.data = table
+            embedding.weight.data = table.clone()  # the original may keep a mapped file of all weights in memory
             self._embedding_cast = embed_as(embedding, self.dtype)
         _, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer_cls_and_kwargs = MasterAdamW, {key: value for key, value in settings.items() if key != "fused"}

@@ -6,16 +6,12 @@ scaled by, how dialogues were rendered as text, the longest input, and the metri
 """
 
 import copy
-import importlib
 import json
 import logging
 import math
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +21,12 @@ from transformers.utils import cached_file
 
 from deep_rlhf.data.batching import token_budget_batches
 from deep_rlhf.data.templates import TEMPLATES, get_template
+from deep_rlhf.models.function_scorer import import_function
 from deep_rlhf.models.kernels import use_fast_kernels
 from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer
 from deep_rlhf.types import Scorer, UserError
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 CARD = "reward_model.json"
 PAD_TOKEN = "<|pad|>"
@@ -127,104 +122,11 @@ class RewardModel:
         return cls(disable_dropout(model), tokenizer, **settings)
 
 
-class FunctionScorer:
-    """A user's `function(prompts, responses)` that returns one number each; a Scorer with one member.
-
-    It is called in a thread of its own, where it sees the caller's gradient mode and CUDA device, and may take
-    `timeout` seconds. NaN and infinity are rewards like any other here: what trains on them has to look.
-    """
-
-    def __init__(
-        self, function: Callable[[list[str], list[str]], Iterable[Any]], name: str, *, timeout: float = 600.0
-    ) -> None:
-        self.function = function
-        self.name = name
-        self.timeout = timeout
-
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """The function's rewards, [N, 1] float32.
-
-        Raises UserError, naming the sample, if the function raises, takes too long, or returns anything but one number
-        per response. The sample is found by calling it again on halves, each for at most `timeout` seconds.
-        """
-        prompts, responses = list(prompts), list(responses)
-        try:
-            rewards = self._call(prompts, responses)
-        except _Failure as failure:
-            raise UserError(self._diagnosis(failure, prompts, responses)) from failure.__cause__
-        return torch.tensor(rewards, dtype=torch.float32).reshape(-1, 1)
-
-    def _call(self, prompts: list[str], responses: list[str]) -> list[float]:
-        """The function's rewards. Raises _Failure; KeyboardInterrupt, SystemExit and their like pass through."""
-        try:
-            values = _in_time(self.timeout, lambda: _listed(self.function(list(prompts), list(responses))))
-        except _TimeUp:
-            raise _Failure(f"did not return within {self.timeout:g} s") from None
-        except Exception as error:  # whatever a user's function raises
-            raise _Failure(" ".join(f"raised {type(error).__name__}: {error}".split())) from error
-        if not isinstance(values, list):
-            raise _Failure(f"must return one number per response, but it returned a {type(values).__name__}")
-        if len(values) != len(responses):
-            raise _Failure(f"returned {len(values)} rewards")
-        rewards = []
-        for row, value in enumerate(values):
-            reward = _number(value)
-            if reward is None:
-                raise _Failure(f"returned {_cut(' '.join(repr(value).split()))} instead of a number", row)
-            rewards.append(reward)
-        return rewards
-
-    def _diagnosis(self, failure: "_Failure", prompts: list[str], responses: list[str]) -> str:
-        """One sentence: what happened, and with which sample."""
-        rows, last = self._narrowed(failure, prompts, responses)
-        first, text = rows[0], f"{self.name} {failure.reason}"
-        sample = f"prompt {_short(prompts[first])}, response {_short(responses[first])}."
-        if last is failure and len(rows) == 1:
-            return f"{text} for sample {first}: {sample}"
-        text = f"{text} for {len(responses)} responses"
-        if last is failure:
-            return f"{text}, but for neither half of them: only for the whole batch of {len(responses)} samples."
-        same = "does the same" if last.reason == failure.reason else last.reason
-        if len(rows) == 1:
-            return f"{text}; sample {first} alone {same}: {sample}"
-        return f"{text}; the batch of samples {first} to {rows[-1]} {same}, but neither half of it: {sample}"
-
-    def _narrowed(self, failure: "_Failure", prompts: list[str], responses: list[str]) -> tuple[range, "_Failure"]:
-        """The smallest part of the batch that repeated halving finds to fail, and how it failed."""
-        rows = range(len(responses))
-        if failure.row is None and len(rows) > 1:
-            logger.warning("%s %s: looking for the sample by calling it on parts.", self.name, failure.reason)
-        while failure.row is None and len(rows) > 1:
-            middle = len(rows) // 2
-            for half in (rows[:middle], rows[middle:]):
-                try:
-                    self._call(prompts[half.start : half.stop], responses[half.start : half.stop])
-                except _Failure as again:
-                    rows, failure = half, again
-                    break
-            else:
-                break
-        return (rows if failure.row is None else rows[failure.row : failure.row + 1]), failure
-
-
 def load_scorer(spec: str, *, trust_remote_code: bool = False) -> Scorer:
     """The scorer that `spec` names: a folder, a Hub name, or `python:module:function`. Raises UserError."""
-    if not spec.startswith("python:"):
-        return RewardModel.load(spec, trust_remote_code=trust_remote_code)
-    module_name, _, function_name = spec.removeprefix("python:").partition(":")
-    if not module_name or not function_name:
-        raise UserError(f"The reward '{spec}' should read python:module:function, like python:my_rewards:politeness.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module raises while it is imported
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"Cannot import the module '{module_name}' of the reward '{spec}': {reason}.") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"The module '{module_name}' of the reward '{spec}' has no function '{function_name}'.")
-    return FunctionScorer(function, f"{module_name}.{function_name}")
+    if spec.startswith("python:"):
+        return import_function(spec)
+    return RewardModel.load(spec, trust_remote_code=trust_remote_code)
 
 
 def render(template: str | None, prompt: str, answer: str) -> str:
@@ -332,70 +234,3 @@ def _settings(card: dict[str, Any], name: str, members: int) -> dict[str, Any]:
         logger.warning("'%s' was trained with another version of the template '%s': train it again.", name, template)
     settings = {key: card.get(key) for key in ("max_length", "metrics")}
     return settings | {"template": template, "mean": mean, "std": std}
-
-
-class _Failure(Exception):
-    """What one call of a user's function did wrong, and in which row if its answer tells."""
-
-    def __init__(self, reason: str, row: int | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.row = row
-
-
-class _TimeUp(Exception):
-    """A call took too long; no TimeoutError, since a user's function may raise that itself."""
-
-
-def _in_time(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns or raises in a daemon thread: one that hangs keeps neither the caller nor the exit waiting.
-
-    Raises _TimeUp after `seconds`. Ctrl-C ends the wait.
-    """
-    returned: list[T] = []
-    raised: list[BaseException] = []
-    # both belong to a thread, and a new one starts with its own
-    gradients = torch.is_grad_enabled()
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
-
-    def run() -> None:
-        try:
-            with torch.set_grad_enabled(gradients), torch.cuda.device(device):
-                returned.append(call())
-        except BaseException as error:  # KeyboardInterrupt and SystemExit too are the caller's to handle
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if raised:
-        raise raised[0]
-    if not returned:
-        raise _TimeUp
-    return returned[0]
-
-
-def _listed(returned: Any) -> Any:
-    """An iterable's items as a list; what is none, or a tensor without dimensions, stays as it is."""
-    try:
-        items = iter(returned)
-    except TypeError:
-        return returned
-    return list(items)
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, (str, bytes)):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor with several elements
-        return None
-
-
-def _short(text: str) -> str:
-    return repr(_cut(text))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:60]}…"
