@@ -14,6 +14,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification, 
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import profile_job
 from side_by_side.arithmetic import PairLengths, head, ppo_operations, reward_operations, shared_prefix, trunk
 from side_by_side.jobs import BARS, JOBS, PPOJob, RewardJob, read_job, write_job
 from side_by_side.measure import watch
@@ -150,3 +151,13 @@ def test_watch_sees_a_peak_that_is_gone_at_the_end_and_none_from_before() -> Non
         del block
     assert 0.15 < measured["peak_gb"] - measured["start_gb"] < 0.3
     assert measured["seconds"] > 0.1
+
+
+def test_a_profile_sums_up_the_matrix_products() -> None:
+    lines = profile_job.table({"aten::mm": 2.0, "mkldnn::_linear_pointwise": 4.0, "aten::copy_": 2.0}).splitlines()
+    assert lines[2:] == [
+        "| all matrix products | 6.0 | 75% |",
+        "| mkldnn::_linear_pointwise | 4.0 | 50% |",
+        "| aten::mm | 2.0 | 25% |",
+        "| aten::copy_ | 2.0 | 25% |",
+    ]

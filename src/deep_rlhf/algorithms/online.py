@@ -29,6 +29,7 @@ from deep_rlhf.rollout.collect import collect, complete, needs_states, prompt_ba
 from deep_rlhf.rollout.engine import Engine
 from deep_rlhf.rollout.generate import eos_token_ids, generate_text, sampling_uniforms
 from deep_rlhf.rollout.records import concatenate, moved
+from deep_rlhf.runtime.allocator import keep_freed_memory, release_freed_memory
 from deep_rlhf.runtime.checkpoint import (
     changed_flags,
     latest_checkpoint,
@@ -120,6 +121,7 @@ class OnlineTrainer:
         After Ctrl-C the update that is running is ended, a checkpoint written and Stopped raised; a second Ctrl-C
         raises KeyboardInterrupt at once. Raises UserError when `max_bad_batches` in a row taught nothing.
         """
+        keep_freed_memory()
         done = len(self.history)
         end = self.updates if updates is None else min(self.updates, done + updates)
         self.runtime.start_trackers(
@@ -273,6 +275,7 @@ class OnlineTrainer:
         sampled = self.sampler.sample(prompts, uniforms)
         completions = complete(prompts, sampled, self.tokenizer, continues=left, group=group)
         scores = self.scorer.score(completions.prompts, completions.responses)
+        release_freed_memory()  # the sampler's cache left holes
         part = collect(
             completions,
             self._policy,

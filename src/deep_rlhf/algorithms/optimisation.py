@@ -98,8 +98,7 @@ class Optimisation:
             names: list[str] = []
             sums = torch.zeros(0, device=tokens.device)
             for rows in parts:
-                if names:
-                    release_freed_memory()  # the last pass left holes
+                release_freed_memory()  # whatever came before left holes
                 part = select(experience, rows)
                 loss, reported = losses(part)
                 (loss / count).backward()

@@ -1,0 +1,34 @@
+"""Memory that was freed: kept for the next tensor, and given back when told to."""
+
+import subprocess
+import sys
+
+import pytest
+
+PAGES = """
+import resource, sys, torch
+from deep_rlhf.runtime.allocator import keep_freed_memory, release_freed_memory
+import psutil
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(4_000_000)  # 16 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+held = lambda: psutil.Process().memory_info().rss
+plain = new_pages()
+keep_freed_memory()
+new_pages()
+kept, before = new_pages(), held()
+release_freed_memory()
+print(plain, kept, before - held())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is tested is glibc's")
+def test_kept_memory_is_used_again_and_given_back_on_release() -> None:
+    out = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True).stdout
+    plain, kept, given_back = map(int, out.split())
+    assert kept < plain / 10  # pages that the system had to give
+    assert given_back > 15_000_000
