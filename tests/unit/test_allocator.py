@@ -7,7 +7,7 @@ import pytest
 
 PAGES = """
 import resource, sys, torch
-from deep_rlhf.runtime.allocator import keep_freed_memory, release_freed_memory
+from deep_rlhf.runtime.allocator import kept_memory, release_freed_memory
 import psutil
 
 def new_pages():
@@ -18,17 +18,19 @@ def new_pages():
 
 held = lambda: psutil.Process().memory_info().rss
 plain = new_pages()
-keep_freed_memory()
-new_pages()
-kept, before = new_pages(), held()
-release_freed_memory()
-print(plain, kept, before - held())
+with kept_memory():
+    new_pages()
+    kept, before = new_pages(), held()
+    release_freed_memory()
+    given_back = before - held()
+print(plain, kept, given_back, new_pages())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what is tested is glibc's")
 def test_kept_memory_is_used_again_and_given_back_on_release() -> None:
     out = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True).stdout
-    plain, kept, given_back = map(int, out.split())
+    plain, kept, given_back, afterwards = map(int, out.split())
     assert kept < plain / 10  # pages that the system had to give
+    assert afterwards > 10 * kept
     assert given_back > 15_000_000

@@ -29,7 +29,7 @@ from deep_rlhf.rollout.collect import collect, complete, needs_states, prompt_ba
 from deep_rlhf.rollout.engine import Engine
 from deep_rlhf.rollout.generate import eos_token_ids, generate_text, sampling_uniforms
 from deep_rlhf.rollout.records import concatenate, moved
-from deep_rlhf.runtime.allocator import keep_freed_memory, release_freed_memory
+from deep_rlhf.runtime.allocator import kept_memory, release_freed_memory
 from deep_rlhf.runtime.checkpoint import (
     changed_flags,
     latest_checkpoint,
@@ -121,7 +121,6 @@ class OnlineTrainer:
         After Ctrl-C the update that is running is ended, a checkpoint written and Stopped raised; a second Ctrl-C
         raises KeyboardInterrupt at once. Raises UserError when `max_bad_batches` in a row taught nothing.
         """
-        keep_freed_memory()
         done = len(self.history)
         end = self.updates if updates is None else min(self.updates, done + updates)
         self.runtime.start_trackers(
@@ -135,7 +134,7 @@ class OnlineTrainer:
             total=end,
             disable=not self.runtime.is_main,
         )
-        with self._ctrl_c_waits():
+        with self._ctrl_c_waits(), kept_memory():
             for update in bar:
                 metrics = self.step(update)
                 bar.set_postfix(score=f"{metrics['score_mean']:.3f}", kl=f"{metrics['kl']:.2f}")

@@ -24,7 +24,7 @@ from deep_rlhf.models.gradients import gradients_in_place
 from deep_rlhf.models.kernels import use_fast_kernels
 from deep_rlhf.models.pairs import PairScorer
 from deep_rlhf.ops.preference import bradley_terry_loss
-from deep_rlhf.runtime.allocator import keep_freed_memory, release_freed_memory
+from deep_rlhf.runtime.allocator import kept_memory, release_freed_memory
 from deep_rlhf.runtime.memory import is_out_of_memory
 from deep_rlhf.runtime.precision import MasterAdamW, cast_weights, compute_dtype, embed_as
 from deep_rlhf.types import UserError
@@ -45,7 +45,6 @@ class RewardTrainer(ResumableTrainer):
 
         Raises UserError for a precision that the run cannot have.
         """
-        keep_freed_memory()
         use_fast_kernels(model)
         super().__init__(
             model,
@@ -75,6 +74,11 @@ class RewardTrainer(ResumableTrainer):
         self.scorer = PairScorer(model, pad_token_id=pad_token_id, longest=longest)
         if self._in_parts:
             self.scorer.share_prefix(model)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As transformers' Trainer does."""
+        with kept_memory():
+            return super().train(*args, **options)
 
     # ---- the loss
 
