@@ -88,6 +88,24 @@ def test_gradients_added_in_place_are_those_of_autograd(
     assert not any(getattr(module, "adds_gradients", False) for module in model.modules())  # autograd has it back
 
 
+def test_few_tokens_join_the_tables_gradient_at_the_end_unless_a_pass_failed() -> None:
+    table = nn.Embedding(40, 3)
+    model = nn.Sequential(table)
+    model.get_input_embeddings = lambda: table  # type: ignore[assignment]
+    with gradients_in_place(model):
+        model(torch.tensor([1, 2, 2])).sum().backward()
+        assert table.weight.grad is None
+        model(torch.tensor([2, 39])).sum().backward()
+    expected = torch.zeros(40, 3)
+    expected[1], expected[2], expected[39] = 1, 3, 1
+    assert torch.equal(table.weight.grad, expected)
+    table.weight.grad = None
+    with pytest.raises(MemoryError), gradients_in_place(model):
+        model(torch.tensor([5])).sum().backward()
+        raise MemoryError
+    assert table.weight.grad is None
+
+
 def test_a_hook_on_a_weight_gets_its_gradient() -> None:
     layer = nn.Linear(24, 40)
     model = nn.Sequential(nn.Embedding(5, 24), layer)

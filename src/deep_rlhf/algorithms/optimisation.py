@@ -97,23 +97,24 @@ class Optimisation:
             self.adam.zero_grad()
             names: list[str] = []
             sums = torch.zeros(0, device=tokens.device)
-            for rows in parts:
-                release_freed_memory()  # whatever came before left holes
-                part = select(experience, rows)
-                loss, reported = losses(part)
-                (loss / count).backward()
-                names = ["loss", *reported]
-                here = [
-                    loss.detach(),
-                    *(masked_sum(values.detach().float(), part.response_mask) for values in reported.values()),
-                ]
-                sums = torch.stack(here) + (sums if len(sums) else 0.0)
+            with ExitStack() as stack:
+                for model in self._models:
+                    stack.enter_context(gradients_in_place(model))
+                release_freed_memory()  # what comes next takes other sizes, and would not fit into the holes
+                for rows in parts:
+                    part = select(experience, rows)
+                    loss, reported = losses(part)
+                    (loss / count).backward()
+                    names = ["loss", *reported]
+                    here = [
+                        loss.detach(),
+                        *(masked_sum(values.detach().float(), part.response_mask) for values in reported.values()),
+                    ]
+                    sums = torch.stack(here) + (sums if len(sums) else 0.0)
+                release_freed_memory()  # for the gradient of the table of tokens, and for the step
             return names, sums
 
-        with ExitStack() as stack:
-            stack.enter_context(FastAttention())
-            for model in self._models:
-                stack.enter_context(gradients_in_place(model))
+        with FastAttention():
             names, sums = self._passes.run(experience, self._runtime.share(minibatch), passes)
         names = next(filter(None, self._runtime.gather(names)))  # a process without work does not know them
         sums = self._runtime.sum(sums if len(sums) else torch.zeros(len(names), device=tokens.device))

@@ -109,10 +109,9 @@ class RewardTrainer(ResumableTrainer):
         try:
             with gradients_in_place(self.model), FastAttention(), self.accelerator.no_sync(model):
                 for batch in batches:
-                    losses = []
-                    for part in self._parts(batch):
-                        losses.append(step(model, part, count))
-                        release_freed_memory()  # parts are of different sizes, and leave holes
+                    release_freed_memory()  # what comes next takes other sizes, and would not fit into the holes
+                    losses = [step(model, part, count) for part in self._parts(batch)]
+                    release_freed_memory()  # for the gradient of the table of tokens, and for the step
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

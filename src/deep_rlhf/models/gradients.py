@@ -36,31 +36,50 @@ def _is_free(layer: FastLinear | FastConv1D) -> bool:
 
 @contextmanager
 def _of_table(embedding: nn.Module) -> Iterator[None]:
-    """While it lasts, backward passes add the gradient of each token that was read to the table's, and no more.
+    """While it lasts, backward passes keep the gradients of the tokens that were read; they join the table's at the end.
 
     Autograd would fill a gradient of the table's size with zeros in each of them, and add all of it to the last one.
     """
     if type(embedding) is not nn.Embedding or not embedding.weight.requires_grad:  # others may scale what they read
         yield
         return
-
-    @torch.no_grad()
-    def add(ids: Tensor, gradient: Tensor) -> None:
-        weight = embedding.weight
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
-        if embedding.padding_idx is not None:
-            gradient = gradient.masked_fill((ids == embedding.padding_idx).unsqueeze(-1), 0.0)
-        weight.grad.index_add_(0, ids.flatten(), gradient.flatten(0, -2).to(weight.grad.dtype))
+    read = _Read(embedding)
 
     def cut(_: nn.Module, args: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
         leaf = embedded.detach()
         if torch.is_grad_enabled():
-            leaf.requires_grad_().register_hook(partial(add, args[0]))
+            leaf.requires_grad_().register_hook(partial(read.add, args[0]))
         return leaf
 
     handle = embedding.register_forward_hook(cut)
     try:
         yield
+        read.join()
     finally:
         handle.remove()
+
+
+class _Read:
+    """Gradients of tokens that were read from a table: no more of them than a quarter of its rows."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        self.embedding = embedding
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, ids: Tensor, gradient: Tensor) -> None:
+        """ids [...], gradient [..., H]."""
+        if self.embedding.padding_idx is not None:
+            gradient = gradient.masked_fill((ids == self.embedding.padding_idx).unsqueeze(-1), 0.0)
+        self.parts.append((ids.flatten(), gradient.flatten(0, -2)))
+        if sum(len(part) for part, _ in self.parts) > self.embedding.num_embeddings // 4:
+            self.join()
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Adds what is kept to the table's gradient."""
+        weight = self.embedding.weight
+        if weight.grad is None and self.parts:
+            weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
+        for ids, gradient in self.parts:
+            weight.grad.index_add_(0, ids, gradient.to(weight.grad.dtype))
+        self.parts.clear()
