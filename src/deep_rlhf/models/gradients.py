@@ -78,8 +78,8 @@ class _Read:
     def join(self) -> None:
         """Adds what is kept to the table's gradient."""
         weight = self.embedding.weight
-        if weight.grad is None and self.parts:
-            weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
         for ids, gradient in self.parts:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
             weight.grad.index_add_(0, ids, gradient.to(weight.grad.dtype))
         self.parts.clear()
