@@ -18,7 +18,7 @@ from deep_rlhf.ops.logprobs import chunked_kl_full, chunked_logprobs_and_entropy
 from deep_rlhf.types import UserError
 
 # Of the logits held at once, which a training pass keeps until its backward pass.
-LOGIT_BYTES = {"cpu": 48 * 2**20}
+LOGIT_BYTES = {"cpu": 64 * 2**20}
 LOGIT_BYTES_OF_GPU = 2**30
 
 
