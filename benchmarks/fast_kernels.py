@@ -60,7 +60,7 @@ def cases(dtype: torch.dtype, vocabulary: int) -> Iterator[Row]:
                 yield f"sampling: head, {rows} rows", [unpacked, milliseconds(lambda few=few: fast(few))]
     yield from _attention(dtype, "sampling: attention, 32 × 1 token to 190", (32, 1, 190), trains=False)
 
-    states = torch.randn(TOKENS, WIDTH, dtype=dtype)
+    states = torch.randn(TOKENS, WIDTH, dtype=dtype).requires_grad_()
     along = torch.randn(TOKENS, vocabulary, dtype=dtype)
     fast[0].adds_gradients = True
     for layer in (plain, fast[0]):

@@ -63,7 +63,7 @@ def missed(name: str, job: dict[str, Any]) -> list[str]:
     measures = {
         f"speed {found['speed_ratio']:.2f} × of {bar.speed} ×": found["speed_ratio"] >= bar.speed,
         f"memory 1/{found['memory_ratio']:.2f} of 1/{bar.memory}": found["memory_ratio"] >= bar.memory,
-        f"share {found['share']['deep_rlhf']:.0%} of {least:.0%}": found["share"]["deep_rlhf"] >= least,
+        f"share {found['share']['deep_rlhf']:.1%} of {least:.0%}": found["share"]["deep_rlhf"] >= least,
     }
     return [text for text, met in measures.items() if not met]
 
@@ -83,8 +83,8 @@ def table(jobs: dict[str, dict[str, Any]]) -> str:
             f"{found['speed_ratio']:.2f} × (≥ {bar.speed:g} ×)",
             f"{memory['trl']:.2f}",
             f"{memory['deep_rlhf']:.2f}",
-            f"1/{found['memory_ratio']:.1f} (≤ 1/{bar.memory:g})",
-            f"{share['deep_rlhf']:.0%} (TRL {share['trl']:.0%})",
+            f"1/{found['memory_ratio']:.2f} (≤ 1/{bar.memory:g})",
+            f"{share['deep_rlhf']:.1%} (TRL {share['trl']:.0%})",
         ]
         lines.append("| " + " | ".join(cells) + " |")
         if misses := missed(name, job):

@@ -107,16 +107,16 @@ def test_few_tokens_join_the_tables_gradient_at_the_end_unless_a_pass_failed() -
     assert table.weight.grad is None
 
 
-def test_a_hook_on_a_weight_gets_its_gradient() -> None:
-    layer = nn.Linear(24, 40)
-    model = nn.Sequential(nn.Embedding(5, 24), layer)
+@pytest.mark.parametrize("hooked", [0, 1])
+def test_a_hook_on_a_weight_gets_its_gradient(hooked: int) -> None:
+    model = nn.Sequential(nn.Embedding(5, 24), nn.Linear(24, 40))
     model.get_input_embeddings = lambda: model[0]  # type: ignore[assignment]
     use_fast_kernels(model)
     seen: list[Tensor] = []
-    layer.weight.register_hook(seen.append)
+    model[hooked].weight.register_hook(seen.append)
     with gradients_in_place(model):
         model(torch.tensor([1, 2])).sum().backward()
-    torch.testing.assert_close(seen[0], layer.weight.grad)
+    torch.testing.assert_close(seen[0], model[hooked].weight.grad)
 
 
 @needs_bf16

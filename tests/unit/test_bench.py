@@ -1,5 +1,6 @@
 """What the side-by-side benchmark counts, checks and concludes; its runs are in tests/cli/test_bench_project.py."""
 
+import json
 import math
 import sys
 import time
@@ -15,6 +16,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification, 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import profile_job
+import speed
 from side_by_side.arithmetic import PairLengths, head, ppo_operations, reward_operations, shared_prefix, trunk
 from side_by_side.jobs import BARS, JOBS, PPOJob, RewardJob, read_job, write_job
 from side_by_side.measure import watch
@@ -125,14 +127,21 @@ def test_medians_ratios_and_share() -> None:
 
 def test_the_table_names_what_is_missed() -> None:
     job = report()
-    assert missed("ppo-fp32", job) == ["share 50% of 60%"]
+    assert missed("ppo-fp32", job) == ["share 50.0% of 60%"]
     job["summary"]["speed_ratio"], job["summary"]["memory_ratio"] = 2.49, 2.4
-    assert missed("ppo-fp32", job) == ["speed 2.49 × of 2.5 ×", "memory 1/2.40 of 1/2.5", "share 50% of 60%"]
+    assert missed("ppo-fp32", job) == ["speed 2.49 × of 2.5 ×", "memory 1/2.40 of 1/2.5", "share 50.0% of 60%"]
     text = table({"ppo-fp32": report()})
     assert (
-        "| PPO | fp32 | 0.50 episodes/s | 1.50 episodes/s | 3.00 × (≥ 2.5 ×) | 2.00 | 0.50 | 1/4.0 (≤ 1/2.5) |" in text
+        "| PPO | fp32 | 0.50 episodes/s | 1.50 episodes/s | 3.00 × (≥ 2.5 ×) | 2.00 | 0.50 | 1/4.00 (≤ 1/2.5) |" in text
     )
-    assert "missed in PPO, fp32: share 50% of 60%" in text
+    assert "missed in PPO, fp32: share 50.0% of 60%" in text
+
+
+def test_the_readme_shows_the_newest_table() -> None:
+    root = Path(speed.__file__).resolve().parents[1]
+    rows = table(json.loads(speed.RESULTS.read_text())).splitlines()
+    shown = (root / "README.md").read_text().splitlines()
+    assert [row for row in rows if row.startswith("|") and row not in shown] == []
 
 
 def test_every_job_has_a_bar_and_comes_back_from_its_file(tmp_path: Path) -> None:

@@ -547,6 +547,19 @@ def test_a_trainer_says_what_is_wrong(
         PPOTrainer(config, model, None, tokenizer).generate(torch.ones(2, 3, dtype=torch.int64), **GREEDY)
 
 
+def test_a_scripts_own_adam_steps_a_model_in_bf16(wrapped: Callable[..., Any], tokenizer: Any) -> None:
+    model = wrapped()
+    model.pretrained_model.to(torch.bfloat16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    config = PPOConfig(batch_size=4, mini_batch_size=2)
+    trainer = PPOTrainer(config, model, None, tokenizer, optimizer=optimizer)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    trainer.step(tensors(QUERIES), tensors(RESPONSES), tensors(SCORES))
+    assert trainer.optimizer is optimizer
+    assert not all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert {parameter.dtype for parameter in model.pretrained_model.parameters()} == {torch.bfloat16}
+
+
 def test_prompt_tuning_is_refused(make_model: Callable[..., Any], tokenizer: Any) -> None:
     from peft import PromptTuningConfig
 

@@ -3,12 +3,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from tokenizers.processors import TemplateProcessing
+from transformers import BartConfig, BartForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from deep_rlhf.algorithms.reward import RewardConfig, RewardTrainer, train_reward_model
 from deep_rlhf.models.load import disable_dropout
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.types import Preference, UserError
+
+
+LAYERS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 
 
 def config_of(folder, **flags):
@@ -108,3 +112,20 @@ def test_scores_of_bf16_weights_are_float32(model, tokenizer):
 def test_auto_is_float32_for_a_narrow_model(model, tmp_path):
     trainer = RewardTrainer(model, config_of(tmp_path, eval_strategy="no"), pad_token_id=0)
     assert trainer.dtype == torch.float32
+
+
+def test_an_encoder_decoder_trains_whose_two_halves_read_one_table(make_tokenizer, tmp_path):
+    """BART wants an EOS in every text, so its prefixes are not shared, and has two modules around its table."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    torch.manual_seed(0)
+    sizes = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in LAYERS.items()}
+    shared = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 1}
+    model = BartForSequenceClassification(BartConfig(d_model=32, num_labels=1, **sizes, **shared))
+    table = model.get_input_embeddings().weight.detach().clone()
+    config = config_of(tmp_path, **flags_of_run())
+    result = train_reward_model(config, disable_dropout(model), tokenizer, preferences(24), preferences(8))
+    trained = result.model.model.get_input_embeddings().weight
+    assert trained.dtype == torch.float32
+    assert not torch.equal(trained, table)
+    assert torch.isfinite(result.rewards).all()

@@ -25,6 +25,11 @@ class CriticFreeConfig(OnlineConfig):
     )
     cliprange: float = field(default=0.2, metadata={"help": "range of the policy ratio, 1 ± this"})
 
+    @property
+    def optimizer_batch_size(self) -> int:
+        """Responses per optimiser step."""
+        return self.mini_batch_size or self.batch_size
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range("cliprange", above=0)
@@ -65,9 +70,8 @@ class CriticFreeLearner:
         """The samples of each optimiser step of an update: in every pass another permutation."""
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 104_729 + update)
-        size = config.mini_batch_size or config.batch_size
         for _ in range(config.num_iterations):
-            yield from minibatches(generator, config.batch_size, size, self.runtime.device)
+            yield from minibatches(generator, config.batch_size, config.optimizer_batch_size, self.runtime.device)
 
     def logprobs(self, part: Experience) -> Tensor:
         """The policy's log-probability [n, R] of each response token, with gradient; 0 outside the mask."""

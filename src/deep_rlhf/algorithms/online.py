@@ -119,7 +119,7 @@ class OnlineTrainer:
 
         `on_update` may add to each dict. Between two calls `scorer` may be replaced, by one refitted to new answers.
         After Ctrl-C the update that is running is ended, a checkpoint written and Stopped raised; a second Ctrl-C
-        raises KeyboardInterrupt at once. Raises UserError when `max_bad_batches` in a row taught nothing.
+        raises KeyboardInterrupt at once. Raises UserError when `max_bad_batches` in a row ended so.
         """
         done = len(self.history)
         end = self.updates if updates is None else min(self.updates, done + updates)
@@ -311,10 +311,10 @@ class OnlineTrainer:
         )
 
     def _set_aside(self, rollout: Rollout, update: int, reason: str) -> None:
-        """Keeps a batch that taught nothing, for people to look at. Raises UserError after too many in a row."""
+        """Keeps a batch that ended its update, for people to look at. Raises UserError after too many in a row."""
         self._bad_batches += 1
         self._bad_in_a_row += 1
-        logger.warning("The batch of update %d changes nothing: %s.", update + 1, reason)
+        logger.warning("Update %d ends at its first number that is not finite: %s.", update + 1, reason)
         if self.config.output_dir is not None and self.runtime.is_main:
             path = Path(self.config.output_dir) / "bad_batches" / f"step-{update + 1}.json"
             setup.set_aside(path, rollout, step=update + 1, reason=reason)

@@ -183,9 +183,11 @@ def _sampling(policy: Policy, prompt: int, response: int, config: OnlineConfig, 
         draw(policy.head(decoding.hidden), torch.zeros(rows, device=ids.device), config.temperature)
 
     cache = rows * (prompt + response - 1) * of_token[0]
+    quantised = set(_frozen_layers(policy)) if config.load_in_4bit else set()
+    packed = sum(layer.weight.nbytes for layer in _linear_layers(policy) if layer not in quantised)
     return {
         "keys and values": cache,
-        "packed weights": sum(layer.weight.nbytes for layer in _linear_layers(policy)) if free is None else 0,
+        "packed weights": packed if free is None else 0,
         "activations": max(0, momentary_bytes(first_token) - cache),
     }
 
@@ -210,8 +212,8 @@ def _training(models: _Models, prompt: int, response: int, config: OnlineConfig,
     policy, critic = models.policy, models.critic
     trunks = 2 if critic and critic.own_trunk else 1
     tokens, chunk = (TOKENS_OF_GPU if on_gpu else TOKENS["cpu"])[1] // trunks, _chunk_size(policy, on_gpu)
-    of_step = (isinstance(config, PPOConfig) and config.mini_batch_size) or config.batch_size
-    most = config.forward_batch_size or of_step
+    most = config.forward_batch_size or getattr(config, "mini_batch_size", None) or config.batch_size
+    most = min(most, getattr(config, "optimizer_batch_size", config.batch_size))
     rows = _rows(tokens, prompt, response, logits=chunk, most=most)
 
     def backward() -> None:

@@ -20,7 +20,7 @@ from deep_rlhf.models.load import load_language_model, load_tokenizer
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.models.quantisation import compute_four_bit_in, is_four_bit
 from deep_rlhf.models.reward import RewardModel, load_scorer
-from deep_rlhf.runtime.precision import cast_weights, compute_dtype, frozen_copy
+from deep_rlhf.runtime.precision import cast_weights, compute_dtype, frozen_copy, hidden_width, multiplies_bf16
 from deep_rlhf.runtime.run_directory import write_summary
 from deep_rlhf.runtime.runtime import Runtime
 from deep_rlhf.runtime.trackers import LOOP_TRACKERS, usable_trackers
@@ -75,7 +75,7 @@ def open_policy(model: PreTrainedModel, device: torch.device, config: OnlineConf
         task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
         model = add_lora(model, r=config.lora_r, alpha=config.lora_alpha, task_type=task_type)
     policy = Policy(model)
-    dtype = compute_dtype(config.precision, device, model.get_input_embeddings().weight.shape[1])
+    dtype = compute_dtype(config.precision, multiplies_bf16(device), hidden_width(model))
     cast_weights(policy, dtype, frozen_only=policy.is_adapted)  # adapters are few, and stay float32
     compute_four_bit_in(policy, dtype)
     if config.gradient_checkpointing:
@@ -117,7 +117,7 @@ def _frozen_format(
     """How and where a model that is not trained computes in a run on `device`."""
     device = torch.device("cpu") if config.frozen_device == "cpu" else torch.empty(0, device=device).device
     precision = config.precision if config.frozen_precision == "auto" else config.frozen_precision
-    return compute_dtype(precision, device, model.get_input_embeddings().weight.shape[1]), device
+    return compute_dtype(precision, multiplies_bf16(device), hidden_width(model)), device
 
 
 def longest_prompt(model: PreTrainedModel, config: OnlineConfig) -> int:
@@ -200,7 +200,7 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def copied(value: Any) -> Any:
-    """A copy of a nest of dicts, lists and tuples with every tensor in main memory, where there is room."""
+    """A copy of a nest of dicts, lists and tuples, with every tensor in main memory."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -211,7 +211,7 @@ def copied(value: Any) -> Any:
 
 
 def set_aside(path: Path, rollout: Rollout, *, step: int, reason: str) -> None:
-    """Writes the texts and rewards of a batch that taught nothing, for people to look at."""
+    """Writes the texts and rewards of a batch that ended its update, for people to look at."""
     rows = zip(rollout.prompts, rollout.responses, rollout.scores.tolist(), strict=True)
     samples = [{"prompt": prompt, "response": response, "score": repr(score)} for prompt, response, score in rows]
     try:

@@ -68,14 +68,24 @@ class Optimisation:
         *,
         updates: int,
         max_rows: int | None,
+        optimizer: torch.optim.Optimizer | None = None,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
         """`parameters` are what is trained: the policy's, its critic's, or both.
 
-        `max_rows` is the most samples in one forward pass, beside what its tokens allow.
+        `max_rows` is the most samples in one forward pass, beside what its tokens allow. Another `optimizer` brings its
+        own parameters and `schedule`; without one its learning rate stays.
         """
-        self.parameters = parameters
-        self.adam = make_adamw(config.optimizer, parameters, lr=config.learning_rate, eps=1e-5, weight_decay=0.0)
-        self.schedule = get_scheduler(config.lr_scheduler_type, self.adam, 0, updates)
+        if optimizer is None:
+            self.parameters = parameters
+            self.adam: torch.optim.Optimizer = make_adamw(
+                config.optimizer, parameters, lr=config.learning_rate, eps=1e-5, weight_decay=0.0
+            )
+            schedule = get_scheduler(config.lr_scheduler_type, self.adam, 0, updates)
+        else:
+            self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self.adam = optimizer
+        self.schedule = schedule or torch.optim.lr_scheduler.ConstantLR(self.adam, factor=1.0, total_iters=0)
         self._max_grad_norm = config.max_grad_norm or float("inf")
         self._runtime = runtime
         trunks = [policy] if critic is None or critic.own_trunk is None else [policy, critic.own_trunk]
@@ -121,6 +131,7 @@ class Optimisation:
         means = dict(zip(names, (sums / tokens).tolist(), strict=True))
         means["loss"] = float(sums[0] / count)
         if not torch.isfinite(sums[0]):
+            self.forget_gradients()
             raise NotFiniteError(f"the loss is {means['loss']}")
         self._runtime.sum_gradients(self.parameters)
         return means
@@ -132,10 +143,15 @@ class Optimisation:
         """
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm))
         if not norm < float("inf"):
+            self.forget_gradients()
             raise NotFiniteError(f"the gradient's norm is {norm}")
         self.adam.step()
-        self.adam.zero_grad()  # sampling needs the room
+        self.forget_gradients()
         return norm
+
+    def forget_gradients(self) -> None:
+        """Sampling needs the room."""
+        self.adam.zero_grad()
 
     @property
     def learning_rate(self) -> float:

@@ -45,8 +45,13 @@ class PPO:
         scorer: Scorer | None,
         tokenizer: PreTrainedTokenizerBase,
         critic: Critic | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
-        """`critic` is trained where there is one already; otherwise `config.critic` says which to make."""
+        """`critic` is trained where there is one already; otherwise `config.critic` says which to make.
+
+        `optimizer` and `schedule` as `Optimisation` takes them.
+        """
         if config.critic_warmup_steps >= updates:
             raise UserError(
                 f"critic_warmup_steps={config.critic_warmup_steps} leaves none of the {updates} updates to the policy:"
@@ -66,6 +71,8 @@ class PPO:
             runtime,
             updates=updates,
             max_rows=config.forward_batch_size or config.mini_batch_size,
+            optimizer=optimizer,
+            schedule=schedule,
         )
 
     def learn(self, rollout: Rollout, *, kl_coef: float, update: int) -> dict[str, float]:
@@ -83,6 +90,7 @@ class PPO:
                 step = self.optimisation.backward(experience, minibatch, lambda part: self._losses(part, kl_coef))
                 if step["ratio"] > config.ratio_threshold:
                     logger.warning("A minibatch is left out: its mean policy ratio is %.1f.", step["ratio"])
+                    self.optimisation.forget_gradients()
                     skipped += 1
                     continue
                 if update < config.critic_warmup_steps:

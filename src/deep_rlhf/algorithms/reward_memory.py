@@ -6,7 +6,6 @@ Every text is taken to have `max_length` tokens, and no pair a common prefix, wh
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from deep_rlhf.algorithms.reward import with_adapters
@@ -26,7 +25,7 @@ from deep_rlhf.runtime.memory_plan import (
     optimizer_bytes,
     training_bytes,
 )
-from deep_rlhf.runtime.precision import cast_weights, embed_as
+from deep_rlhf.runtime.precision import cast_around_table
 
 
 def plan_reward(
@@ -41,14 +40,13 @@ def plan_reward(
         meta_model(AutoModelForSequenceClassification, model_config, trust_remote_code=trust_remote_code)
     )
     again = bytes_of([model])
-    table = model.get_input_embeddings()
     dtype = machine.dtype(config.precision, model)
     use_fast_kernels(model)
     if config.use_peft:
         model = with_adapters(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
-    _cast(model, table, dtype)
+    cast_around_table(model, dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     held = {
         "Python, libraries": baseline,
@@ -76,12 +74,3 @@ def plan_reward(
     if config.load_best_model_at_end and not machine.is_gpu:
         phases.append(Phase("loading the best", held | {"model, read again": again}))
     return MemoryPlan(tuple(phases))
-
-
-def _cast(model: nn.Module, table: nn.Module, dtype: torch.dtype) -> None:
-    """As `RewardTrainer.create_optimizer`: in bf16 a table of embeddings that is trained stays float32."""
-    weight = table.weight.data
-    cast_weights(model, dtype)
-    if dtype != torch.float32 and table.weight.requires_grad:
-        table.weight.data = weight
-        embed_as(table, dtype)

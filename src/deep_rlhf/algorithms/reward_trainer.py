@@ -5,6 +5,7 @@ its own. Their losses are divided by the pairs of the whole update, so the budge
 """
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +27,14 @@ from deep_rlhf.models.pairs import PairScorer
 from deep_rlhf.ops.preference import bradley_terry_loss
 from deep_rlhf.runtime.allocator import kept_memory, release_freed_memory
 from deep_rlhf.runtime.memory import is_out_of_memory
-from deep_rlhf.runtime.precision import MasterAdamW, cast_weights, compute_dtype, embed_as
+from deep_rlhf.runtime.precision import (
+    MasterAdamW,
+    cast_around_table,
+    cast_weights,
+    compute_dtype,
+    hidden_width,
+    multiplies_bf16,
+)
 from deep_rlhf.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -58,10 +66,12 @@ class RewardTrainer(ResumableTrainer):
         self.tokens = TOKENS_AT_ONCE.get(args.device.type, TOKENS_AT_ONCE["cuda"])
         # Whoever shards or replicates the model wants the same number of passes everywhere, over the whole model.
         self._in_parts = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1)
+        if not self._in_parts:
+            self.tokens = sys.maxsize
         self._since_update: list[Inputs] = []
-        self._embedding_cast: RemovableHandle | None = None
+        self._embedding_casts: list[RemovableHandle] = []
         self._masters: list[tuple[nn.Parameter, nn.Parameter]] = []
-        self.dtype = compute_dtype(args.precision, args.device, getattr(model.config, "hidden_size", 0))
+        self.dtype = compute_dtype(args.precision, multiplies_bf16(args.device), hidden_width(model))
         if not self._in_parts and self.dtype != torch.float32:
             if args.precision == "bf16":
                 raise UserError(
@@ -176,16 +186,11 @@ class RewardTrainer(ResumableTrainer):
         """As transformers', but bf16 weights get float32 masters. The table of token embeddings is its own master."""
         if self.dtype == torch.float32 or self.optimizer is not None:
             return super().create_optimizer(model)
-        embedding = self.model.get_input_embeddings()
-        table = embedding.weight.data
-        cast_weights(self.model, self.dtype)
-        if embedding.weight.requires_grad:  # its gradient sums over every occurrence of a token
-            embedding.weight.data = table.clone()  # the original may keep a mapped file of all weights in memory
-            self._embedding_cast = embed_as(embedding, self.dtype)
+        self._embedding_casts = cast_around_table(self.model, self.dtype)
         _, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer_cls_and_kwargs = MasterAdamW, {key: value for key, value in settings.items() if key != "fused"}
         optimizer = super().create_optimizer(model)
-        self._masters = [(lent.parameter, lent.master) for lent in optimizer.rounded]
+        self._masters = optimizer.masters()
         return optimizer
 
     def widen(self) -> nn.Module:
@@ -193,8 +198,8 @@ class RewardTrainer(ResumableTrainer):
         for parameter, master in self._masters:
             parameter.data = master.data
         cast_weights(self.model, torch.float32)
-        if self._embedding_cast is not None:
-            self._embedding_cast.remove()
+        for handle in self._embedding_casts:
+            handle.remove()
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     @contextmanager

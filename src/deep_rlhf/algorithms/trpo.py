@@ -75,8 +75,10 @@ class TRPOConfig(OnlineConfig):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
-        if self.precision == "bf16":
-            raise UserError("precision=bf16 is too coarse for the products with TRPO's Fisher matrix: use fp32.")
+        if self.precision != "fp32":
+            raise UserError(
+                f"precision={self.precision} is too coarse for the products with TRPO's Fisher matrix: use fp32."
+            )
         if self.kl_in_loss:
             raise UserError("kl_in_loss is for PPO and GRPO: TRPO has its KL in the reward, so leave it out.")
 
@@ -110,7 +112,8 @@ class TRPO:
             updates=updates,
             max_rows=config.forward_batch_size,
         )
-        self._passes = ForwardPasses(policy, training=False, max_rows=config.forward_batch_size)
+        self._looks = ForwardPasses(policy, training=False, max_rows=config.forward_batch_size)
+        self._passes = ForwardPasses(policy, training=True, max_rows=config.forward_batch_size)
         frozen = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
         self._old = copy.deepcopy(policy, frozen)  # shares what is never trained
         self._old_parameters = self._old.trainable_parameters()
@@ -259,7 +262,7 @@ class TRPO:
                 sums += torch.stack([self._surrogate_loss(part, states), kl.sum()])
             return sums
 
-        sums = self.runtime.sum(self._in_passes(experience, passes))
+        sums = self.runtime.sum(self._looks.run(experience, self._own_share(experience), passes))
         loss, mean_kl = (sums / experience.response_mask.sum()).tolist()
         return loss, mean_kl
 
@@ -285,9 +288,11 @@ class TRPO:
         return total / self.config.value_epochs
 
     def _in_passes(self, experience: Experience, work: Callable[[list[Tensor]], T]) -> T:
-        """`work` on this process's share of the samples, cut into as many parts as forward passes are needed."""
-        own_share = self.runtime.share(torch.arange(len(experience.scores), device=self.runtime.device))
-        return self._passes.run(experience, own_share, work)
+        """`work` on this process's share of the samples, cut into as many parts as passes with gradients are needed."""
+        return self._passes.run(experience, self._own_share(experience), work)
+
+    def _own_share(self, experience: Experience) -> Tensor:
+        return self.runtime.share(torch.arange(len(experience.scores), device=self.runtime.device))
 
     def _as_parameters(self, vector: Tensor) -> list[Tensor]:
         """A vector [D] cut into tensors of the shapes of the trainable weights."""

@@ -49,6 +49,7 @@ def main(command: str, argv: list[str] | None = None) -> None:
         num_proc=config.dataset_num_proc,
     )
     trainer = trainer_class(config, prompts=prompts, reward=scorer)
+    scorer = trainer.scorer  # the copy that rewards; the one on the disk's format need not stay
     is_main = trainer.runtime.is_main
     if is_main:
         print_config(_public(config))

@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def ladders(command: str, machine: Machine) -> Iterator[list[str]]:
     """What takes less memory, what costs least first; each as flags of growing effect, of which one is given."""
-    yield ["--precision=bf16"]
+    if machine.has_bf16:
+        yield ["--precision=bf16"]
     yield ["--gradient_checkpointing=True"]
     if command == "reward":
         yield [f"--per_device_train_batch_size={size}" for size in (8, 2, 1)]

@@ -31,7 +31,7 @@ def _is_slow(
     *_: Any,
     **options: Any,
 ) -> bool:
-    """Whether the fused kernel is: it took 2 to 3 times as long (docs/speed.md)."""
+    """Whether PyTorch's fused kernel is slow for this call: it took 2 to 3 times as long (docs/speed.md)."""
     return (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16

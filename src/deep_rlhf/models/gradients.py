@@ -29,7 +29,7 @@ def gradients_in_place(model: Any) -> Iterator[None]:
             layer.adds_gradients = False
 
 
-def _is_free(layer: FastLinear | FastConv1D) -> bool:
+def _is_free(layer: Any) -> bool:
     """Whether nobody waits for the gradient of its weight."""
     return not (layer.weight._backward_hooks or layer.weight._post_accumulate_grad_hooks)
 
@@ -40,8 +40,8 @@ def _of_table(embedding: nn.Module) -> Iterator[None]:
 
     Autograd would fill a gradient of the table's size with zeros in each of them, and add all of it to the last one.
     """
-    if type(embedding) is not nn.Embedding or not embedding.weight.requires_grad:  # others may scale what they read
-        yield
+    if type(embedding) is not nn.Embedding or not embedding.weight.requires_grad or not _is_free(embedding):
+        yield  # others may scale what they read
         return
     read = _Read(embedding)
 

@@ -1,7 +1,7 @@
 """Faster kernels for what transformers computes: the same functions, with the same weights and configuration.
 
-Some architectures write out GELU in Python. And PyTorch's default product in float32 on a CPU reached between a quarter
-and nine tenths of the rate of oneDNN's, which comes with PyTorch, too (docs/speed.md).
+Some architectures write out GELU in Python. And PyTorch's default product in float32 on a CPU is slower than oneDNN's,
+which comes with PyTorch, too (docs/speed.md, "Kernels").
 """
 
 from typing import Any

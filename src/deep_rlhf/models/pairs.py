@@ -17,7 +17,8 @@ from deep_rlhf.models.reward import reward_head
 logger = logging.getLogger(__name__)
 
 
-WIDTHS = 32  # the width of a forward pass is a multiple of this: oneDNN compiles, and keeps, kernels for every shape
+# Of the width of a forward pass: oneDNN compiles, and keeps, kernels for every shape.
+WIDTH_MULTIPLE = 32
 
 
 class PairScorer:
@@ -46,18 +47,19 @@ class PairScorer:
         ids, lengths = ids.to(device), lengths.to(device)
         training = model.training
         model.eval()
-        plain = self.rewards(model, ids, lengths, tokens=1)
-        self.shares_prefix = True
         try:
-            shared = self.rewards(model, ids, lengths, tokens=8 * share + 2 * WIDTHS)
+            plain = self.rewards(model, ids, lengths, tokens=1)
+            self.shares_prefix = True
+            shared = self.rewards(model, ids, lengths, tokens=8 * share + 2 * WIDTH_MULTIPLE)
             self.shares_prefix = torch.allclose(shared, plain, atol=1e-4, rtol=1e-4)
-        except Exception as error:  # whatever a model raises that is given a mask or positions it does not know
+        except Exception as error:  # whatever a model raises that wants an EOS, or knows neither masks nor positions
             logger.debug("No prefix is shared: %s", error)
             self.shares_prefix = False
-        model.train(training)
+        finally:
+            model.train(training)
 
     def tokens(self, lengths: list[list[int]]) -> list[int]:
-        """How many tokens, padding to a multiple of WIDTHS included, the model reads of each pair."""
+        """How many tokens, padding to a multiple of WIDTH_MULTIPLE included, the model reads of each pair."""
         return [sum(self._widths(row)) for row in lengths]
 
     def rewards(self, model: nn.Module, input_ids: Tensor, lengths: Tensor, *, tokens: int) -> Tensor:
@@ -67,7 +69,7 @@ class PairScorer:
         """
         widths = [width for row in lengths.tolist() for width in self._widths(row)]
         if self.shares_prefix:
-            input_ids = nn.functional.pad(input_ids, (0, WIDTHS), value=self.pad_token_id)
+            input_ids = nn.functional.pad(input_ids, (0, WIDTH_MULTIPLE), value=self.pad_token_id)
         batches = token_budget_batches(widths, tokens)
         outputs = []
         for batch in batches:
@@ -117,7 +119,7 @@ class PairScorer:
 
 
 def _rounded(size: int) -> int:
-    return -(-size // WIDTHS) * WIDTHS
+    return -(-size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def common_prefix(a: Tensor, b: Tensor) -> int:

@@ -148,7 +148,7 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """A float32 copy, or the logits themselves where that is the same."""
+    """logits / temperature in float32; the logits themselves where that is the same, else a copy."""
     if temperature == 1.0:
         return logits.float()
     return logits / temperature if logits.dtype == torch.float32 else logits.float().div_(temperature)

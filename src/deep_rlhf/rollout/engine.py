@@ -61,7 +61,7 @@ class Engine:
     def _batches(self, prompts: PromptBatch, limit: int) -> list[Tensor]:
         """Rows of like length that are sampled together."""
         device = self.policy.device
-        budget = CPU_BYTES if device.type == "cpu" else int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+        budget = _budget(device)
         of_token = bytes_per_token(self.policy)
         vocabulary = self.policy.language_model.get_output_embeddings().weight.shape[0]
         of_logits = 4 * 4 * vocabulary  # float32 logits, logarithms, probabilities, and one more while they are made
@@ -109,6 +109,14 @@ class Engine:
                 decoding.keep(going_on)
             decoding.advance(tokens)
         return result
+
+
+def _budget(device: torch.device) -> int:
+    """Bytes for the rows that are sampled together; on a GPU what PyTorch keeps for later is free, too."""
+    if device.type != "cuda":
+        return CPU_BYTES
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
 
 
 class Drawn(NamedTuple):

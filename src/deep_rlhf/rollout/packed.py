@@ -1,7 +1,7 @@
 """Matrix products with few rows on a CPU: weights in the layout that oneDNN reads fastest.
 
-Sampling multiplies a handful of rows by every weight, once for each token. oneDNN does that 1.3 to 2 times as fast with
-weights that were packed beforehand (docs/speed.md, "Sampling"); packing costs about two such products.
+Sampling multiplies a handful of rows by every weight, once for each token. oneDNN does that faster with weights
+that were packed beforehand (docs/speed.md, "Kernels"); packing costs about two such products.
 """
 
 from collections.abc import Callable, Iterator

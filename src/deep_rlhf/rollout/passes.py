@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Padded tokens in one pass, without and with gradients. A CPU is no faster with more; a GPU is.
+# Padded tokens in one pass, without and with gradients. A CPU is no faster with more.
 TOKENS = {"cpu": (4_096, 768)}
 TOKENS_OF_GPU = (65_536, 16_384)
 

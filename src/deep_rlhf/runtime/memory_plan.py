@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deep_rlhf.runtime.precision import WIDE_ENOUGH, OptimizerName, Precision, multiplies_bf16
+from deep_rlhf.runtime.precision import OptimizerName, Precision, compute_dtype, hidden_width, multiplies_bf16
 from deep_rlhf.types import UserError
 
 GIB = 2**30
@@ -35,11 +35,8 @@ class Machine:
     is_gpu: bool = True
 
     def dtype(self, precision: Precision, model: Any) -> torch.dtype:
-        """`precision.compute_dtype` on this machine."""
-        if precision == "auto":
-            width = model.get_input_embeddings().weight.shape[1]
-            precision = "bf16" if self.has_bf16 and width >= WIDE_ENOUGH else "fp32"
-        return torch.bfloat16 if precision == "bf16" else torch.float32
+        """What `model` computes in on this machine."""
+        return compute_dtype(precision, self.has_bf16, hidden_width(model))
 
 
 GPUS = {

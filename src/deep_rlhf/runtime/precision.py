@@ -19,11 +19,16 @@ OptimizerName = Literal["adamw", "adamw_8bit"]
 WIDE_ENOUGH = 256  # hidden width from which bf16 was measured to be faster; a narrow model spends its time elsewhere
 
 
-def compute_dtype(precision: Precision, device: torch.device, width: int) -> torch.dtype:
+def compute_dtype(precision: Precision, has_bf16: bool, width: int) -> torch.dtype:
     """The format that models of hidden size `width` compute in; "auto" is bf16 where the hardware multiplies it."""
     if precision == "auto":
-        precision = "bf16" if width >= WIDE_ENOUGH and multiplies_bf16(device) else "fp32"
+        precision = "bf16" if has_bf16 and width >= WIDE_ENOUGH else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def hidden_width(model: Any) -> int:
+    """The hidden size of a transformers model or a peft.PeftModel around one; 0 if its configuration names none."""
+    return getattr(model.config, "hidden_size", 0)
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -45,9 +50,19 @@ def cast_weights(module: nn.Module, dtype: torch.dtype, *, frozen_only: bool = F
             parameter.data = parameter.data.to(dtype)
 
 
-def embed_as(embedding: nn.Module, dtype: torch.dtype) -> RemovableHandle:
-    """Embedded tokens are cast to `dtype` until the handle is removed; the table keeps its own."""
-    return embedding.register_forward_hook(lambda _, __, embedded: embedded.to(dtype))
+def cast_around_table(model: Any, dtype: torch.dtype) -> list[RemovableHandle]:
+    """Casts a model's weights in place, but for the table of token embeddings where that is trained.
+
+    Its gradient sums over every occurrence of a token. What is read from it is cast, until the handles are removed.
+    """
+    weight = model.get_input_embeddings().weight
+    table = weight.data
+    cast_weights(model, dtype)
+    if dtype == torch.float32 or not weight.requires_grad:
+        return []
+    weight.data = table.clone()  # the original may keep a mapped file of all weights in memory
+    readers = [module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight is weight]
+    return [reader.register_forward_hook(lambda _, __, embedded: embedded.to(dtype)) for reader in readers]
 
 
 def frozen_copy(module: M, dtype: torch.dtype, device: torch.device) -> M:
@@ -106,20 +121,20 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As the optimiser's own, with the masters of the bf16 parameters in order."""
-        return {**super().state_dict(), "masters": [lent.master.detach() for lent in self.rounded]}
+        return {**super().state_dict(), "masters": [master.detach() for _, master in self.masters()]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; the parameters become their masters, rounded."""
-        masters: list[Tensor] = state_dict["masters"]
+        saved: list[Tensor] = state_dict["masters"]
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "masters"})
-        for lent, saved in zip(self.rounded, masters, strict=True):
-            lent.master.copy_(saved)
-            lent.parameter.copy_(lent.master)
+        for (parameter, master), tensor in zip(self.masters(), saved, strict=True):
+            master.copy_(tensor)
+            parameter.copy_(master)
 
-    @property
-    def rounded(self) -> list[_Lent]:
-        return [lent for lent in self._lent if lent.master is not lent.parameter]
+    def masters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Every parameter that is not float32, with its master."""
+        return [(lent.parameter, lent.master) for lent in self._lent if lent.master is not lent.parameter]
 
     def _parts(self, master: nn.Parameter) -> list[nn.Parameter]:
         """What is stepped as one tensor each; together they are the master's storage."""

@@ -176,7 +176,7 @@ class PPOTrainer:
 
         `response_masks` are 1 for a response's first tokens and 0 for what follows. Returns statistics under TRL's
         keys. Raises ValueError for input of another form, and UserError for a batch with a number that is not finite,
-        which changes nothing.
+        at which the update ends.
         """
         times = [time.perf_counter()]
         responses, all_scores = batches.checked(self.config.batch_size, queries, responses, scores, response_masks)
@@ -283,7 +283,7 @@ class PPOTrainer:
     def _make_learner(
         self, optimizer: torch.optim.Optimizer | None, lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
     ) -> PPO:
-        learner = PPO(
+        return PPO(
             self._native,
             self._policy,
             self._runtime,
@@ -291,14 +291,9 @@ class PPOTrainer:
             scorer=None,
             tokenizer=self.tokenizer,
             critic=Critic(self.model.v_head.summary),
+            optimizer=optimizer,
+            schedule=lr_scheduler,
         )
-        if optimizer is not None:
-            learner.optimisation.adam = optimizer  # type: ignore[assignment]
-            learner.optimisation.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            learner.optimisation.schedule = lr_scheduler or torch.optim.lr_scheduler.ConstantLR(
-                optimizer, factor=1.0, total_iters=0
-            )
-        return learner
 
     def _fill_in_config(self) -> None:
         config, processes = self.config, self._runtime.processes
