@@ -11,7 +11,6 @@ from deep_rlhf.models.load import disable_dropout
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.types import Preference, UserError
 
-
 LAYERS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 
 
