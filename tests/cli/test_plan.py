@@ -106,8 +106,9 @@ def test_the_advice_is_as_short_as_it_can_be() -> None:
         return MemoryPlan((Phase("training", {"all": 10 - sum(saves.get(flag, 0) for flag in flags)}),))
 
     def steps() -> Any:
-        return ladders("ppo", gpu_of("T4"))
+        return ladders("ppo", gpu_of("L4"))
 
+    assert ["--precision=bf16"] not in list(ladders("ppo", gpu_of("T4")))  # it would emulate it
     assert advice(planner, (), steps(), 9) == ("--precision=bf16",)
     assert advice(planner, (), steps(), 8) == ("--gradient_checkpointing=True",)
     assert advice(planner, (), steps(), 5) == ("--gradient_checkpointing=True", "--forward_batch_size=4")

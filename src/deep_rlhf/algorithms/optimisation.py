@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from deep_rlhf.algorithms.online_config import OnlineConfig
-from deep_rlhf.models.attention import FastAttention
+from deep_rlhf.models.attention import fast_attention
 from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.gradients import gradients_in_place
 from deep_rlhf.models.policy import Policy
@@ -88,6 +88,7 @@ class Optimisation:
         self.schedule = schedule or torch.optim.lr_scheduler.ConstantLR(self.adam, factor=1.0, total_iters=0)
         self._max_grad_norm = config.max_grad_norm or float("inf")
         self._runtime = runtime
+        self._policy = policy
         trunks = [policy] if critic is None or critic.own_trunk is None else [policy, critic.own_trunk]
         self._models = [trunk.language_model for trunk in trunks]
         self._passes = ForwardPasses(policy, training=True, max_rows=max_rows, trunks=len(trunks))
@@ -124,7 +125,7 @@ class Optimisation:
                 release_freed_memory()  # for the gradient of the table of tokens, and for the step
             return names, sums
 
-        with FastAttention():
+        with fast_attention(self._policy.dtype, self._policy.device):
             names, sums = self._passes.run(experience, self._runtime.share(minibatch), passes)
         names = next(filter(None, self._runtime.gather(names)))  # a process without work does not know them
         sums = self._runtime.sum(sums if len(sums) else torch.zeros(len(names), device=tokens.device))

@@ -20,7 +20,7 @@ from transformers import EvalPrediction
 from deep_rlhf.algorithms.resumable import ResumableTrainer
 from deep_rlhf.algorithms.reward_config import RewardConfig
 from deep_rlhf.data.batching import token_budget_batches
-from deep_rlhf.models.attention import FastAttention
+from deep_rlhf.models.attention import fast_attention
 from deep_rlhf.models.gradients import gradients_in_place
 from deep_rlhf.models.kernels import use_fast_kernels
 from deep_rlhf.models.pairs import PairScorer
@@ -117,7 +117,11 @@ class RewardTrainer(ResumableTrainer):
         # Gradients are averaged once, by us: a pass that failed half-way could not be repeated by all processes.
         step, losses = super().training_step, list[Tensor]()
         try:
-            with gradients_in_place(self.model), FastAttention(), self.accelerator.no_sync(model):
+            with (
+                gradients_in_place(self.model),
+                fast_attention(self.dtype, self.args.device),
+                self.accelerator.no_sync(model),
+            ):
                 for batch in batches:
                     release_freed_memory()  # what comes next takes other sizes, and would not fit into the holes
                     losses = [step(model, part, count) for part in self._parts(batch)]

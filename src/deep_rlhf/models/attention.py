@@ -1,6 +1,7 @@
 """Attention in bfloat16 on a CPU where PyTorch's fused kernel is slow: for single tokens, and in backward passes."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 LONGEST = 256  # keys: beyond, the probabilities that a backward pass needs take too much memory
 FEW = 8  # queries
+
+
+def fast_attention(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """`FastAttention` for models that can gain by it; for others nothing, since it looks at every call of PyTorch's."""
+    return FastAttention() if dtype == torch.bfloat16 and device.type == "cpu" else nullcontext()
 
 
 class FastAttention(TorchFunctionMode):

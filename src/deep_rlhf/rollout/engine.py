@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deep_rlhf.data.batching import token_budget_batches
-from deep_rlhf.models.attention import FastAttention
+from deep_rlhf.models.attention import fast_attention
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.logprobs import scaled
 from deep_rlhf.rollout.decoding import Decoding, bytes_per_token
@@ -45,7 +45,7 @@ class Engine:
         """
         uniforms = uniforms.to(self.policy.device)
         parts: list[tuple[Tensor, Sampled]] = []
-        with packed_weights(self.policy), FastAttention():
+        with packed_weights(self.policy), fast_attention(self.policy.dtype, self.policy.device):
             pending = self._batches(prompts, uniforms.shape[1])
             while pending:
                 rows = pending.pop(0)
