@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from deep_rlhf.algorithms import reward_trainer
 from deep_rlhf.algorithms.reward import RewardConfig, train_reward_model
 from deep_rlhf.models.load import load_sequence_classifier
+from deep_rlhf.runtime.runtime import leave_processes
 from deep_rlhf.types import Preference
 
 RUNS = {
@@ -66,3 +67,4 @@ if __name__ == "__main__":
     found = {name: losses(folder, name, processes) for name in RUNS}
     if os.environ["RANK"] == "0":
         (folder / "losses.json").write_text(json.dumps({"processes": processes, "losses": found}))
+    leave_processes()

@@ -23,7 +23,7 @@ def test_two_processes_step_as_one(tmp_path: Path, make_model: Callable[..., Any
         text=True,
         timeout=300,
     )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.returncode == 0, finished.stderr[-9000:]
     written = json.loads((tmp_path / "figures.json").read_text())
     assert written["processes"] == 2
     for two, one in zip(written["figures"], trl_processes.figures(str(tmp_path / "model")), strict=True):

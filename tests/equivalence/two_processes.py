@@ -11,6 +11,7 @@ from typing import Any
 from deep_rlhf import PPOConfig, PPOTrainer, UserError
 from deep_rlhf.cli.main import ALGORITHMS
 from deep_rlhf.cli.online import algorithm
+from deep_rlhf.runtime.runtime import leave_processes
 
 PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not", "two fish", "moon or sun", "bad", "a"]
 RUNS: dict[str, dict[str, Any]] = {
@@ -62,3 +63,4 @@ if __name__ == "__main__":
     if PartialState().is_main_process:
         found = {"processes": PartialState().num_processes, "histories": histories, "refusal": refusal}
         Path(sys.argv[2]).write_text(json.dumps(found))
+    leave_processes()

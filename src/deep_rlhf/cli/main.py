@@ -50,6 +50,8 @@ def run(command: str, argv: list[str] | None = None) -> None:
             import_module("deep_rlhf.cli.online").main(command, argv)
         else:
             import_module(f"deep_rlhf.cli.{command}").main(argv)
+        if "WORLD_SIZE" in os.environ:
+            import_module("deep_rlhf.runtime.runtime").leave_processes()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -122,6 +122,13 @@ class Runtime:
         return resident_peak() / 1e9
 
 
+def leave_processes() -> None:
+    """Ends the group of processes, once all of them are here: one that goes earlier can take the others down with it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def _accepted(kind: Callable[..., T], option: str, given: dict[str, Any], **own: Any) -> T:
     """`kind(**given, **own)`, where `given` is a user's `option`. Raises UserError for what `kind` does not accept."""
     names = [name for name in inspect.signature(kind).parameters if name not in own]
