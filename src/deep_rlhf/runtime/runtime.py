@@ -123,7 +123,7 @@ class Runtime:
 
 
 def leave_processes() -> None:
-    """Ends the group of processes, once all of them are here: one that goes earlier can take the others down with it."""
+    """Ends the group of processes when all are here: one that goes earlier can take the others down with it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
