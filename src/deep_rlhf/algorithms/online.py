@@ -209,10 +209,7 @@ class OnlineTrainer:
             state = {
                 "identity": self._identity,
                 "updates": self.updates,
-                "policy": setup.trainable_tensors(self._policy),
-                "learner": self.learner.state(),
-                "kl_coef": self.kl_coef,
-                "score_moments": self._shaping.moments,
+                **self._learned(),
                 "best_score": self._best_score,
                 "bad_batches": (self._bad_batches, self._bad_in_a_row),
                 "history": self.history,
@@ -220,6 +217,28 @@ class OnlineTrainer:
             }
             save_checkpoint(self._checkpoints, len(self.history), state)
         self.runtime.wait()
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of all that learning has changed, for `restore`: policy, learner, KL coefficient, score statistics.
+
+        It is what `save_checkpoint` takes. The history and the random states go on, whatever is restored.
+        """
+        return setup.copied(self._learned())
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Puts back what `snapshot` returned; the state stays the caller's, and can be restored again."""
+        setup.load_tensors(self._policy, state["policy"])
+        self.learner.load_state(setup.copied(state["learner"]))  # Adam goes on in what it is given
+        self.kl_coef = state["kl_coef"]
+        self._shaping.moments = state["score_moments"]
+
+    def _learned(self) -> dict[str, Any]:
+        return {
+            "policy": setup.trainable_tensors(self._policy),
+            "learner": self.learner.state(),
+            "kl_coef": self.kl_coef,
+            "score_moments": self._shaping.moments,
+        }
 
     @property
     def _checkpoints(self) -> Path:
@@ -253,10 +272,7 @@ class OnlineTrainer:
             logger.info("Going on after update %d of %d, from '%s'.", found.step, self.updates, found.path)
 
     def _load(self, state: dict[str, Any]) -> None:
-        setup.load_tensors(self._policy, state["policy"])
-        self.learner.load_state(setup.copied(state["learner"]))  # not to work on the file, which will go
-        self.kl_coef = state["kl_coef"]
-        self._shaping.moments = state["score_moments"]
+        self.restore(state)
         self._best_score = state["best_score"]
         self._bad_batches, self._bad_in_a_row = state["bad_batches"]
         self.history = state["history"]
