@@ -33,6 +33,7 @@ class Preference:
     mu: float = 1.0  # probability that a is better: 1, 0, 1/2 for a tie, or a share of votes
     weight: float = 1.0
     margin: float = 0.0  # how much better the preferred answer is, in units of reward (0 = not said)
+    label_noise: float | None = None  # share of its annotator's answers that is random (None = as the run assumes)
     id: str = ""
     source: str = ""
     annotator: str = ""

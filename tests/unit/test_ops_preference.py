@@ -41,6 +41,27 @@ def test_a_margin_per_pair() -> None:
     assert_close(loss, torch.tensor([math.log(4 / 3), math.log(2)]))
 
 
+def test_label_noise_per_pair() -> None:
+    # ¾, 0.9 · ¾ + 0.05, 0.5 · ¾ + 0.25, ½; and of the other answer ¼, 0.275, 0.375, ½
+    noise = torch.tensor([0.0, 0.1, 0.5, 1.0])
+    a, b = torch.full((4,), LN3, requires_grad=True), torch.zeros(4)
+    right = bradley_terry_loss(a, b, torch.ones(4), label_noise=noise)
+    wrong = bradley_terry_loss(a, b, torch.zeros(4), label_noise=noise)
+    assert_close(right, -torch.tensor([0.75, 0.725, 0.625, 0.5]).log())
+    assert_close(wrong, -torch.tensor([0.25, 0.275, 0.375, 0.5]).log())
+    # of −ln p': −(1 − e) p (1 − p) / p'
+    right.sum().backward()
+    assert_close(a.grad, -torch.tensor([1.0, 0.9, 0.5, 0.0]) * 0.1875 / torch.tensor([0.75, 0.725, 0.625, 0.5]))
+
+
+def test_label_noise_per_pair_stays_finite() -> None:
+    a = torch.tensor([1000.0, -1000.0, 1000.0, -1000.0], requires_grad=True)
+    loss = bradley_terry_loss(a, torch.zeros(4), torch.ones(4), label_noise=torch.tensor([0.0, 0.0, 1.0, 0.1]))
+    assert_close(loss, torch.tensor([0.0, 1000.0, math.log(2), -math.log(0.05)]))
+    loss.sum().backward()
+    assert_close(a.grad, torch.tensor([0.0, -1.0, 0.0, 0.0]))
+
+
 @pytest.mark.parametrize(("mu", "gradient"), [(1.0, -0.25), (0.0, 0.75), (0.5, 0.25)])
 def test_the_gradient_is_the_predicted_minus_the_told_probability(mu: float, gradient: float) -> None:
     a, b = torch.tensor([LN3], requires_grad=True), torch.zeros(1, requires_grad=True)

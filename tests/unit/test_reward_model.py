@@ -19,7 +19,7 @@ from deep_rlhf.algorithms.reward import (
     pair_features,
     train_reward_model,
 )
-from deep_rlhf.algorithms.reward_trainer import accuracy, pair_metrics
+from deep_rlhf.algorithms.reward_trainer import accuracy, collate, label_noise_of, pair_metrics
 from deep_rlhf.models.reward import RewardModel, init_reward_head
 from deep_rlhf.types import Preference, UserError
 
@@ -255,11 +255,12 @@ class Table(nn.Module):
         return SimpleNamespace(logits=self.score(self.rewards(input_ids))[:, 0])
 
 
-def loss_of(tmp_path, *, mu=1.0, margin=0.0, weight=(1.0,), count=None, rows=1, **flags):
+def loss_of(tmp_path, *, mu=1.0, margin=0.0, weight=(1.0,), count=None, rows=1, told=None, **flags):
     """Of pairs in which a is worth 2 and b is worth 1."""
     config = settings(tmp_path, eval_strategy="no", ensemble_size=len(weight), **flags)
     trainer = RewardTrainer(Table(len(weight)), config, pad_token_id=0)
     pair = {"input_ids": torch.tensor([3, 4]), "lengths": (0, 1, 1), "labels": mu, "margin": margin, "longer": 0.5}
+    pair |= {} if told is None else {"label_noise": told}
     batch = trainer.data_collator([pair | {"weight": torch.tensor(weight)}] * rows)
     return trainer.compute_loss(trainer.model, batch, num_items_in_batch=count).item()
 
@@ -273,6 +274,8 @@ def loss_of(tmp_path, *, mu=1.0, margin=0.0, weight=(1.0,), count=None, rows=1, 
         ({"margin": 1.0}, 0.693147),  # −log σ(1 − 1)
         ({"mu": 0.0, "margin": 1.0}, 2.126928),  # −log σ(−1 − 1)
         ({"label_noise": 0.1}, 0.345378),  # −log(0.9 · 0.731059 + 0.05)
+        ({"told": 0.5}, 0.485273),  # −log(0.5 · 0.731059 + 0.25)
+        ({"told": 0.0, "label_noise": 0.1}, 0.313262),  # what is told of a pair goes before what the run assumes
         ({"center_rewards_coefficient": 0.1}, 1.213262),  # + 0.1 · (2 + 1)²
         ({"weight": (2.0, 0.0)}, 0.313262),  # members' mean: (2 + 0) / 2
         ({"weight": (3.0,), "rows": 4}, 0.939787),  # weighted, over the number of pairs
@@ -295,6 +298,8 @@ def test_metrics_are_of_the_members_mean():
     metrics = pair_metrics(rewards, torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.5]))
     expected = {"loss": (0.313262 + 1.313262) / 2, "accuracy": 0.5, "accuracy_length_baseline": 0.75}
     assert metrics == pytest.approx(expected, abs=1e-5)
+    noisy = pair_metrics(rewards, torch.ones(2), torch.ones(2), label_noise=torch.tensor([0.0, 0.1]))
+    assert noisy["loss"] == pytest.approx((0.313262 + 0.345378) / 2, abs=1e-5)
 
 
 def test_out_of_bag_accuracy_is_of_pairs_a_member_never_saw():
@@ -320,6 +325,16 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(tokenizer, tmp_path):
     assert pair["lengths"] == (2, 2, 1)
     assert (pair["labels"], pair["margin"], pair["longer"]) == (0.0, 2.0, 1.0)
     assert pair["weight"].tolist() == [3.0]
+    assert "label_noise" not in pair
+
+
+def test_a_pair_carries_the_noise_of_its_annotator(tokenizer, tmp_path):
+    rows = [Preference(prompt="the ", a="red", b="grey", label_noise=noise) for noise in (None, 0.25, 0.0)]
+    features, _ = pair_features(rows, tokenizer, settings(tmp_path), max_length=9)
+    told = collate(features, pad_token_id=0)["label_noise"]
+    assert told.isnan().tolist() == [True, False, False]
+    assert label_noise_of(told, 0.1).tolist() == pytest.approx([0.1, 0.25, 0.0])
+    assert label_noise_of(told[:1], 0.1) == 0.1  # a number, as in a run in which nothing is told
 
 
 def test_a_pair_keeps_its_bags_whatever_else_is_there(tokenizer, tmp_path):

@@ -16,7 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from deep_rlhf.algorithms.reward_config import RewardConfig
-from deep_rlhf.algorithms.reward_trainer import Features, RewardTrainer, accuracy, by_length, pair_metrics
+from deep_rlhf.algorithms.reward_trainer import (
+    Features,
+    RewardTrainer,
+    accuracy,
+    by_length,
+    label_noise_of,
+    pair_metrics,
+    told_noise,
+)
 from deep_rlhf.models.adapters import add_lora, merged
 from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer
 from deep_rlhf.models.pairs import common_prefix
@@ -105,7 +113,8 @@ def train_reward_model(
 
     rewards = trainer.rewards(held_out)
     mu, longer = (torch.tensor([pair[name] for pair in held_out]) for name in ("labels", "longer"))
-    metrics: dict[str, Any] = pair_metrics(rewards, mu, longer, label_noise=config.label_noise)
+    noise = label_noise_of(told_noise(held_out), config.label_noise)
+    metrics: dict[str, Any] = pair_metrics(rewards, mu, longer, label_noise=noise)
     trainer.log({f"eval_{name}": value for name, value in metrics.items()})
     sample = _sample(train, OUT_OF_BAG_PAIRS if config.ensemble_size > 1 else NORMALISATION_PAIRS, config.seed)
     seen = trainer.rewards(sample)
@@ -162,6 +171,8 @@ def pair_features(
                     "longer": 0.5 + 0.5 * ((len(pair.a) > len(pair.b)) - (len(pair.a) < len(pair.b))),
                 }
             )
+            if pair.label_noise is not None:  # no entry otherwise: runs from before there was one can be resumed
+                features[-1]["label_noise"] = float(pair.label_noise)
     dropped = len(preferences) - len(features)
     return features, RowReport(len(preferences), len(features), {"too long": dropped} if dropped else {})
 

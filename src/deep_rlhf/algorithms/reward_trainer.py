@@ -5,6 +5,7 @@ its own. Their losses are divided by the pairs of the whole update, so the budge
 """
 
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ class RewardTrainer(ResumableTrainer):
             **options,
         )
         self.model_accepts_loss_kwargs = True  # so that the pairs of all micro-batches and processes are counted
-        self.label_names = ["labels", "longer"]
+        self.label_names = ["labels", "longer", "label_noise"]
         self.tokens = TOKENS_AT_ONCE.get(args.device.type, TOKENS_AT_ONCE["cuda"])
         # Whoever shards or replicates the model wants the same number of passes everywhere, over the whole model.
         self._in_parts = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1)
@@ -165,7 +166,8 @@ class RewardTrainer(ResumableTrainer):
         rewards = self.scorer.rewards(model, inputs["input_ids"], inputs["lengths"], tokens=self.tokens)  # [B, 2, K]
         a, b = rewards.unbind(1)
         mu, margin = inputs["labels"][:, None].expand_as(a), inputs["margin"][:, None]
-        loss = inputs["weight"] * bradley_terry_loss(a, b, mu, margin=margin, label_noise=self.args.label_noise)
+        noise = label_noise_of(inputs["label_noise"][:, None], self.args.label_noise)
+        loss = inputs["weight"] * bradley_terry_loss(a, b, mu, margin=margin, label_noise=noise)
         if self.args.center_rewards_coefficient is not None:
             loss = loss + self.args.center_rewards_coefficient * (inputs["weight"] > 0) * (a + b) ** 2
         total = loss.mean(dim=1).sum()
@@ -233,7 +235,19 @@ def collate(features: Sequence[Features], *, pad_token_id: int) -> Inputs:
     batch["weight"] = torch.stack([pair["weight"] for pair in features])
     for name in ("lengths", "labels", "margin", "longer"):
         batch[name] = torch.tensor([pair[name] for pair in features])
+    batch["label_noise"] = told_noise(features)
     return batch
+
+
+def told_noise(features: Sequence[Features]) -> Tensor:
+    """[B]: the share of random answers of each pair's annotator, NaN where it is not told."""
+    return torch.tensor([pair.get("label_noise", math.nan) for pair in features])
+
+
+def label_noise_of(told: Tensor, assumed: float) -> Tensor | float:
+    """`told` with the run's share in place of NaN; just the number where nothing is told."""
+    unknown = told.isnan()
+    return assumed if unknown.all() else told.masked_fill(unknown, assumed)
 
 
 def by_length(features: Sequence[Features]) -> list[int]:
@@ -241,10 +255,11 @@ def by_length(features: Sequence[Features]) -> list[int]:
     return sorted(range(len(features)), key=lambda row: len(features[row]["input_ids"]))
 
 
-def pair_metrics(rewards: Tensor, mu: Tensor, longer: Tensor, *, label_noise: float = 0.0) -> dict[str, float]:
+def pair_metrics(rewards: Tensor, mu: Tensor, longer: Tensor, *, label_noise: Tensor | float = 0.0) -> dict[str, float]:
     """How well rewards [N, 2, K] predict mu [N]: of the members' mean, the loss and the accuracy.
 
     longer [N]: 1 where a is the longer answer, 0 where b is, ½ where neither. All pairs count alike, without margin.
+    label_noise: of all, or [N].
     """
     a, b = rewards.mean(dim=2).unbind(1)
     return {
@@ -267,5 +282,5 @@ def accuracy(advantage: Tensor, mu: Tensor) -> float:
 
 
 def _metrics_of_prediction(prediction: EvalPrediction, *, label_noise: float) -> dict[str, float]:
-    mu, longer = prediction.label_ids
-    return pair_metrics(*map(torch.from_numpy, (prediction.predictions, mu, longer)), label_noise=label_noise)
+    rewards, mu, longer, told = map(torch.from_numpy, (prediction.predictions, *prediction.label_ids))
+    return pair_metrics(rewards, mu, longer, label_noise=label_noise_of(told, label_noise))

@@ -15,18 +15,21 @@ _POISSON_CDF = list(accumulate(math.exp(-1) / math.factorial(count) for count in
 
 
 def bradley_terry_loss(
-    rewards_a: Tensor, rewards_b: Tensor, mu: Tensor, *, margin: Tensor | float = 0.0, label_noise: float = 0.0
+    rewards_a: Tensor, rewards_b: Tensor, mu: Tensor, *, margin: Tensor | float = 0.0, label_noise: Tensor | float = 0.0
 ) -> Tensor:
     """Cross-entropy of P(a ≻ b) = σ(r_a − r_b) against mu, per pair; all of one shape (Christiano et al. 2017, eq. 1).
 
     mu is 1, 0, or ½ for a tie. `margin` ≥ 0 must be beaten by the preferred answer: σ(r_w − r_l − m) (Touvron et al.
     2023, eq. 2). With `label_noise` e, a share e of answers is uniformly random: p' = (1 − e) p + e/2 (Christiano et
-    al. 2017, §2.2.3: 10 %), computed in log space.
+    al. 2017, §2.2.3: 10 %), computed in log space. It may differ from pair to pair, 0…1: an annotator who errs more
+    often has smaller gradients.
     """
     difference = rewards_a - rewards_b
 
     def log_probability(advantage: Tensor) -> Tensor:
         clean = logsigmoid(advantage)
+        if isinstance(label_noise, Tensor):
+            return torch.logaddexp(torch.log1p(-label_noise) + clean, torch.log(label_noise / 2))
         if label_noise == 0.0:
             return clean
         return torch.logaddexp(math.log1p(-label_noise) + clean, clean.new_tensor(math.log(label_noise / 2)))
