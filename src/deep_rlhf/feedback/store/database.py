@@ -1,0 +1,253 @@
+"""The connection to SQLite or PostgreSQL: how it is opened, migrated, and how one transaction runs.
+
+SQLite: WAL, synchronous=FULL, and BEGIN IMMEDIATE for whatever writes, so that a transaction waits for the write lock
+before it reads and never fails half-way. PostgreSQL 15+: READ COMMITTED; the functions lock the rows they change.
+"""
+
+import hashlib
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import URL, Connection, create_engine, event, inspect, make_url, select, table, text
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.sql import column
+
+from deep_rlhf.feedback.store.errors import StoreError, Unavailable
+from deep_rlhf.feedback.store.tables import REVISION
+from deep_rlhf.types import UserError
+
+T = TypeVar("T")
+
+BUSY_SECONDS = 30.0  # how long a process waits for another one's transaction
+OLDEST_POSTGRESQL = 15
+ATTEMPTS = 5  # for a transaction that met another one: a deadlock, or one and the same token sent twice at once
+DEADLOCK, SERIALIZATION = "40P01", "40001"
+
+
+class Database:
+    """An engine with the project's rules. Safe to use from several threads; each process opens its own."""
+
+    def __init__(self, address: str | Path) -> None:
+        self.url = parse_address(address)
+        self.name = shown(self.url)
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        # SQLite lets a waiting writer sleep ever longer; threads of one process queue here instead, and lose no time.
+        self._turn = threading.Lock() if self.is_sqlite else None
+        try:
+            self.engine = create_engine(self.url, hide_parameters=True, **self._options())
+        except (ImportError, TypeError, ValueError, ArgumentError) as error:
+            raise StoreError(f"{self.name} cannot be opened: {self._reason(error)}.") from None
+        if self.is_sqlite:
+            event.listen(self.engine, "connect", _prepare_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            event.listen(self.engine, "connect", _prepare_postgresql)
+        self._writing = self.engine.execution_options(writes=True)
+        try:
+            self._open()
+        except (OperationalError, InterfaceError, OSError) as error:
+            self.engine.dispose()
+            raise StoreError(f"{self.name} cannot be opened: {self._reason(error)}.") from None
+        except BaseException:
+            self.engine.dispose()
+            raise
+
+    def read(self, work: Callable[[Session], T]) -> T:
+        """What `work` returns; it only reads. Raises Unavailable if the database does not answer."""
+        return self._run(work, self.engine)
+
+    def write(self, work: Callable[[Session], T]) -> T:
+        """What `work` returns, after its changes were committed; runs it again if another transaction was in the way.
+
+        Raises Unavailable if the database does not answer.
+        """
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return self._in_turn(work)
+            except DBAPIError as error:
+                if not _is_worth_repeating(error):
+                    raise
+        return self._in_turn(work)
+
+    def close(self) -> None:
+        """Closes every connection."""
+        self.engine.dispose()
+
+    def _in_turn(self, work: Callable[[Session], T]) -> T:
+        if self._turn is None:
+            return self._run(work, self._writing)
+        with self._turn:
+            return self._run(work, self._writing)
+
+    def _run(self, work: Callable[[Session], T], engine: Any) -> T:
+        try:
+            with Session(engine, autoflush=False, expire_on_commit=False) as session, session.begin():
+                return work(session)
+        except (OperationalError, InterfaceError, PoolTimeoutError) as error:
+            if _is_worth_repeating(error):
+                raise
+            raise Unavailable(
+                f"{self.name} does not answer ({self._reason(error)}): what was sent last may be lost, send it again."
+            ) from None
+
+    def _options(self) -> dict[str, Any]:
+        pool: dict[str, Any] = {"pool_size": 10, "max_overflow": 40, "pool_timeout": BUSY_SECONDS}
+        if self.is_sqlite:
+            return {**pool, "connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False}}
+        return {**pool, "pool_pre_ping": True, "isolation_level": "READ COMMITTED"}
+
+    # ---- opening
+
+    def _open(self) -> None:
+        if self.is_sqlite:
+            path = Path(str(self.url.database))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise StoreError(f"{self.name} is a folder: give a file for the store.")
+            self._switch_to_wal()
+        else:
+            self._check_version()
+        with self.engine.connect() as connection:
+            found = self._revision(connection)
+        if found != REVISION:
+            self._migrate()
+
+    def _migrate(self) -> None:
+        with self._writing.begin() as connection:
+            if not self.is_sqlite:
+                lock(connection, "migration")
+            found = self._revision(connection)  # of whoever held the lock before
+            if found == REVISION:
+                return
+            from deep_rlhf.feedback.store.migrations import upgrade
+
+            upgrade(connection, self.name)
+
+    def _revision(self, connection: Connection) -> str | None:
+        """The migration that the store has; raises StoreError for a database of something else."""
+        names = inspect(connection).get_table_names()
+        if "alembic_version" not in names:
+            if set(names) & {"comparisons", "events", "users"}:
+                raise StoreError(f"{self.name} holds tables that are not a store's: give an empty database.")
+            return None
+        version = table("alembic_version", column("version_num"))
+        return connection.scalar(select(version.c.version_num))
+
+    def _switch_to_wal(self) -> None:
+        """Once for a file. SQLite does not wait for others here, so this does."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                connection = sqlite3.connect(str(self.url.database), timeout=BUSY_SECONDS, isolation_level=None)
+                try:
+                    mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+                finally:
+                    connection.close()
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise StoreError(f"{self.name} cannot be opened: {self._reason(error)}.") from None
+                time.sleep(0.01)
+            except sqlite3.DatabaseError as error:
+                raise StoreError(f"{self.name} cannot be opened: {self._reason(error)}.") from None
+            else:
+                if mode != "wal":
+                    raise StoreError(
+                        f"{self.name} cannot be opened: its file system has no write-ahead log for SQLite."
+                    )
+                return
+
+    def _check_version(self) -> None:
+        with self.engine.connect() as connection:
+            version = int((connection.dialect.server_version_info or (0,))[0])
+        if version < OLDEST_POSTGRESQL:
+            raise StoreError(f"{self.name} is PostgreSQL {version}: {OLDEST_POSTGRESQL} or newer is needed.")
+
+    def _reason(self, error: BaseException) -> str:
+        """The first line of what went wrong, without the password."""
+        lines = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0].rstrip(".")
+        secrets = [self.url.password, *(value for name, value in self.url.query.items() if "pass" in name.lower())]
+        for secret in secrets:
+            reason = reason.replace(str(secret), "***") if secret else reason
+        return reason
+
+
+def parse_address(address: str | Path) -> URL:
+    """A path, or an SQLAlchemy URL of SQLite or PostgreSQL. Raises UserError, without what the address holds."""
+    words = str(address)
+    if isinstance(address, Path) or "://" not in words:
+        if not words.strip():
+            raise UserError("The store needs a file, or a URL of PostgreSQL.")
+        return URL.create("sqlite", database=str(Path(words).expanduser()))
+    try:
+        url = make_url(words)
+        backend = url.get_backend_name()
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        raise UserError(
+            "The store's URL cannot be read: give postgresql+psycopg://user@host/database or a file."
+        ) from None
+    if backend == "sqlite":
+        if url.database in (None, "", ":memory:"):
+            raise UserError("A store in memory would lose labels: give a file, as in sqlite:///labels.db.")
+        return url.set(drivername="sqlite")
+    if url.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
+        return url.set(drivername="postgresql+psycopg")
+    raise UserError(f"A store is SQLite or PostgreSQL (postgresql+psycopg://…), not {url.drivername}.")
+
+
+def shown(url: URL) -> str:
+    """How the store is called in messages: no user, no password, no options."""
+    if url.get_backend_name() == "sqlite":
+        return f"The store '{url.database}'"
+    return f"The store '{url.database or ''}' on {url.host or 'this machine'}"
+
+
+def lock(connection: Session | Connection, name: str) -> None:
+    """Waits until no other transaction holds the lock of this name; the end of the transaction gives it back.
+
+    In SQLite whatever writes is alone already.
+    """
+    bind = connection.get_bind() if isinstance(connection, Session) else connection
+    if bind.dialect.name == "postgresql":
+        number = int.from_bytes(hashlib.sha256(f"deep-rlhf {name}".encode(errors="replace")).digest()[:8], signed=True)
+        connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": number})
+
+
+def _prepare_sqlite(connection: Any, record: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # the driver begins nothing: _begin_sqlite does
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _prepare_postgresql(connection: Any, record: ConnectionPoolEntry) -> None:
+    """A commit means that the label is on disk, also where the server's default is to answer before."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+        )
+    connection.commit()
+
+
+def _is_worth_repeating(error: BaseException) -> bool:
+    if isinstance(error, IntegrityError):
+        return True
+    return getattr(getattr(error, "orig", None), "sqlstate", None) in (DEADLOCK, SERIALIZATION)

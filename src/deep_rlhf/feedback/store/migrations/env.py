@@ -1,0 +1,11 @@
+"""What Alembic runs: the revisions, on the connection and in the transaction that the store hands in."""
+
+from alembic import context
+
+from deep_rlhf.feedback.store.tables import Base
+
+context.configure(
+    connection=context.config.attributes["connection"], target_metadata=Base.metadata, transactional_ddl=True
+)
+with context.begin_transaction():
+    context.run_migrations()
