@@ -13,28 +13,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
-    set_seed,
 )
 
 from deep_rlhf.algorithms.ppo import PPOTrainer
 from deep_rlhf.algorithms.ppo_config import PPOConfig
 from deep_rlhf.algorithms.reward import RewardConfig, RewardResult, train_reward_model
-from deep_rlhf.algorithms.sft import SFTConfig, train_sft
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
+from deep_rlhf.cli.world_policy import QUIET, PolicyScale, build_tokenizer, pretrain
 from deep_rlhf.data.templates import HH
-from deep_rlhf.data.world import corpus, generate_prompts, judge, sft_pairs
+from deep_rlhf.data.world import generate_prompts, judge
 from deep_rlhf.evaluation.comparison import build_samples, win_rate
 from deep_rlhf.evaluation.report import write_report
 from deep_rlhf.evaluation.reward_quality import calibration
@@ -65,13 +62,9 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(PolicyScale):
     """How much of everything; the defaults fit in four minutes on two cores."""
 
-    layers: int = 4
-    width: int = 128
-    corpus_texts: int = 1_500
-    sft_pairs: int = 8_000
     rounds: int = 2  # of comparing, fitting the reward model, and PPO
     comparisons: int = 1_200  # in each round
     updates: int = 26  # in all rounds together
@@ -170,69 +163,6 @@ def run_demo(config: DemoConfig, scale: Scale) -> dict[str, Any]:
     console.print(stages.table())
     console.print(f"Report: {report}   Model: {run.path / 'model'}   Figures: {run.path / 'summary.json'}")
     return summary
-
-
-def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE vocabulary of the world's English, with padding distinct from EOS."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1_536,
-        special_tokens=["<|endoftext|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    pairs = [HH.prompt(prompt) + HH.answer(answer) for prompt, answer in sft_pairs(4_000, seed)]
-    tokenizer.train_from_iterator(pairs, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-        pad_token="<|pad|>",
-        model_max_length=256,
-    )
-
-
-def pretrain(seed: int, scale: Scale, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    """A GPT-2 from random weights: first plain text, then answers of mixed quality."""
-    set_seed(seed)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=256,
-            n_embd=scale.width,
-            n_layer=scale.layers,
-            n_head=4,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    texts = [("", text) for text in corpus(scale.corpus_texts, seed)]
-    answers = [(HH.prompt(prompt), HH.answer(answer)) for prompt, answer in sft_pairs(scale.sft_pairs, seed)]
-    for examples in (texts, answers):
-        with TemporaryDirectory() as folder:
-            train_sft(
-                SFTConfig(
-                    output_dir=folder,
-                    per_device_train_batch_size=16,
-                    num_train_epochs=1,
-                    learning_rate=3e-3,
-                    adam_beta2=0.98,
-                    lr_scheduler_type="cosine",
-                    warmup_steps=20,
-                    seed=seed,
-                    **QUIET,
-                ),
-                model,
-                tokenizer,
-                examples,
-            )
-    return model
 
 
 def compare_answers(
@@ -347,9 +277,6 @@ def mean(values: list[float]) -> float:
 
 def mean_tokens(tokenizer: PreTrainedTokenizerFast, answers: list[str]) -> float:
     return mean([float(len(row)) for row in tokenizer(answers).input_ids])
-
-
-QUIET: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
 
 
 class Stages:

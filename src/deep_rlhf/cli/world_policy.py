@@ -1,0 +1,145 @@
+"""The small policy of the embedded world, from random weights: what the demo begins with and `teach` lets people teach.
+
+It speaks the world's English and answers well or badly, for nobody has told it yet what people like. Made in a minute
+or two on two cores; `cached_world_policy` makes it once and keeps it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
+
+from deep_rlhf.algorithms.sft import SFTConfig, train_sft
+from deep_rlhf.data.templates import HH
+from deep_rlhf.data.world import corpus, sft_pairs
+from deep_rlhf.types import UserError
+
+QUIET: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
+RECIPE = 1  # to be raised whenever the same texts and sizes would give another policy
+
+
+@dataclass(frozen=True)
+class PolicyScale:
+    """How large the policy is, and how much it reads."""
+
+    layers: int = 4
+    width: int = 128
+    corpus_texts: int = 1_500
+    sft_pairs: int = 8_000
+
+
+def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE vocabulary of the world's English, with padding distinct from EOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1_536,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pairs = [HH.prompt(prompt) + HH.answer(answer) for prompt, answer in sft_pairs(4_000, seed)]
+    tokenizer.train_from_iterator(pairs, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        model_max_length=256,
+    )
+
+
+def pretrain(seed: int, scale: PolicyScale, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """A GPT-2 from random weights: first plain text, then answers of mixed quality."""
+    set_seed(seed)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=256,
+            n_embd=scale.width,
+            n_layer=scale.layers,
+            n_head=4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    texts = [("", text) for text in corpus(scale.corpus_texts, seed)]
+    answers = [(HH.prompt(prompt), HH.answer(answer)) for prompt, answer in sft_pairs(scale.sft_pairs, seed)]
+    for examples in (texts, answers):
+        with TemporaryDirectory() as folder:
+            train_sft(
+                SFTConfig(
+                    output_dir=folder,
+                    per_device_train_batch_size=16,
+                    num_train_epochs=1,
+                    learning_rate=3e-3,
+                    adam_beta2=0.98,
+                    lr_scheduler_type="cosine",
+                    warmup_steps=20,
+                    seed=seed,
+                    **QUIET,
+                ),
+                model,
+                tokenizer,
+                examples,
+            )
+    return model
+
+
+def cached_world_policy(seed: int = 1, scale: PolicyScale | None = None) -> Path:
+    """The folder of the world's policy and tokenizer, as plain transformers opens it; made if it is not there yet.
+
+    It lies under $XDG_CACHE_HOME (~/.cache) in deep-rlhf/, in a name that tells what it was made from, and appears only
+    when it is whole. Raises UserError if the folder cannot be written.
+    """
+    scale = scale or PolicyScale()
+    folder = world_policy_folder(seed, scale)
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"The policy cannot be kept in '{folder.parent}' ({error.strerror}): set XDG_CACHE_HOME to a folder that"
+            " can be written, or give --model."
+        ) from error
+    try:
+        tokenizer = build_tokenizer(seed)
+        pretrain(seed, scale, tokenizer).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        os.rename(temporary, folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another process was faster, and its policy is the same
+            raise UserError(f"The policy cannot be kept in '{folder.parent}' ({error.strerror}): make room.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def world_policy_folder(seed: int = 1, scale: PolicyScale | None = None) -> Path:
+    """Where `cached_world_policy` keeps it, whether it is there or not."""
+    scale = scale or PolicyScale()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    root = Path(cache) if cache else Path.home() / ".cache"
+    made_from = {
+        "recipe": RECIPE,
+        "seed": seed,
+        "scale": dataclasses.asdict(scale),
+        "texts": [corpus(scale.corpus_texts, seed), sft_pairs(scale.sft_pairs, seed)],
+    }
+    fingerprint = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+    return root / "deep-rlhf" / f"world-policy-{fingerprint}"
