@@ -6,7 +6,6 @@ before it reads and never fails half-way. PostgreSQL 15+: READ COMMITTED; the fu
 
 import hashlib
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +21,12 @@ from sqlalchemy.exc import (
     OperationalError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql import column
 
 from deep_rlhf.feedback.store.errors import StoreError, Unavailable
 from deep_rlhf.feedback.store.tables import REVISION
+from deep_rlhf.feedback.store.together import TogetherWriter
 from deep_rlhf.types import UserError
 
 T = TypeVar("T")
@@ -35,6 +34,7 @@ T = TypeVar("T")
 BUSY_SECONDS = 30.0  # how long a process waits for another one's transaction
 OLDEST_POSTGRESQL = 15
 ATTEMPTS = 5  # for a transaction that met another one: a deadlock, or one and the same token sent twice at once
+LOCK, LOCK_SHARED = (text(f"SELECT pg_advisory_xact_lock{kind}(:number)") for kind in ("", "_shared"))
 DEADLOCK, SERIALIZATION = "40P01", "40001"
 
 
@@ -45,8 +45,6 @@ class Database:
         self.url = parse_address(address)
         self.name = shown(self.url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        # SQLite lets a waiting writer sleep ever longer; threads of one process queue here instead, and lose no time.
-        self._turn = threading.Lock() if self.is_sqlite else None
         try:
             self.engine = create_engine(self.url, hide_parameters=True, **self._options())
         except (ImportError, TypeError, ValueError, ArgumentError) as error:
@@ -57,6 +55,8 @@ class Database:
         else:
             event.listen(self.engine, "connect", _prepare_postgresql)
         self._writing = self.engine.execution_options(writes=True)
+        # SQLite has one writer at a time, and lets the others sleep ever longer: threads of one process queue here.
+        self._together = TogetherWriter(self._writing) if self.is_sqlite else None
         try:
             self._open()
         except (OperationalError, InterfaceError, OSError) as error:
@@ -66,37 +66,42 @@ class Database:
             self.engine.dispose()
             raise
 
-    def read(self, work: Callable[[Session], T]) -> T:
+    def read(self, work: Callable[[Connection], T]) -> T:
         """What `work` returns; it only reads. Raises Unavailable if the database does not answer."""
-        return self._run(work, self.engine)
 
-    def write(self, work: Callable[[Session], T]) -> T:
+        def transaction() -> T:
+            with self.engine.begin() as connection:
+                return work(connection)
+
+        return self._told(transaction)
+
+    def write(self, work: Callable[[Connection], T]) -> T:
         """What `work` returns, after its changes were committed; runs it again if another transaction was in the way.
 
         Raises Unavailable if the database does not answer.
         """
         for _ in range(ATTEMPTS - 1):
             try:
-                return self._in_turn(work)
+                return self._told(lambda: self._write(work))
             except DBAPIError as error:
                 if not _is_worth_repeating(error):
                     raise
-        return self._in_turn(work)
+        return self._told(lambda: self._write(work))
 
     def close(self) -> None:
         """Closes every connection."""
         self.engine.dispose()
 
-    def _in_turn(self, work: Callable[[Session], T]) -> T:
-        if self._turn is None:
-            return self._run(work, self._writing)
-        with self._turn:
-            return self._run(work, self._writing)
+    def _write(self, work: Callable[[Connection], T]) -> T:
+        if self._together is not None:
+            return self._together.write(work)
+        with self._writing.begin() as connection:
+            return work(connection)
 
-    def _run(self, work: Callable[[Session], T], engine: Any) -> T:
+    def _told(self, transaction: Callable[[], T]) -> T:
+        """A database that does not answer becomes one sentence."""
         try:
-            with Session(engine, autoflush=False, expire_on_commit=False) as session, session.begin():
-                return work(session)
+            return transaction()
         except (OperationalError, InterfaceError, PoolTimeoutError) as error:
             if _is_worth_repeating(error):
                 raise
@@ -216,15 +221,15 @@ def shown(url: URL) -> str:
     return f"The store '{url.database or ''}' on {url.host or 'this machine'}"
 
 
-def lock(connection: Session | Connection, name: str) -> None:
+def lock(connection: Connection, name: str, *, shared: bool = False) -> None:
     """Waits until no other transaction holds the lock of this name; the end of the transaction gives it back.
 
-    In SQLite whatever writes is alone already.
+    Several may hold it `shared`. In SQLite whatever writes is alone already.
     """
-    bind = connection.get_bind() if isinstance(connection, Session) else connection
-    if bind.dialect.name == "postgresql":
-        number = int.from_bytes(hashlib.sha256(f"deep-rlhf {name}".encode(errors="replace")).digest()[:8], signed=True)
-        connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": number})
+    if connection.dialect.name == "postgresql":
+        digest = hashlib.sha256(f"deep-rlhf {name}".encode(errors="replace")).digest()
+        number = int.from_bytes(digest[:8], "big", signed=True)
+        connection.execute(LOCK_SHARED if shared else LOCK, {"number": number})
 
 
 def _prepare_sqlite(connection: Any, record: ConnectionPoolEntry) -> None:

@@ -1,18 +1,16 @@
 """From records to rows and back, and what both sides of the store need of the tables."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, exists, literal_column, or_, select
+from sqlalchemy import ColumnElement, Connection, RowMapping, Table, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.orm import Session, aliased
 
 from deep_rlhf.feedback.records import Comparison, Label
-from deep_rlhf.feedback.store.tables import Base, ComparisonRow, EventRow, LeaseRow
+from deep_rlhf.feedback.store.statements import EFFECTIVE, C, E
 
-LONGEST_NAME = 200  # characters of a person's name or of a token
 # Asked for their label; the other reasons measure people or the policy.
 LABEL_REASONS = ("initial", "random", "variance", "information")
 
@@ -22,11 +20,11 @@ def comparison_values(comparison: Comparison, now: datetime) -> dict[str, Any]:
     return {
         "key": uuid4().hex,
         "prompt": comparison.prompt,
-        "answers": list(comparison.answers),
+        "answers": comparison.answers,
         "why_selected": comparison.why_selected,
         "policy_version": comparison.policy_version,
         "reward_version": comparison.reward_version,
-        "writers": list(comparison.writers),
+        "writers": comparison.writers,
         "predicted": comparison.predicted,
         "priority": comparison.priority,
         "overlap": comparison.overlap,
@@ -34,83 +32,62 @@ def comparison_values(comparison: Comparison, now: datetime) -> dict[str, Any]:
         "repeat_of": comparison.repeat_of,
         "created": now,
         "open_slots": comparison.overlap,
+        "withdrawn": False,
     }
 
 
-def comparison_of(row: ComparisonRow) -> Comparison:
-    """The record."""
+def comparison_of(row: RowMapping) -> Comparison:
+    """The record of a row of comparisons, which may have columns of other tables too."""
     return Comparison(
-        prompt=row.prompt,
-        answers=tuple(row.answers),
-        why_selected=row.why_selected,  # type: ignore[arg-type]
-        policy_version=row.policy_version,
-        reward_version=row.reward_version,
-        writers=tuple(row.writers),
-        predicted=row.predicted,
-        priority=row.priority,
-        overlap=row.overlap,
-        expected=row.expected,  # type: ignore[arg-type]
-        repeat_of=row.repeat_of,
+        prompt=row[C.c.prompt],
+        answers=tuple(row[C.c.answers]),
+        why_selected=row[C.c.why_selected],
+        policy_version=row[C.c.policy_version],
+        reward_version=row[C.c.reward_version],
+        writers=tuple(row[C.c.writers]),
+        predicted=row[C.c.predicted],
+        priority=row[C.c.priority],
+        overlap=row[C.c.overlap],
+        expected=row[C.c.expected],
+        repeat_of=row[C.c.repeat_of],
     )
 
 
-def label_of(event: EventRow, row: ComparisonRow) -> Label:
-    """The record of an answer."""
+def label_of(row: RowMapping) -> Label:
+    """The record of an answer, from a row of events and comparisons."""
     return Label(
-        event_id=event.id,
-        comparison_id=row.id,
+        event_id=row[E.c.id],
+        comparison_id=row[C.c.id],
         comparison=comparison_of(row),
-        annotator=event.annotator,
-        choice=event.choice,  # type: ignore[arg-type]
-        ranks=None if event.ranks is None else tuple(event.ranks),
-        strength=event.strength,
-        shown_order=tuple(event.shown_order or ()),
-        seconds=event.seconds,
-        created=event.created,
+        annotator=row[E.c.annotator],
+        choice=row[E.c.choice],
+        ranks=None if row[E.c.ranks] is None else tuple(row[E.c.ranks]),
+        strength=row[E.c.strength],
+        shown_order=tuple(row[E.c.shown_order]),
+        seconds=row[E.c.seconds],
+        created=row[E.c.created],
     )
 
 
-def is_effective() -> ColumnElement[bool]:
-    """The condition on an event: an answer that was not undone."""
-    undo = aliased(EventRow)
-    return (EventRow.kind == "answer") & ~exists().where(undo.undoes == EventRow.id)
-
-
-def effective_answers(session: Session, after: int = 0) -> list[tuple[EventRow, ComparisonRow]]:
+def effective_answers(db: Connection, after: int, until: int) -> Iterator[RowMapping]:
     """Answers that count, with their comparisons, in order."""
-    found = session.execute(
-        select(EventRow, ComparisonRow)
-        .join(ComparisonRow, ComparisonRow.id == EventRow.comparison_id)
-        .where(is_effective(), EventRow.id > after)
-        .order_by(EventRow.id)
-    )
-    return [(event, row) for event, row in found]
-
-
-def is_held() -> ColumnElement[bool]:
-    """The condition on a lease that somebody holds; a literal, so that the partial index is used."""
-    return LeaseRow.state == literal_column("'held'")
+    query = select(E, C).join(C, C.c.id == E.c.comparison_id).where(EFFECTIVE, E.c.id > after, E.c.id <= until)
+    return iter(db.execute(query.order_by(E.c.id)).mappings())
 
 
 def for_label(reasons: Collection[str] = LABEL_REASONS) -> ColumnElement[bool]:
     """The condition on a comparison that it is asked for one of these reasons."""
-    return ComparisonRow.why_selected.in_(list(reasons))
+    return C.c.why_selected.in_(list(reasons))
 
 
 def tells_something() -> ColumnElement[bool]:
     """The condition on an answer that it is not "can't tell"."""
-    return or_(EventRow.choice.is_(None), EventRow.choice != "cant_tell")
+    return or_(E.c.choice.is_(None), E.c.choice != "cant_tell")
 
 
-def upsert(
-    session: Session,
-    table: type[Base],
-    values: Sequence[dict[str, Any]],
-    key: Collection[str],
-    keep: Collection[str] = (),
-) -> Any:
-    """An INSERT that updates a row which has the same key, in every column but those to keep."""
-    insert = (postgresql if session.get_bind().dialect.name == "postgresql" else sqlite).insert
-    statement = insert(table).values(list(values))
-    changed = {name: statement.excluded[name] for name in values[0] if name not in (*key, *keep)}
-    return statement.on_conflict_do_update(index_elements=list(key), set_=changed)
+def upsert(db: Connection, table: Table, values: dict[str, Any]) -> None:
+    """Inserts a row, or updates every column of the one that has the same primary key."""
+    statement = (postgresql if db.dialect.name == "postgresql" else sqlite).insert(table).values(values)
+    key = [column.name for column in table.primary_key]
+    changed = {name: statement.excluded[name] for name in values if name not in key}
+    db.execute(statement.on_conflict_do_update(index_elements=key, set_=changed))

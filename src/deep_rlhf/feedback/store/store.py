@@ -69,19 +69,20 @@ class Store:
 
     def add(self, comparisons: Sequence[Comparison]) -> list[int]:
         """Adds questions; returns their ids in order."""
-        return self._database.write(lambda session: trainer_side.add(session, comparisons, self._clock()))
+        return self._database.write(lambda db: trainer_side.add(db, comparisons, self._clock()))
 
     def withdraw(self, *, older_than_policy: int) -> int:
         """Stops asking label questions of older policies that nobody answered or holds; returns how many."""
-        return self._database.write(lambda session: trainer_side.withdraw(session, older_than_policy, self._clock()))
+        return self._database.write(lambda db: trainer_side.withdraw(db, older_than_policy, self._clock()))
 
     def waiting(self, reasons: Collection[str] | None = None) -> int:
         """Questions that somebody could be asked now; only those asked for one of `reasons`, if given."""
-        return self._database.read(lambda session: trainer_side.waiting(session, reasons, self._clock()))
+        return self._database.read(lambda db: trainer_side.waiting(db, reasons, self._clock()))
 
-    def labels(self, *, after: int = 0) -> list[Label]:
-        """Answers that count with event id > `after`, in order. What was undone since is left out."""
-        return self._database.read(lambda session: trainer_side.labels(session, after))
+    def labels(self, *, after: int = 0, until: int | None = None) -> list[Label]:
+        """Answers that count with event id > `after` (and ≤ `until`), in order. What was undone since is left out."""
+        last = self.last_event() if until is None else until
+        return self._database.read(lambda db: trainer_side.labels(db, after, last))
 
     def label_count(self) -> int:
         """Answers that carry a label for training: not can't tell, nor gold, repeated and win-rate questions."""
@@ -91,29 +92,30 @@ class Store:
         """Id of the newest event of any kind, 0 if there is none. Nothing below it can still appear."""
         return self._database.read(trainer_side.last_event)
 
-    def undone(self, *, after: int) -> list[int]:
-        """Event ids of answers that were taken back by an undo with event id > `after`."""
-        return self._database.read(lambda session: trainer_side.undone(session, after))
+    def undone(self, *, after: int, until: int | None = None) -> list[int]:
+        """Event ids of answers that were taken back by an undo with event id > `after` (and ≤ `until`)."""
+        last = self.last_event() if until is None else until
+        return self._database.read(lambda db: trainer_side.undone(db, after, last))
 
     def add_version(self, version: Version) -> None:
         """Adds a version; the same kind and number again replaces it."""
-        self._database.write(lambda session: trainer_side.add_version(session, version, self._clock()))
+        self._database.write(lambda db: trainer_side.add_version(db, version, self._clock()))
 
     def versions(self, kind: Literal["policy", "reward"]) -> list[Version]:
         """All versions of this kind by number."""
-        return self._database.read(lambda session: trainer_side.versions(session, kind))
+        return self._database.read(lambda db: trainer_side.versions(db, kind))
 
     def add_metrics(self, rows: Sequence[Row]) -> None:
         """Adds rows of metrics: JSON objects. A number that is not finite becomes null."""
-        self._database.write(lambda session: trainer_side.add_metrics(session, rows))
+        self._database.write(lambda db: trainer_side.add_metrics(db, rows))
 
     def metrics(self, *, after: int = 0) -> list[Row]:
         """Rows with id > `after`, each with its "id"."""
-        return self._database.read(lambda session: trainer_side.metrics(session, after))
+        return self._database.read(lambda db: trainer_side.metrics(db, after))
 
     def add_samples(self, policy_version: int, rows: Sequence[tuple[str, str]]) -> None:
         """Sets what a version of the policy answers to the fixed prompts: (prompt, answer) pairs."""
-        self._database.write(lambda session: trainer_side.add_samples(session, policy_version, rows))
+        self._database.write(lambda db: trainer_side.add_samples(db, policy_version, rows))
 
     def samples(self) -> dict[int, list[tuple[str, str]]]:
         """The fixed prompts as each version answers them."""
@@ -121,7 +123,7 @@ class Store:
 
     def add_alarm(self, alarm: Alarm) -> None:
         """Adds an alarm."""
-        self._database.write(lambda session: trainer_side.add_alarm(session, alarm, self._clock()))
+        self._database.write(lambda db: trainer_side.add_alarm(db, alarm, self._clock()))
 
     def alarms(self) -> list[Alarm]:
         """All alarms, the oldest first."""
@@ -129,7 +131,7 @@ class Store:
 
     def set_annotators(self, figures: Sequence[AnnotatorFigures]) -> None:
         """Replaces the figures of the annotators by those of the latest fit."""
-        self._database.write(lambda session: trainer_side.set_annotators(session, figures))
+        self._database.write(lambda db: trainer_side.set_annotators(db, figures))
 
     def annotators(self) -> list[AnnotatorFigures]:
         """The latest figures of the annotators."""
@@ -137,11 +139,11 @@ class Store:
 
     def put(self, name: str, value: Any) -> None:
         """Keeps a small JSON value under a name."""
-        self._database.write(lambda session: trainer_side.put(session, name, value))
+        self._database.write(lambda db: trainer_side.put(db, name, value))
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value under a name, `default` if none was ever put there."""
-        return self._database.read(lambda session: trainer_side.get(session, name, default))
+        return self._database.read(lambda db: trainer_side.get(db, name, default))
 
     # ---- the people's side
 
@@ -150,11 +152,11 @@ class Store:
 
         Never one that he answered or skipped; a repeat only if he answered the original.
         """
-        found = self._database.write(lambda session: asking.ask(session, annotator, count, self._terms()))
+        found = self._database.write(lambda db: asking.ask(db, annotator, count, self._terms()))
         if found or self._database.is_sqlite:
             return found
         # Nothing was free that another transaction had not just locked: wait for what it leaves.
-        return self._database.write(lambda session: asking.ask(session, annotator, count, self._terms(), patient=True))
+        return self._database.write(lambda db: asking.ask(db, annotator, count, self._terms(), patient=True))
 
     def answer(
         self,
@@ -174,44 +176,40 @@ class Store:
         person answered it before, or never got it.
         """
         given = Given(choice, None if ranks is None else tuple(ranks), strength, seconds)
-        return self._database.write(
-            lambda session: asking.answer(session, comparison_id, annotator, token, given, self._terms())
-        )
+        return self._database.write(lambda db: asking.answer(db, comparison_id, annotator, token, given, self._terms()))
 
     def skip(self, comparison_id: int, annotator: str, *, token: str) -> int:
         """Gives the question back, never to be put to this person again; returns the event id. Raises as `answer`."""
-        return self._database.write(
-            lambda session: asking.skip(session, comparison_id, annotator, token, self._terms())
-        )
+        return self._database.write(lambda db: asking.skip(db, comparison_id, annotator, token, self._terms()))
 
     def undo(self, annotator: str, *, token: str) -> int | None:
         """Takes back this person's newest answer that counts, and leases its question to him again.
 
         Returns the comparison's id, None if there is nothing to take back.
         """
-        return self._database.write(lambda session: asking.undo(session, annotator, token, self._terms()))
+        return self._database.write(lambda db: asking.undo(db, annotator, token, self._terms()))
 
     def release(self, annotator: str) -> None:
         """Gives back every question that this person holds."""
-        self._database.write(lambda session: asking.release(session, annotator))
+        self._database.write(lambda db: asking.release(db, annotator))
 
     def answered(self, annotator: str) -> int:
         """Answers of this person that count."""
-        return self._database.read(lambda session: asking.answered(session, annotator))
+        return self._database.read(lambda db: asking.answered(db, annotator))
 
     def pace(self, annotator: str) -> float | None:
         """Median seconds of this person's last hundred answers, None before the first."""
-        return self._database.read(lambda session: asking.pace(session, annotator))
+        return self._database.read(lambda db: asking.pace(db, annotator))
 
     # ---- accounts
 
     def add_user(self, name: str, role: Role, password_hash: str) -> None:
         """Adds an account; raises StoreError if the name is taken."""
-        self._database.write(lambda session: accounts.add_user(session, name, role, password_hash, self._clock()))
+        self._database.write(lambda db: accounts.add_user(db, name, role, password_hash, self._clock()))
 
     def user(self, name: str) -> User | None:
         """The account of this name."""
-        return self._database.read(lambda session: accounts.user(session, name))
+        return self._database.read(lambda db: accounts.user(db, name))
 
     def users(self) -> list[User]:
         """All accounts by name."""
@@ -219,12 +217,12 @@ class Store:
 
     def add_login(self, token_hash: str, name: str, expires: datetime) -> None:
         """A browser of this user holds the token with this hash until then."""
-        self._database.write(lambda session: accounts.add_login(session, token_hash, name, expires, self._clock()))
+        self._database.write(lambda db: accounts.add_login(db, token_hash, name, expires, self._clock()))
 
     def login(self, token_hash: str) -> User | None:
         """Whose token has this hash; None if nobody's, or no longer."""
-        return self._database.read(lambda session: accounts.login(session, token_hash, self._clock()))
+        return self._database.read(lambda db: accounts.login(db, token_hash, self._clock()))
 
     def remove_login(self, token_hash: str) -> None:
         """Forgets the token with this hash."""
-        self._database.write(lambda session: accounts.remove_login(session, token_hash))
+        self._database.write(lambda db: accounts.remove_login(db, token_hash))

@@ -1,0 +1,109 @@
+"""The statements of asking and answering, built once: to build them anew would take longer than the database does.
+
+Those with FOR UPDATE lock in PostgreSQL; SQLite leaves the words out, for there whatever writes is alone.
+"""
+
+from typing import Any, cast
+
+from sqlalchemy import Table, and_, bindparam, exists, func, insert, literal_column, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from deep_rlhf.feedback.store.tables import Base, ComparisonRow, EventRow, LeaseRow, may_be_asked
+
+
+def table_of(row: type[Base]) -> Table:
+    """The table of a mapped class."""
+    return cast(Table, row.__table__)
+
+
+C, L, E = table_of(ComparisonRow), table_of(LeaseRow), table_of(EventRow)
+HELD = L.c.state == literal_column("'held'")  # a literal, so that the partial index is used
+PERSON: Any = bindparam("person")
+NUMBER: Any = bindparam("number")
+NUMBERS: Any = bindparam("numbers", expanding=True)
+UNTIL: Any = bindparam("until")
+
+RENEW = update(L).where(L.c.annotator == PERSON, HELD).values(leased_until=UNTIL).returning(L.c.comparison_id)
+
+OF_LEASES = (
+    select(C, L.c.shown_order)
+    .join(L, L.c.comparison_id == C.c.id)
+    .where(L.c.annotator == PERSON, C.c.id.in_(NUMBERS))
+    .order_by(L.c.leased_at, C.c.priority.desc(), C.c.id)
+)
+
+EXPIRED = (
+    select(C.c.id)
+    .where(C.c.id.in_(select(L.c.comparison_id).where(HELD, L.c.leased_until < bindparam("now"))))
+    .order_by(C.c.id)
+    .with_for_update(skip_locked=True)
+)
+END_EXPIRED = (
+    update(L).where(L.c.comparison_id == NUMBER, HELD, L.c.leased_until < bindparam("now")).values(state="released")
+)
+
+HELD_BY = (
+    select(C.c.id)
+    .where(C.c.id.in_(select(L.c.comparison_id).where(L.c.annotator == PERSON, HELD)))
+    .order_by(C.c.id)
+    .with_for_update()
+)
+END_HELD_BY = update(L).where(L.c.comparison_id == NUMBER, HELD, L.c.annotator == PERSON).values(state="released")
+
+
+def _next() -> Any:
+    """The next questions by priority that this person never answered, skipped or holds.
+
+    A repeat goes only to somebody who answered the original.
+    """
+    mine, original = L.alias(), L.alias()
+    had = exists().where(
+        mine.c.comparison_id == C.c.id,
+        mine.c.annotator == PERSON,
+        mine.c.state.in_([literal_column(f"'{state}'") for state in ("held", "answered", "skipped")]),
+    )
+    answered = exists().where(
+        original.c.comparison_id == C.c.repeat_of,
+        original.c.annotator == PERSON,
+        original.c.state == literal_column("'answered'"),
+    )
+    return (
+        select(C)
+        .where(may_be_asked(), ~had, or_(C.c.repeat_of.is_(None), answered))
+        .order_by(C.c.priority.desc(), C.c.id)
+        .limit(bindparam("count"))
+    )
+
+
+NEXT_FREE = _next().with_for_update(of=C, skip_locked=True)  # passes over what others have locked
+NEXT = _next().with_for_update(of=C)
+
+LEND = {
+    name: dialect.insert(L)
+    .on_conflict_do_update(
+        index_elements=["comparison_id", "annotator"],
+        set_={name: dialect.insert(L).excluded[name] for name in ("state", "leased_at", "leased_until")},
+    )
+    .returning(L.c.shown_order)
+    for name, dialect in (("sqlite", sqlite), ("postgresql", postgresql))
+}
+
+CHANGE_SLOTS = update(C).where(C.c.id.in_(NUMBERS)).values(open_slots=C.c.open_slots + bindparam("by"))
+LOCK_QUESTION = select(C).where(C.c.id == NUMBER).with_for_update()
+LOCK_LEASE = select(L).where(L.c.comparison_id == NUMBER, L.c.annotator == PERSON).with_for_update()
+END_LEASE = update(L).where(L.c.comparison_id == NUMBER, L.c.annotator == PERSON).values(state=bindparam("new_state"))
+HOLD_AGAIN = (
+    update(L).where(L.c.comparison_id == NUMBER, L.c.annotator == PERSON).values(state="held", leased_until=UNTIL)
+)
+ANSWERED = select(func.count()).select_from(L).where(L.c.annotator == PERSON, L.c.state == "answered")
+
+_undo = E.alias()
+EFFECTIVE = and_(E.c.kind == "answer", ~exists().where(_undo.c.undoes == E.c.id))
+BY_TOKEN = select(E).where(E.c.token == bindparam("sent_token"))
+NEWEST = (
+    select(E.c.id, E.c.comparison_id, E.c.seconds)
+    .where(E.c.annotator == PERSON, E.c.imported.is_(False), EFFECTIVE)
+    .order_by(E.c.id.desc())
+    .limit(bindparam("count"))
+)
+RECORD = insert(E).returning(E.c.id)
