@@ -1,0 +1,402 @@
+"""The reward-model ensemble between refits (Christiano et al. 2017, §2.2.3): it goes on from what it was.
+
+A refit starts from the last weights, reads what is new and as many older pairs again, and leaves every pair in the bags
+it was in. The strength of L2 is adapted from refit to refit so that out-of-bag loss stays 1.1 to 1.5 times the training
+loss. L2 is decoupled from the gradient (Loshchilov & Hutter 2019), so that its strength is not scaled away by Adam, and
+draws the trunk to the weights it began with, the heads to zero: drawn to zero, a trunk would forget its language
+(Li et al. 2018, "L2-SP").
+
+Where it departs from the paper: the members share a trunk, which has seen every pair through some member, so out-of-bag
+figures are optimistic. Honest ones are those of `Fitted.accuracy`: every pair was predicted before it was learned from.
+"""
+
+import copy
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
+
+from deep_rlhf.algorithms.reward import out_of_bag_accuracy, pair_features
+from deep_rlhf.algorithms.reward_config import RewardConfig
+from deep_rlhf.algorithms.reward_trainer import Features, RewardTrainer, accuracy, label_noise_of, told_noise
+from deep_rlhf.models.load import disable_dropout
+from deep_rlhf.models.reward import RewardModel, has_reward_head, init_reward_head, render, reward_head
+from deep_rlhf.ops.preference import bradley_terry_loss
+from deep_rlhf.ops.queries import preferred_probability
+from deep_rlhf.types import Preference, UserError
+
+CARD = "fit.json"
+BASE = "base.safetensors"
+NORMALISATION_ANSWERS = 512
+RECENT_PREDICTIONS = 200  # of each arm, whose accuracy is told
+CHOSEN = ("variance", "information")  # reasons of a question that was chosen
+LEAST_DECAY, MOST_DECAY = 1.0, 2000.0
+FASTEST = 3.0  # change of the weight decay from one refit to the next
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefitSettings:
+    """What stays the same from refit to refit. Raises UserError for a value out of range."""
+
+    members: int = 4  # Coste et al. 2023: 4 to 5 suffice
+    template: str = "hh"
+    max_length: int = 512
+    seed: int = 0  # of the heads, the bags and the order
+    learning_rate: float = 5e-4  # of the demo's small model; 1e-5 for a pretrained one
+    batch_size: int = 16
+    least_pairs: int = 256  # to go over in a refit, new and old, while no pair is met more than three times
+    most_labels: int = 3000  # the newest (Christiano et al. 2017, A.2)
+    label_noise: float = 0.1  # the floor: nobody errs less
+    weight_decay: float = 20.0  # of the first refit; a step draws by learning rate × this
+    ratio: tuple[float, float] = (1.1, 1.5)  # of out-of-bag to training loss
+
+    def __post_init__(self) -> None:
+        if self.members < 2:
+            raise UserError(f"Out-of-bag loss takes an ensemble of at least 2 members, not {self.members}.")
+        if not 1 <= self.ratio[0] < self.ratio[1]:
+            raise UserError(f"The ratio of the losses must be kept between two numbers from 1 on, not {self.ratio}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """What a refit gives. `model` shares its weights with the fit: the next refit changes them."""
+
+    model: RewardModel  # each member with mean 0 and standard deviation 1 on recent answers
+    labels: int  # pairs that it has learned from, the newest `most_labels`
+    too_long: int  # pairs that were left out
+    train_loss: float  # mean per pair of a member's bag, mean of the members
+    oob_loss: float  # the same outside its bag
+    ratio: float
+    weight_decay: float  # of this refit
+    oob_accuracy: list[float]  # of each member
+    accuracy: dict[str, float | None]  # of predictions before learning: "all", "chosen", "random"; None: none were made
+    predictions: dict[str, float]  # id of a preference -> P(a is better), by the members that did not learn from it
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What a fit remembers beside its weights; `fit.json`."""
+
+    weight_decay: float
+    refits: int = 0
+    # id of a preference -> what was predicted before it was learned from, None at the first fit
+    predicted: dict[str, float | None] = field(default_factory=dict)
+    # of each refit but the first: labels learned from before, accuracy on the new ones, and how many these were
+    history: list[tuple[int, float, int]] = field(default_factory=list)
+
+
+class RewardFit:
+    """An ensemble that is fitted again and again, in one process or, through `save` and `load`, in several."""
+
+    def __init__(
+        self,
+        classifier: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: RefitSettings,
+        *,
+        base: Mapping[str, Tensor] | None = None,
+        progress: _Progress | None = None,
+    ) -> None:
+        """`classifier`: with one label per member, changed in place; fresh heads are drawn if it has none.
+
+        Raises UserError if its labels are not as many as the members.
+        """
+        if classifier.config.num_labels != settings.members:
+            heads = classifier.config.num_labels
+            raise UserError(f"The model has {heads} heads, not one for each of {settings.members} members.")
+        self.settings = settings
+        self.model = RewardModel(  # with its own copy of the tokenizer
+            disable_dropout(classifier), tokenizer, template=settings.template, max_length=settings.max_length
+        )
+        classifier.config.use_cache = False  # keys and values of a text that is never continued
+        if not has_reward_head(classifier.config):
+            with torch.random.fork_rng():
+                torch.manual_seed(settings.seed)
+                init_reward_head(classifier)
+        self.base = dict(base) if base else _base(classifier)
+        self.progress = progress or _Progress(weight_decay=settings.weight_decay)
+
+    # ---- between processes
+
+    def save(self, folder: str | Path) -> None:
+        """The plain folder of a RewardModel, with the weights that L2 draws to and `fit.json` beside it."""
+        self.model.save(folder)
+        save_file({name: tensor.contiguous() for name, tensor in self.base.items()}, Path(folder) / BASE)
+        card = {"settings": asdict(self.settings), "progress": asdict(self.progress)}
+        (Path(folder) / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "RewardFit":
+        """As it was saved. Raises UserError if it cannot be read."""
+        model = RewardModel.load(folder)
+        try:
+            card = json.loads((Path(folder) / CARD).read_text(encoding="utf-8"))
+            settings = RefitSettings(**card["settings"] | {"ratio": tuple(card["settings"]["ratio"])})
+            history = [(int(labels), float(share), int(pairs)) for labels, share, pairs in card["progress"]["history"]]
+            progress = _Progress(**card["progress"] | {"history": history})
+            base = load_file(Path(folder) / BASE)
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise UserError(f"'{folder}' is no reward model that can be fitted again: {error}.") from error
+        fit = cls(model.model, model.tokenizer, settings, base=base, progress=progress)
+        fit.model.mean, fit.model.std, fit.model.metrics = model.mean, model.std, model.metrics
+        return fit
+
+    # ---- the refit
+
+    def fit(
+        self,
+        preferences: Sequence[Preference],
+        *,
+        noise: Mapping[str, float] | None = None,
+        arms: Mapping[str, str] | None = None,
+        recent: Sequence[tuple[str, str]] | None = None,
+    ) -> Fitted:
+        """Learns from all preferences so far, in the order in which they were given.
+
+        noise: error rate by annotator, where it is known; the floor otherwise. arms: by a preference's id, why it was
+        asked (`Comparison.why_selected`). recent: prompts and answers of the current policy, to normalise on; those of
+        the newest pairs otherwise. Raises UserError if no pair is left. The caller's random numbers are not touched.
+        """
+        started = time.perf_counter()
+        with TemporaryDirectory() as folder, _kept_randomness():
+            config = self._config(folder)
+            pairs, features, too_long = self._features(preferences, noise or {}, config)
+            new = [row for row, pair in enumerate(pairs) if pair.id not in self.progress.predicted]
+            self._predict(pairs, features, new, config)
+            rows = self._rows(len(pairs), new)
+            weight_decay = self.progress.weight_decay
+            trainer = self._trainer([features[row] for row in rows], config)
+            pull = _Pull(self.model.model, self.base, weight_decay)
+            trainer.add_callback(pull)
+            trainer.train()
+            rewards = trainer.rewards(features)
+        weights = torch.tensor([pair.weight for pair in pairs])
+        train_loss, oob_loss = bag_losses(rewards, features, weights, self.settings.label_noise)
+        ratio = oob_loss / train_loss
+        self.progress.weight_decay = adapted(weight_decay, ratio, self.settings.ratio)
+        self.progress.refits += 1
+        self._normalise(rewards, recent)
+        self.model.model.eval()
+        return Fitted(
+            model=self.model,
+            labels=len(pairs),
+            too_long=too_long,
+            train_loss=train_loss,
+            oob_loss=oob_loss,
+            ratio=ratio,
+            weight_decay=weight_decay,
+            oob_accuracy=out_of_bag_accuracy(rewards, features),
+            accuracy=self._accuracy(pairs, arms or {}),
+            predictions=self._predictions(pairs, features, rewards),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _config(self, folder: str) -> RewardConfig:
+        settings = self.settings
+        return RewardConfig(
+            output_dir=folder,
+            ensemble_size=settings.members,
+            label_noise=settings.label_noise,
+            template=settings.template,
+            max_length=settings.max_length,
+            per_device_train_batch_size=settings.batch_size,
+            num_train_epochs=1,
+            learning_rate=settings.learning_rate,
+            weight_decay=0.0,
+            warmup_steps=2,
+            lr_scheduler_type="cosine",
+            seed=settings.seed + self.progress.refits,
+            precision="fp32",  # so that L2 draws the weights themselves
+            report_to="none",
+            save_strategy="no",
+            eval_strategy="no",
+            logging_strategy="no",
+        )
+
+    def _trainer(self, features: list[Features], config: RewardConfig) -> RewardTrainer:
+        trainer = RewardTrainer(
+            self.model.model, config, pad_token_id=self.model.tokenizer.pad_token_id, train_dataset=features
+        )
+        for shown in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(shown)
+        return trainer
+
+    def _features(
+        self, preferences: Sequence[Preference], noise: Mapping[str, float], config: RewardConfig
+    ) -> tuple[list[Preference], list[Features], int]:
+        """The newest pairs that are short enough, as they are learned from."""
+        kept, features, too_long = [], [], 0
+        for pair in preferences[-self.settings.most_labels :]:
+            rate = max(self.settings.label_noise, noise.get(pair.annotator, 0.0))
+            # Another seed has other bags, so that a second ensemble is out of bag where the first one is not.
+            named = replace(pair, id=f"{self.settings.seed}/{pair.id}", label_noise=rate)
+            found, _ = pair_features([named], self.model.tokenizer, config, self.model.max_length)
+            if found and pair.weight > 0:
+                kept.append(pair)
+                features += found
+            else:
+                too_long += 1
+        if not features:
+            raise UserError(f"No pair is left to learn from ({too_long} are longer than {config.max_length} tokens).")
+        return kept, features, too_long
+
+    def _predict(self, pairs: list[Preference], features: list[Features], new: list[int], config: RewardConfig) -> None:
+        """What the ensemble as it is says of pairs that it has not learned from."""
+        known = len(self.progress.predicted)
+        if not new:
+            return
+        if self.progress.refits == 0:
+            self.progress.predicted |= dict.fromkeys(pairs[row].id for row in new)
+            return
+        rewards = self._trainer(features, config).rewards([features[row] for row in new])
+        p = preferred_probability(rewards).mean(dim=1)
+        self.progress.predicted |= {pairs[row].id: value for row, value in zip(new, p.tolist(), strict=True)}
+        mu = torch.tensor([pairs[row].mu for row in new])
+        decided = int((mu != 0.5).sum())
+        if decided:
+            self.progress.history.append((known, accuracy(p - 0.5, mu), decided))
+
+    def _rows(self, count: int, new: list[int]) -> list[int]:
+        """Which pairs are gone over: the new ones, and as many old ones, or more to make `least_pairs`."""
+        lot = random.Random(f"{self.settings.seed}/{self.progress.refits}")
+        visits = min(max(2 * len(new), self.settings.least_pairs), 3 * count)
+        rows = list(new)
+        others = sorted(set(range(count)) - set(new)) or list(range(count))
+        while len(rows) < visits:
+            rows += lot.sample(others, min(len(others), visits - len(rows)))
+            others = list(range(count))
+        lot.shuffle(rows)
+        return rows
+
+    def _normalise(self, rewards: Tensor, recent: Sequence[tuple[str, str]] | None) -> None:
+        if recent:
+            texts = [render(self.settings.template, prompt, answer) for prompt, answer in recent]
+            answers = self.model.raw_scores(texts)
+        else:
+            answers = rewards[-NORMALISATION_ANSWERS // 2 :].flatten(0, 1)  # [≤ 512, K]
+        self.model.mean = answers.mean(dim=0)
+        self.model.std = answers.std(dim=0, correction=0).clamp(min=1e-6)
+
+    def _accuracy(self, pairs: list[Preference], arms: Mapping[str, str]) -> dict[str, float | None]:
+        """Of what was predicted before it was learned from: all, and each arm of the choice of questions."""
+        made = [(pair, p) for pair in pairs if (p := self.progress.predicted[pair.id]) is not None and pair.mu != 0.5]
+        groups = {
+            "all": made,
+            "chosen": [(pair, p) for pair, p in made if arms.get(pair.id) in CHOSEN],
+            "random": [(pair, p) for pair, p in made if arms.get(pair.id) == "random"],
+        }
+        found: dict[str, float | None] = {}
+        for name, group in groups.items():
+            newest = group[-RECENT_PREDICTIONS:]
+            advantage = torch.tensor([p - 0.5 for _, p in newest])
+            mu = torch.tensor([pair.mu for pair, _ in newest])
+            found[name] = accuracy(advantage, mu) if newest else None
+        return found
+
+    def _predictions(self, pairs: list[Preference], features: list[Features], rewards: Tensor) -> dict[str, float]:
+        """Mean of the members outside whose bag a pair is; of one that is in all bags, what was predicted before."""
+        outside = torch.stack([pair["weight"] for pair in features]) == 0
+        p = (preferred_probability(rewards) * outside).sum(dim=1) / outside.sum(dim=1)
+        found = {}
+        for pair, value, has in zip(pairs, p.tolist(), outside.any(dim=1).tolist(), strict=True):
+            before = self.progress.predicted[pair.id]
+            if has or before is not None:
+                found[pair.id] = value if has or before is None else before
+        return found
+
+
+class _Pull(TrainerCallback):
+    """Decoupled L2: after every update the weights go a share learning rate × strength of their way to `base`."""
+
+    def __init__(self, model: nn.Module, base: Mapping[str, Tensor], strength: float) -> None:
+        self.weights = [(parameter, base[name]) for name, parameter in model.named_parameters() if name in base]
+        self.strength = strength
+
+    @torch.no_grad()
+    def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        share = min(1.0, optimizer.param_groups[0]["lr"] * self.strength)
+        for parameter, base in self.weights:
+            parameter.lerp_(base.to(parameter.device), share)
+
+
+def classifier_of(policy: PreTrainedModel, members: int) -> PreTrainedModel:
+    """A sequence classifier with a copy of a language model's trunk and fresh heads, one per member."""
+    config = copy.deepcopy(policy.config)
+    config.id2label = {member: f"member {member}" for member in range(members)}
+    config.label2id = {name: member for member, name in config.id2label.items()}
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    trunk = getattr(classifier, classifier.base_model_prefix)
+    trunk.load_state_dict(getattr(policy, policy.base_model_prefix).state_dict())
+    return classifier
+
+
+def bag_losses(
+    rewards: Tensor, features: Sequence[Features], weights: Tensor, label_noise: float
+) -> tuple[float, float]:
+    """Mean loss per pair in the members' bags, and outside them, from rewards [N, 2, K]; each the mean of the members.
+
+    weights: [N] of the pairs themselves. A pair that is twice in a bag counts twice there. Without any pair on a side
+    of a bag, that member is left out; NaN without any member.
+    """
+    a, b = rewards.unbind(1)
+    mu = torch.tensor([pair["labels"] for pair in features])[:, None].expand_as(a)
+    noise = label_noise_of(told_noise(features)[:, None], label_noise)
+    loss = bradley_terry_loss(a, b, mu, label_noise=noise)
+    inside = torch.stack([pair["weight"] for pair in features])
+    outside = (inside == 0) * weights[:, None]
+    means = [(loss * share).sum(dim=0) / share.sum(dim=0) for share in (inside, outside)]
+    return means[0].nanmean().item(), means[1].nanmean().item()
+
+
+def adapted(weight_decay: float, ratio: float, bounds: tuple[float, float]) -> float:
+    """The weight decay of the next refit: stronger above the bounds of the ratio, weaker below, else the same.
+
+    By as much as the logarithm of the ratio is off the middle of the bounds, at most threefold.
+    """
+    if not math.isfinite(ratio) or bounds[0] <= ratio <= bounds[1]:
+        return weight_decay
+    middle = (math.log(bounds[0]) + math.log(bounds[1])) / 2
+    factor = min(max(math.log(max(ratio, 1.0)) / middle, 1 / FASTEST), FASTEST)
+    return min(max(weight_decay * factor, LEAST_DECAY), MOST_DECAY)
+
+
+def _base(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What L2 draws to: the trunk as it is, and heads of zero."""
+    head = {id(parameter) for parameter in reward_head(model).parameters()}
+    return {
+        name: torch.zeros_like(parameter) if id(parameter) in head else parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+    }
+
+
+@contextmanager
+def _kept_randomness() -> Iterator[None]:
+    """Whatever is drawn meanwhile, the caller's random numbers go on as if nothing had been: Trainer seeds them all."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
