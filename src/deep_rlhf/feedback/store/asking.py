@@ -1,7 +1,7 @@
 """The people's side: who is asked what, and what they answer.
 
 Every function runs inside one transaction. In PostgreSQL the order of locks is always person, comparison, its leases,
-events; only `ask` takes comparisons without it, and therefore passes over those that are locked.
+events; only `ask` takes comparisons when it may hold leases, and then passes over those that are locked.
 """
 
 import math
@@ -16,7 +16,7 @@ from sqlalchemy import Connection, RowMapping
 
 from deep_rlhf.feedback.records import MU, STRENGTHS, Question
 from deep_rlhf.feedback.store import statements
-from deep_rlhf.feedback.store.database import lock
+from deep_rlhf.feedback.store.database import lock, number_of
 from deep_rlhf.feedback.store.errors import Refused, StoreError
 from deep_rlhf.feedback.store.rows import comparison_of
 
@@ -56,14 +56,14 @@ def ask(db: Connection, person: str, count: int, terms: Terms, *, patient: bool 
     check_name(person)
     if count < 1:
         return []
-    lock(db, f"person {person}")
-    renewed = db.execute(statements.RENEW, {"person": person, "until": terms.until}).scalars().all()
-    found: list[Any] = []
-    if renewed:
-        found = list(db.execute(statements.OF_LEASES, {"person": person, "numbers": renewed}).all()[:count])
-    questions = [_question(row, row.shown_order, terms) for row in found]
+    lock(db, number_of(f"person {person}"))
+    held = db.execute(statements.HELD_BY, {"person": person, "count": count}).all()
+    until = min((row.leased_until for row in held), default=terms.until)
+    if until < terms.now + terms.lease / 2:  # not each time: it would be a write more for every question
+        until = terms.until
+        db.execute(statements.RENEW, {"person": person, "until": until})
+    questions = [_question(row, row.shown_order, until) for row in held]
     if len(questions) < count and not (questions and patient):
-        free_expired(db, terms.now)
         questions += _lend(db, person, count - len(questions), terms, patient=patient)
     return questions
 
@@ -73,23 +73,22 @@ def answer(db: Connection, number: int, person: str, token: str, given: Given, t
 
     Raises Refused if somebody else has the question now, if this person answered it before, or if he never got it.
     """
-    known = _repeated(db, token, person, "answer", number)
-    if known is not None:
-        return known["id"]
-    row, lease = _taken_back(db, number, person, "answer")
+    row = _leased(db, number, person, token, "answer")
+    if isinstance(row, int):
+        return row
     check_answer(given, len(row["answers"]))
-    return _close(db, row, lease, "answered", token, terms.now, given)
+    db.execute(statements.END_LEASE, {"number": number, "person": person, "new_state": "answered"})
+    return record(db, row, person, token, "answer", terms.now, given, shown_order=row["shown_order"])
 
 
 def skip(db: Connection, number: int, person: str, token: str, terms: Terms) -> int:
     """Gives the question back; this person is not asked it again. Returns the id of the event. Raises as `answer`."""
-    known = _repeated(db, token, person, "skip", number)
-    if known is not None:
-        return known["id"]
-    row, lease = _taken_back(db, number, person, "skip")
-    event = _close(db, row, lease, "skipped", token, terms.now, Given())
+    row = _leased(db, number, person, token, "skip")
+    if isinstance(row, int):
+        return row
+    db.execute(statements.END_LEASE, {"number": number, "person": person, "new_state": "skipped"})
     change_slots(db, [number], 1)
-    return event
+    return record(db, row, person, token, "skip", terms.now, shown_order=row["shown_order"])
 
 
 def undo(db: Connection, person: str, token: str, terms: Terms) -> int | None:
@@ -97,6 +96,7 @@ def undo(db: Connection, person: str, token: str, terms: Terms) -> int | None:
 
     Returns the comparison's id, None if there is no such answer. What came from a file is not taken back.
     """
+    check_name(person)
     known = _repeated(db, token, person, "undo", None)
     if known is not None:
         return known["comparison_id"]
@@ -111,17 +111,17 @@ def undo(db: Connection, person: str, token: str, terms: Terms) -> int | None:
 
 def release(db: Connection, person: str) -> None:
     """Gives back every question that this person holds."""
-    lock(db, f"person {person}")
-    for number in db.execute(statements.HELD_BY, {"person": person}).scalars().all():
-        ended = db.execute(statements.END_HELD_BY, {"number": number, "person": person})
+    lock(db, number_of(f"person {person}"))
+    for number in db.execute(statements.TO_RELEASE, {"person": person}).scalars().all():
+        ended = db.execute(statements.RELEASE, {"number": number, "person": person})
         change_slots(db, [number], ended.rowcount)
 
 
 def free_expired(db: Connection, now: datetime) -> None:
     """Takes back the questions whose leases ran out."""
-    for number in db.execute(statements.EXPIRED, {"now": now}).scalars().all():
-        ended = db.execute(statements.END_EXPIRED, {"number": number, "now": now})
-        change_slots(db, [number], ended.rowcount)
+    for number, person in db.execute(statements.EXPIRED, {"now": now}).all():
+        db.execute(statements.END_LEASE, {"number": number, "person": person, "new_state": "released"})
+        change_slots(db, [number], 1)
 
 
 def answered(db: Connection, person: str) -> int:
@@ -150,11 +150,10 @@ def record(
 ) -> int:
     """Writes an event about a comparison and returns its id.
 
-    PostgreSQL hands out ids before the commit, so a larger one may be seen earlier. Who reads the newest id waits for
-    this lock (`trainer_side.last_event`), and then nothing below it is still on its way.
+    PostgreSQL hands out ids before the commit, so a larger one may be seen earlier. A trigger therefore lets each
+    INSERT share a lock, and who reads the newest id waits for it (`trainer_side.last_event`).
     """
     given = given or Given()
-    lock(db, "events", shared=True)
     values = {
         "token": token,
         "kind": kind,
@@ -201,9 +200,9 @@ def check_answer(given: Given, answers: int) -> None:
 # ---- parts of the above
 
 
-def _question(row: Any, shown_order: Sequence[int], terms: Terms) -> Question:
+def _question(row: Any, shown_order: Sequence[int], until: datetime) -> Question:
     return Question(
-        id=row.id, comparison=comparison_of(row._mapping), shown_order=tuple(shown_order), leased_until=terms.until
+        id=row.id, comparison=comparison_of(row._mapping), shown_order=tuple(shown_order), leased_until=until
     )
 
 
@@ -214,13 +213,17 @@ def _lend(db: Connection, person: str, count: int, terms: Terms, *, patient: boo
     is recorded.
     """
     query = statements.NEXT if patient else statements.NEXT_FREE
-    rows = db.execute(query, {"person": person, "count": count}).all()
+    values = {"person": person, "count": count, "now": terms.now}
+    rows = db.execute(query, values).all()
+    if not rows or rows[0].some_ran_out:
+        free_expired(db, terms.now)
+        rows = db.execute(query, values).all()
     if not rows:
         return []
     change_slots(db, [row.id for row in rows], -1)
     questions = []
     for row in rows:
-        values = {
+        lease = {
             "comparison_id": row.id,
             "annotator": person,
             "state": "held",
@@ -228,8 +231,8 @@ def _lend(db: Connection, person: str, count: int, terms: Terms, *, patient: boo
             "leased_at": terms.now,
             "leased_until": terms.until,
         }
-        order = db.execute(statements.LEND[db.dialect.name], values).scalar_one()
-        questions.append(_question(row, order, terms))
+        order = db.execute(statements.LEND[db.dialect.name], lease).scalar_one()
+        questions.append(_question(row, order, terms.until))
     return questions
 
 
@@ -241,9 +244,7 @@ def sides(answers: int, number: int, person: str, seed: int | None) -> list[int]
 
 def _repeated(db: Connection, token: str, person: str, kind: str, number: int | None) -> RowMapping | None:
     """The event that this token has written before; raises StoreError if it was another one."""
-    check_name(person)
     check_name(token, "The token of an event")
-    lock(db, f"person {person}")
     event = db.execute(statements.BY_TOKEN, {"sent_token": token}).mappings().one_or_none()
     if event is None:
         return None
@@ -260,28 +261,29 @@ def lock_question(db: Connection, number: int) -> RowMapping:
     return row
 
 
-def _taken_back(db: Connection, number: int, person: str, what: str) -> tuple[RowMapping, RowMapping]:
-    """The question and this person's lease on it, held again if it ran out and the question is still free."""
-    row = lock_question(db, number)
-    lease = db.execute(statements.LOCK_LEASE, {"number": number, "person": person}).mappings().one_or_none()
-    if lease is None:
+def _leased(db: Connection, number: int, person: str, token: str, kind: str) -> RowMapping | int:
+    """The question with this person's lease on it, held again if it ran out and the question is still free.
+
+    The event's id instead, if this token wrote it before.
+    """
+    check_name(person)
+    check_name(token, "The token of an event")
+    values = {"number": number, "person": person, "sent_token": token}
+    row = db.execute(statements.LOCK_LEASED, values).mappings().one_or_none()
+    if row is None or row["known"] or row["state"] != "held":
+        known = _repeated(db, token, person, kind, number)
+        if known is not None:
+            return known["id"]
+    if row is None:
+        lock_question(db, number)
         raise Refused(f"Question {number} was not put to {person}.", "unknown")
-    if lease["state"] == "answered":
+    if row["state"] == "answered":
         raise Refused(f"{person} has answered question {number} already.", "gone")
-    if lease["state"] != "held":
+    if row["state"] != "held":
         if row["open_slots"] < 1:
-            raise Refused(f"Somebody else has question {number} by now: this {what} came too late.", "taken")
+            raise Refused(f"Somebody else has question {number} by now: this {kind} came too late.", "taken")
         change_slots(db, [number], -1)
-    return row, lease
-
-
-def _close(
-    db: Connection, row: RowMapping, lease: RowMapping, state: str, token: str, now: datetime, given: Given
-) -> int:
-    person = lease["annotator"]
-    db.execute(statements.END_LEASE, {"number": row["id"], "person": person, "new_state": state})
-    kind = "answer" if state == "answered" else "skip"
-    return record(db, row, person, token, kind, now, given, shown_order=lease["shown_order"])
+    return row
 
 
 def change_slots(db: Connection, numbers: Sequence[int], by: int) -> None:

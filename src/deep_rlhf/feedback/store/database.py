@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, create_engine, event, inspect, make_url, select, table, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, table, text
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
@@ -34,8 +34,18 @@ T = TypeVar("T")
 BUSY_SECONDS = 30.0  # how long a process waits for another one's transaction
 OLDEST_POSTGRESQL = 15
 ATTEMPTS = 5  # for a transaction that met another one: a deadlock, or one and the same token sent twice at once
-LOCK, LOCK_SHARED = (text(f"SELECT pg_advisory_xact_lock{kind}(:number)") for kind in ("", "_shared"))
+LOCK = text("SELECT pg_advisory_xact_lock(:number)")
+# The numbers of the locks that are not of a person; that of the events stands also in the migration.
+MIGRATION_LOCK, EVENTS_LOCK, METRICS_LOCK = 7_310_001, 7_310_002, 7_310_003
 DEADLOCK, SERIALIZATION = "40P01", "40001"
+
+
+class _Again(Exception):
+    """A transaction that was lost before its commit, by no fault of its own."""
+
+    def __init__(self, error: DBAPIError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class Database:
@@ -68,52 +78,55 @@ class Database:
 
     def read(self, work: Callable[[Connection], T]) -> T:
         """What `work` returns; it only reads. Raises Unavailable if the database does not answer."""
-
-        def transaction() -> T:
-            with self.engine.begin() as connection:
-                return work(connection)
-
-        return self._told(transaction)
+        return self._repeated(lambda: self._run(work, self.engine))
 
     def write(self, work: Callable[[Connection], T]) -> T:
         """What `work` returns, after its changes were committed; runs it again if another transaction was in the way.
 
         Raises Unavailable if the database does not answer.
         """
-        for _ in range(ATTEMPTS - 1):
-            try:
-                return self._told(lambda: self._write(work))
-            except DBAPIError as error:
-                if not _is_worth_repeating(error):
-                    raise
-        return self._told(lambda: self._write(work))
+        if self._together is not None:
+            together = self._together
+            return self._repeated(lambda: together.write(work))
+        return self._repeated(lambda: self._run(work, self._writing))
 
     def close(self) -> None:
         """Closes every connection."""
         self.engine.dispose()
 
-    def _write(self, work: Callable[[Connection], T]) -> T:
-        if self._together is not None:
-            return self._together.write(work)
-        with self._writing.begin() as connection:
-            return work(connection)
-
-    def _told(self, transaction: Callable[[], T]) -> T:
-        """A database that does not answer becomes one sentence."""
+    def _run(self, work: Callable[[Connection], T], engine: Engine) -> T:
+        committing = False
         try:
-            return transaction()
-        except (OperationalError, InterfaceError, PoolTimeoutError) as error:
-            if _is_worth_repeating(error):
-                raise
-            raise Unavailable(
-                f"{self.name} does not answer ({self._reason(error)}): what was sent last may be lost, send it again."
-            ) from None
+            with engine.begin() as connection:
+                value = work(connection)
+                committing = True
+            return value
+        except DBAPIError as error:
+            if error.connection_invalidated and not committing:
+                # A connection from before the server restarted: nothing was done yet, and a new one may do it.
+                raise _Again(error) from error
+            raise
+
+    def _repeated(self, transaction: Callable[[], T]) -> T:
+        """Runs a transaction again if that may help; a database that does not answer becomes one sentence."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return transaction()
+            except (_Again, DBAPIError, PoolTimeoutError) as found:
+                error = found.error if isinstance(found, _Again) else found
+                if attempt < ATTEMPTS - 1 and (found is not error or _is_worth_repeating(error)):
+                    continue
+                if not isinstance(error, (OperationalError, InterfaceError, PoolTimeoutError)):
+                    raise
+                reason = f"{self.name} does not answer ({self._reason(error)})"
+                raise Unavailable(f"{reason}: what was sent last may be lost, send it again.") from None
+        raise AssertionError
 
     def _options(self) -> dict[str, Any]:
         pool: dict[str, Any] = {"pool_size": 10, "max_overflow": 40, "pool_timeout": BUSY_SECONDS}
         if self.is_sqlite:
             return {**pool, "connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False}}
-        return {**pool, "pool_pre_ping": True, "isolation_level": "READ COMMITTED"}
+        return {**pool, "isolation_level": "READ COMMITTED"}
 
     # ---- opening
 
@@ -134,7 +147,7 @@ class Database:
     def _migrate(self) -> None:
         with self._writing.begin() as connection:
             if not self.is_sqlite:
-                lock(connection, "migration")
+                lock(connection, MIGRATION_LOCK)
             found = self._revision(connection)  # of whoever held the lock before
             if found == REVISION:
                 return
@@ -221,15 +234,19 @@ def shown(url: URL) -> str:
     return f"The store '{url.database or ''}' on {url.host or 'this machine'}"
 
 
-def lock(connection: Connection, name: str, *, shared: bool = False) -> None:
-    """Waits until no other transaction holds the lock of this name; the end of the transaction gives it back.
+def lock(connection: Connection, number: int) -> None:
+    """Waits until no other transaction holds the lock of this number; the end of the transaction gives it back.
 
-    Several may hold it `shared`. In SQLite whatever writes is alone already.
+    In SQLite whatever writes is alone already.
     """
     if connection.dialect.name == "postgresql":
-        digest = hashlib.sha256(f"deep-rlhf {name}".encode(errors="replace")).digest()
-        number = int.from_bytes(digest[:8], "big", signed=True)
-        connection.execute(LOCK_SHARED if shared else LOCK, {"number": number})
+        connection.execute(LOCK, {"number": number})
+
+
+def number_of(name: str) -> int:
+    """The number of a lock by its name: 64 bits, as PostgreSQL takes them."""
+    digest = hashlib.sha256(f"deep-rlhf {name}".encode(errors="replace")).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def _prepare_sqlite(connection: Any, record: ConnectionPoolEntry) -> None:

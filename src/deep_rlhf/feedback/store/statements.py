@@ -23,36 +23,37 @@ NUMBER: Any = bindparam("number")
 NUMBERS: Any = bindparam("numbers", expanding=True)
 UNTIL: Any = bindparam("until")
 
-RENEW = update(L).where(L.c.annotator == PERSON, HELD).values(leased_until=UNTIL).returning(L.c.comparison_id)
-
-OF_LEASES = (
-    select(C, L.c.shown_order)
-    .join(L, L.c.comparison_id == C.c.id)
-    .where(L.c.annotator == PERSON, C.c.id.in_(NUMBERS))
-    .order_by(L.c.leased_at, C.c.priority.desc(), C.c.id)
-)
-
-EXPIRED = (
-    select(C.c.id)
-    .where(C.c.id.in_(select(L.c.comparison_id).where(HELD, L.c.leased_until < bindparam("now"))))
-    .order_by(C.c.id)
-    .with_for_update(skip_locked=True)
-)
-END_EXPIRED = (
-    update(L).where(L.c.comparison_id == NUMBER, HELD, L.c.leased_until < bindparam("now")).values(state="released")
-)
-
 HELD_BY = (
+    select(C, L.c.shown_order, L.c.leased_until)
+    .join(L, L.c.comparison_id == C.c.id)
+    .where(L.c.annotator == PERSON, HELD)
+    .order_by(L.c.leased_at, C.c.priority.desc(), C.c.id)
+    .limit(bindparam("count"))
+    .with_for_update(of=L)
+)
+RENEW = update(L).where(L.c.annotator == PERSON, HELD).values(leased_until=UNTIL)
+
+RAN_OUT = select(L.c.comparison_id).where(HELD, L.c.leased_until < bindparam("now"))
+EXPIRED = select(C.c.id).where(C.c.id.in_(RAN_OUT)).order_by(C.c.id).with_for_update(skip_locked=True)
+END_EXPIRED = (
+    select(L.c.comparison_id, L.c.annotator)
+    .join(C, C.c.id == L.c.comparison_id)
+    .where(HELD, L.c.leased_until < bindparam("now"))
+    .order_by(C.c.id)
+    .with_for_update(of=[C, L], skip_locked=True)
+)
+
+TO_RELEASE = (
     select(C.c.id)
     .where(C.c.id.in_(select(L.c.comparison_id).where(L.c.annotator == PERSON, HELD)))
     .order_by(C.c.id)
     .with_for_update()
 )
-END_HELD_BY = update(L).where(L.c.comparison_id == NUMBER, HELD, L.c.annotator == PERSON).values(state="released")
+RELEASE = update(L).where(L.c.comparison_id == NUMBER, HELD, L.c.annotator == PERSON).values(state="released")
 
 
 def _next() -> Any:
-    """The next questions by priority that this person never answered, skipped or holds.
+    """The next questions by priority that this person never answered, skipped or holds, and if any lease ran out.
 
     A repeat goes only to somebody who answered the original.
     """
@@ -68,7 +69,7 @@ def _next() -> Any:
         original.c.state == literal_column("'answered'"),
     )
     return (
-        select(C)
+        select(C, RAN_OUT.exists().label("some_ran_out"))
         .where(may_be_asked(), ~had, or_(C.c.repeat_of.is_(None), answered))
         .order_by(C.c.priority.desc(), C.c.id)
         .limit(bindparam("count"))
@@ -90,7 +91,17 @@ LEND = {
 
 CHANGE_SLOTS = update(C).where(C.c.id.in_(NUMBERS)).values(open_slots=C.c.open_slots + bindparam("by"))
 LOCK_QUESTION = select(C).where(C.c.id == NUMBER).with_for_update()
-LOCK_LEASE = select(L).where(L.c.comparison_id == NUMBER, L.c.annotator == PERSON).with_for_update()
+LOCK_LEASED = (  # with the event that has this token, if there was one when the lock was asked for
+    select(
+        C,
+        L.c.state,
+        L.c.shown_order,
+        select(E.c.id).where(E.c.token == bindparam("sent_token")).scalar_subquery().label("known"),
+    )
+    .join(L, L.c.comparison_id == C.c.id)
+    .where(C.c.id == NUMBER, L.c.annotator == PERSON)
+    .with_for_update(of=[C, L])
+)
 END_LEASE = update(L).where(L.c.comparison_id == NUMBER, L.c.annotator == PERSON).values(state=bindparam("new_state"))
 HOLD_AGAIN = (
     update(L).where(L.c.comparison_id == NUMBER, L.c.annotator == PERSON).values(state="held", leased_until=UNTIL)

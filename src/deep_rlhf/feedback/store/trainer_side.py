@@ -13,7 +13,7 @@ from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
 from deep_rlhf.feedback.records import Alarm, AnnotatorFigures, Comparison, Label, Row, Version
 from deep_rlhf.feedback.store.asking import free_expired
-from deep_rlhf.feedback.store.database import lock
+from deep_rlhf.feedback.store.database import EVENTS_LOCK, METRICS_LOCK, lock
 from deep_rlhf.feedback.store.errors import StoreError
 from deep_rlhf.feedback.store.rows import (
     comparison_values,
@@ -23,7 +23,7 @@ from deep_rlhf.feedback.store.rows import (
     tells_something,
     upsert,
 )
-from deep_rlhf.feedback.store.statements import EFFECTIVE, HELD, C, E, L, table_of
+from deep_rlhf.feedback.store.statements import EFFECTIVE, RAN_OUT, C, E, table_of
 from deep_rlhf.feedback.store.tables import AlarmRow, MetricsRow, SampleRow, StateRow, VersionRow, may_be_asked
 
 VERSIONS, METRICS, SAMPLES = table_of(VersionRow), table_of(MetricsRow), table_of(SampleRow)
@@ -56,9 +56,8 @@ def withdraw(db: Connection, older_than_policy: int, now: datetime) -> int:
 
 def waiting(db: Connection, reasons: Collection[str] | None, now: datetime) -> int:
     """Questions that somebody could be asked now, those whose lease ran out included."""
-    ran_out = select(L.c.comparison_id).where(HELD, L.c.leased_until < now)
-    query = select(func.count()).select_from(C).where(or_(may_be_asked(), C.c.id.in_(ran_out)))
-    return db.execute(query if reasons is None else query.where(for_label(reasons))).scalar_one()
+    query = select(func.count()).select_from(C).where(or_(may_be_asked(), C.c.id.in_(RAN_OUT)))
+    return db.execute(query if reasons is None else query.where(for_label(reasons)), {"now": now}).scalar_one()
 
 
 def labels(db: Connection, after: int, until: int) -> list[Label]:
@@ -74,7 +73,7 @@ def label_count(db: Connection) -> int:
 
 def last_event(db: Connection) -> int:
     """The id of the newest event, 0 before the first; whatever has a smaller one is there."""
-    lock(db, "events")
+    lock(db, EVENTS_LOCK)
     return db.execute(select(func.max(E.c.id))).scalar_one() or 0
 
 
@@ -98,7 +97,7 @@ def versions(db: Connection, kind: str) -> list[Version]:
 def add_metrics(db: Connection, rows: Sequence[Row]) -> None:
     """More rows of metrics, whose ids become visible in their order, as those of events."""
     if rows:
-        lock(db, "metrics")
+        lock(db, METRICS_LOCK)
         db.execute(insert(METRICS), [{"row": row} for row in rows])
 
 

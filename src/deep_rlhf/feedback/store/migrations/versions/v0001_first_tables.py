@@ -9,6 +9,7 @@ down_revision = None
 BIG_ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 MOMENT = sa.DateTime(timezone=True)
 QUEUE = {"sqlite": "open_slots > 0 AND withdrawn IS 0", "postgresql": "open_slots > 0 AND withdrawn IS false"}
+EVENTS_LOCK = 7_310_002
 HELD = sa.text("state = 'held'")
 
 
@@ -19,6 +20,7 @@ def upgrade() -> None:
     _trainer()
     _accounts()
     _refuse_changes_of_events()
+    _let_inserts_of_events_share_a_lock()
 
 
 def _questions() -> None:
@@ -162,4 +164,18 @@ def _refuse_changes_of_events() -> None:
     op.execute(
         "CREATE TRIGGER events_refuse_truncate BEFORE TRUNCATE ON events "
         "FOR EACH STATEMENT EXECUTE FUNCTION events_refuse()"
+    )
+
+
+def _let_inserts_of_events_share_a_lock() -> None:
+    """Taken before the id, kept until the commit: who has waited for it knows that no smaller id will come."""
+    if op.get_bind().dialect.name != "postgresql":
+        return
+    op.execute(
+        "CREATE FUNCTION events_share_lock() RETURNS trigger LANGUAGE plpgsql AS "
+        f"$$ BEGIN PERFORM pg_advisory_xact_lock_shared({EVENTS_LOCK}); RETURN NULL; END $$"
+    )
+    op.execute(
+        "CREATE TRIGGER events_share_lock BEFORE INSERT ON events "
+        "FOR EACH STATEMENT EXECUTE FUNCTION events_share_lock()"
     )

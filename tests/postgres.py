@@ -1,0 +1,119 @@
+"""A real PostgreSQL server that a test session starts for itself, and empty databases on it."""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+USER = "postgres"
+# Faster, and still what a kill -9 of the server tests: it loses nothing that was handed to the system.
+SETTINGS = ("fsync=off", "full_page_writes=off", "max_connections=150", "shared_buffers=16MB", "log_min_messages=fatal")
+
+
+def binaries() -> Path | None:
+    """The newest installed server's programs."""
+    homes = Path("/usr/lib/postgresql")
+    found = [home / "bin" for home in homes.glob("*") if (home / "bin" / "initdb").exists()]
+    on_path = shutil.which("initdb")
+    found += [Path(on_path).resolve().parent] if on_path else []
+    return max(found, key=lambda folder: folder.parent.name.zfill(4)) if found else None
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A running server. `database()` makes an empty database and returns its URL."""
+
+    def __init__(self, folder: Path, programs: Path, port: int, *, settings: tuple[str, ...] = SETTINGS) -> None:
+        self.folder, self.programs, self.port, self.settings = folder, programs, port, settings
+        self._numbers = count()
+
+    def initialise(self) -> None:
+        """Makes the data folder."""
+        self._run("initdb", "-D", self.data, "-U", USER, "--auth=trust", "--encoding=UTF8", "--no-sync", "--locale=C")
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        options = " ".join(
+            [f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1", *(f"-c {s}" for s in self.settings)]
+        )
+        log = str(self.folder / "log")
+        self._run("pg_ctl", "-D", self.data, "-l", log, "-o", options, "-w", "-t", "60", "start")
+
+    def stop(self, mode: str = "immediate") -> None:
+        """Stops it; "immediate" is what a crash is to it: it recovers when it starts again."""
+        self._run("pg_ctl", "-D", self.data, "-m", mode, "-w", "-t", "60", "stop")
+
+    def kill(self) -> None:
+        """SIGKILL for the server and all its processes."""
+        pid = int((Path(self.data) / "postmaster.pid").read_text().split()[0])
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for process in [pid, *map(int, children)]:
+            with suppress(ProcessLookupError):
+                os.kill(process, 9)
+
+    @property
+    def data(self) -> str:
+        return str(self.folder / "data")
+
+    def database(self) -> str:
+        """The URL of a new and empty database."""
+        import psycopg
+
+        name = f"test{next(self._numbers)}"
+        with psycopg.connect(host="127.0.0.1", port=self.port, user=USER, dbname="postgres", autocommit=True) as admin:
+            admin.execute(f'CREATE DATABASE "{name}"')
+        return f"postgresql+psycopg://{USER}@127.0.0.1:{self.port}/{name}"
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(self.programs / program), *arguments]
+        if os.geteuid() == 0:  # the server refuses to run as root
+            command = ["runuser", "-u", USER, "--", *command]
+        # Its output goes to a file: a server that keeps a pipe open would let this wait for ever.
+        with tempfile.TemporaryFile() as output:
+            done = subprocess.run(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=self.folder)
+            output.seek(0)
+            assert done.returncode == 0, output.read().decode(errors="replace")
+
+
+@contextmanager
+def server(*, settings: tuple[str, ...] = SETTINGS) -> Iterator[Server]:
+    """A server of its own, gone afterwards; skips the test where PostgreSQL is not installed."""
+    programs = binaries()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed")
+    if os.geteuid() == 0 and shutil.which("runuser") is None:
+        pytest.skip("PostgreSQL does not run as root, and there is no runuser")
+    # Not pytest's tmp_path: another user must be able to read every folder above, and a socket's path is short.
+    folder = Path(tempfile.mkdtemp(prefix="pg-"))
+    try:
+        if os.geteuid() == 0:
+            shutil.chown(folder, USER)
+        running = Server(folder, programs, free_port(), settings=settings)
+        running.initialise()
+        running.start()
+        try:
+            yield running
+        finally:
+            running.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """One server for all tests of a worker."""
+    with server() as running:
+        yield running
