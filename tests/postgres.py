@@ -33,6 +33,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def name_of(url: str) -> str:
+    """The name of the database that a URL leads to."""
+    return url.rpartition("/")[2]
+
+
 class Server:
     """A running server. `database()` makes an empty database and returns its URL."""
 
@@ -68,14 +73,19 @@ class Server:
     def data(self) -> str:
         return str(self.folder / "data")
 
-    def database(self) -> str:
-        """The URL of a new and empty database."""
+    def database(self, like: str | None = None) -> str:
+        """The URL of a new database: empty, or a copy of the one with the URL `like`, which nobody may be using."""
+        name = f"test{next(self._numbers)}"
+        template = f' TEMPLATE "{name_of(like)}"' if like else ""
+        self.execute(f'CREATE DATABASE "{name}"{template}')
+        return f"postgresql+psycopg://{USER}@127.0.0.1:{self.port}/{name}"
+
+    def execute(self, statement: str) -> None:
+        """Runs a statement as the server's owner, in another database than those of the tests."""
         import psycopg
 
-        name = f"test{next(self._numbers)}"
         with psycopg.connect(host="127.0.0.1", port=self.port, user=USER, dbname="postgres", autocommit=True) as admin:
-            admin.execute(f'CREATE DATABASE "{name}"')
-        return f"postgresql+psycopg://{USER}@127.0.0.1:{self.port}/{name}"
+            admin.execute(statement.encode())
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(self.programs / program), *arguments]

@@ -97,6 +97,7 @@ def undo(db: Connection, person: str, token: str, terms: Terms) -> int | None:
     Returns the comparison's id, None if there is no such answer. What came from a file is not taken back.
     """
     check_name(person)
+    lock(db, number_of(f"person {person}"))
     known = _repeated(db, token, person, "undo", None)
     if known is not None:
         return known["comparison_id"]

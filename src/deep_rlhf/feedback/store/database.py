@@ -69,7 +69,7 @@ class Database:
         self._together = TogetherWriter(self._writing) if self.is_sqlite else None
         try:
             self._open()
-        except (OperationalError, InterfaceError, OSError) as error:
+        except (DBAPIError, OSError) as error:
             self.engine.dispose()
             raise StoreError(f"{self.name} cannot be opened: {self._reason(error)}.") from None
         except BaseException:

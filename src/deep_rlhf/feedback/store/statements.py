@@ -34,8 +34,7 @@ HELD_BY = (
 RENEW = update(L).where(L.c.annotator == PERSON, HELD).values(leased_until=UNTIL)
 
 RAN_OUT = select(L.c.comparison_id).where(HELD, L.c.leased_until < bindparam("now"))
-EXPIRED = select(C.c.id).where(C.c.id.in_(RAN_OUT)).order_by(C.c.id).with_for_update(skip_locked=True)
-END_EXPIRED = (
+EXPIRED = (
     select(L.c.comparison_id, L.c.annotator)
     .join(C, C.c.id == L.c.comparison_id)
     .where(HELD, L.c.leased_until < bindparam("now"))
