@@ -44,6 +44,7 @@ class Server:
     def __init__(self, folder: Path, programs: Path, port: int, *, settings: tuple[str, ...] = SETTINGS) -> None:
         self.folder, self.programs, self.port, self.settings = folder, programs, port, settings
         self._numbers = count()
+        self._store: str | None = None
 
     def initialise(self) -> None:
         """Makes the data folder."""
@@ -73,18 +74,31 @@ class Server:
     def data(self) -> str:
         return str(self.folder / "data")
 
-    def database(self, like: str | None = None) -> str:
-        """The URL of a new database: empty, or a copy of the one with the URL `like`, which nobody may be using."""
+    def database(self) -> str:
+        """The URL of a new and empty database."""
         name = f"test{next(self._numbers)}"
-        template = f' TEMPLATE "{name_of(like)}"' if like else ""
-        self.execute(f'CREATE DATABASE "{name}"{template}')
+        self.execute(f'CREATE DATABASE "{name}"')
         return f"postgresql+psycopg://{USER}@127.0.0.1:{self.port}/{name}"
 
-    def execute(self, statement: str) -> None:
-        """Runs a statement as the server's owner, in another database than those of the tests."""
+    def store(self) -> str:
+        """The URL of a store with nothing in it: always the same, emptied, since a new one takes half a second."""
+        from deep_rlhf.feedback.store import Store
+        from deep_rlhf.feedback.store.tables import Base
+
+        if self._store is None:
+            self._store = self.database()
+            Store(self._store).close()
+        tables = ", ".join(Base.metadata.tables)
+        # The store itself refuses to forget what people did.
+        command = f"SET session_replication_role = replica; TRUNCATE {tables} RESTART IDENTITY"
+        self.execute(command, database=name_of(self._store))
+        return self._store
+
+    def execute(self, statement: str, *, database: str = "postgres") -> None:
+        """Runs statements as the server's owner."""
         import psycopg
 
-        with psycopg.connect(host="127.0.0.1", port=self.port, user=USER, dbname="postgres", autocommit=True) as admin:
+        with psycopg.connect(host="127.0.0.1", port=self.port, user=USER, dbname=database, autocommit=True) as admin:
             admin.execute(statement.encode())
 
     def _run(self, program: str, *arguments: str) -> None:

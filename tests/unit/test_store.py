@@ -51,21 +51,12 @@ def blank_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def blank_database(postgres: Server) -> str:  # noqa: F811
-    """The same in PostgreSQL."""
-    address = postgres.database()
-    Store(address).close()
-    return address
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where this test's store is."""
     if request.param == "sqlite":
         return str(shutil.copy(request.getfixturevalue("blank_file"), tmp_path / "labels.db"))
-    blank, server = request.getfixturevalue("blank_database"), request.getfixturevalue("postgres")
-    return str(server.database(like=blank))
+    return str(request.getfixturevalue("postgres").store())
 
 
 @pytest.fixture
@@ -682,18 +673,17 @@ def test_a_store_is_opened_again_with_what_it_holds(open_store: Callable[..., St
     assert asked(open_store(), "anna") == [number]
 
 
-def test_a_store_of_a_later_version_is_refused(open_store: Callable[..., Store]) -> None:
-    with open_store()._database.engine.begin() as connection:
-        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(StoreError, match="later version"):
-        open_store()
-
-
-def test_tables_of_something_else_are_refused(open_store: Callable[..., Store], address: str) -> None:
-    with open_store()._database.engine.begin() as connection:
-        connection.execute(text("DROP TABLE alembic_version"))
-    with pytest.raises(StoreError, match="not a store's"):
-        open_store()
+def test_what_is_no_store_of_this_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "labels.db"
+    for change, message in (
+        ("UPDATE alembic_version SET version_num = '9999'", "later version"),
+        ("DROP TABLE alembic_version", "not a store's"),
+    ):
+        path.unlink(missing_ok=True)
+        with Store(path) as store, store._database.engine.begin() as connection:
+            connection.execute(text(change))
+        with pytest.raises(StoreError, match=message):
+            Store(path)
 
 
 def test_queries_of_the_page_use_their_indexes(tmp_path: Path) -> None:
@@ -734,9 +724,9 @@ def test_postgresql_syncs_each_commit_whatever_its_default(postgres: Server) -> 
         assert connection.execute(text("SHOW synchronous_commit")).scalar() == "on"
 
 
-def test_a_lost_connection_is_replaced(postgres: Server, blank_database: str) -> None:  # noqa: F811
+def test_a_lost_connection_is_replaced(postgres: Server) -> None:  # noqa: F811
     """A server that was restarted in between is no reason to fail: nothing was under way."""
-    address = postgres.database(like=blank_database)
+    address = postgres.store()
     cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name_of(address)}'"
     with Store(address) as store:
         (number,) = store.add([pair()])
@@ -781,8 +771,8 @@ def test_a_file_that_is_no_store_is_one_sentence(tmp_path: Path) -> None:
         Store(f"sqlite:///{foreign}")
 
 
-def test_a_database_that_is_gone_is_one_sentence(postgres: Server, blank_database: str) -> None:  # noqa: F811
-    address = postgres.database(like=blank_database)
+def test_a_database_that_is_gone_is_one_sentence(postgres: Server) -> None:  # noqa: F811
+    address = postgres.database()
     with Store(address) as store:
         store.add([pair()])
         postgres.execute(f"DROP DATABASE {name_of(address)} WITH (FORCE)")
