@@ -717,6 +717,26 @@ def test_sqlite_syncs_each_commit_to_a_write_ahead_log(tmp_path: Path) -> None:
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
 
 
+def test_a_new_file_is_its_owners(tmp_path: Path) -> None:
+    with Store(tmp_path / "labels.db") as store:
+        store.add_user("anna", "admin", "hash")
+        assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+            "labels.db": 0o600,
+            "labels.db-wal": 0o600,
+            "labels.db-shm": 0o600,
+        }
+
+
+def test_a_store_that_must_exist_is_not_made(tmp_path: Path, postgres: Server) -> None:  # noqa: F811
+    with pytest.raises(StoreError, match="does not exist"):
+        Store(tmp_path / "folder" / "labels.db", must_exist=True)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(StoreError, match="is empty"):
+        Store(postgres.database(), must_exist=True)
+    Store(tmp_path / "labels.db").close()
+    Store(tmp_path / "labels.db", must_exist=True).close()
+
+
 def test_postgresql_syncs_each_commit_whatever_its_default(postgres: Server) -> None:  # noqa: F811
     address = postgres.database()
     postgres.execute(f"ALTER DATABASE {name_of(address)} SET synchronous_commit = off")

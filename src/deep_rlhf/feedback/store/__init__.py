@@ -3,5 +3,6 @@
 from deep_rlhf.feedback.store.accounts import Role, User
 from deep_rlhf.feedback.store.errors import Refused, StoreError, Unavailable
 from deep_rlhf.feedback.store.store import Store
+from deep_rlhf.feedback.store.transfer import GivenAnswer
 
-__all__ = ["Refused", "Role", "Store", "StoreError", "Unavailable", "User"]
+__all__ = ["GivenAnswer", "Refused", "Role", "Store", "StoreError", "Unavailable", "User"]

@@ -5,6 +5,7 @@ before it reads and never fails half-way. PostgreSQL 15+: READ COMMITTED; the fu
 """
 
 import hashlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -51,7 +52,7 @@ class _Again(Exception):
 class Database:
     """An engine with the project's rules. Safe to use from several threads; each process opens its own."""
 
-    def __init__(self, address: str | Path) -> None:
+    def __init__(self, address: str | Path, *, must_exist: bool = False) -> None:
         self.url = parse_address(address)
         self.name = shown(self.url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
@@ -68,7 +69,7 @@ class Database:
         # SQLite has one writer at a time, and lets the others sleep ever longer: threads of one process queue here.
         self._together = TogetherWriter(self._writing) if self.is_sqlite else None
         try:
-            self._open()
+            self._open(must_exist)
         except (DBAPIError, OSError) as error:
             self.engine.dispose()
             raise StoreError(f"{self.name} cannot be opened: {self._reason(error)}.") from None
@@ -130,17 +131,23 @@ class Database:
 
     # ---- opening
 
-    def _open(self) -> None:
+    def _open(self, must_exist: bool) -> None:
         if self.is_sqlite:
             path = Path(str(self.url.database))
+            if must_exist and not path.exists():
+                raise StoreError(f"{self.name} does not exist: is the path right?")
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():
                 raise StoreError(f"{self.name} is a folder: give a file for the store.")
+            # Password hashes lie in it: of a new file only its owner may read them. The log beside it follows suit.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             self._switch_to_wal()
         else:
             self._check_version()
         with self.engine.connect() as connection:
             found = self._revision(connection)
+        if found is None and must_exist:
+            raise StoreError(f"{self.name} is empty: no labels were ever kept there.")
         if found != REVISION:
             self._migrate()
 

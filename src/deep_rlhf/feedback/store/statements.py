@@ -90,6 +90,7 @@ LEND = {
 
 CHANGE_SLOTS = update(C).where(C.c.id.in_(NUMBERS)).values(open_slots=C.c.open_slots + bindparam("by"))
 LOCK_QUESTION = select(C).where(C.c.id == NUMBER).with_for_update()
+LOCK_LEASE = select(L).where(L.c.comparison_id == NUMBER, L.c.annotator == PERSON).with_for_update()
 LOCK_LEASED = (  # with the event that has this token, if there was one when the lock was asked for
     select(
         C,

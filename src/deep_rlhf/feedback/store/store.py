@@ -18,10 +18,11 @@ from deep_rlhf.feedback.records import (
     Row,
     Version,
 )
-from deep_rlhf.feedback.store import accounts, asking, trainer_side
+from deep_rlhf.feedback.store import accounts, asking, trainer_side, transfer
 from deep_rlhf.feedback.store.accounts import Role, User
 from deep_rlhf.feedback.store.asking import Given, Terms
 from deep_rlhf.feedback.store.database import Database
+from deep_rlhf.feedback.store.transfer import GivenAnswer
 
 
 def utc_now() -> datetime:
@@ -32,7 +33,8 @@ def utc_now() -> datetime:
 class Store:
     """Questions, answers, versions, accounts. Several threads may use one; each process opens its own.
 
-    `url` is a file (SQLite) or postgresql+psycopg://…; what is missing is made, what is old is migrated. `seed` makes
+    `url` is a file (SQLite) or postgresql+psycopg://…; what is missing is made (unless it `must_exist`), what is old is
+    migrated. `seed` makes
     the sides of answers repeatable, and `clock` is the time, for tests. A method that writes returns after the commit
     has reached the disk, and raises Unavailable if the database does not answer.
     """
@@ -44,13 +46,14 @@ class Store:
         lease_seconds: float = 300,
         seed: int | None = None,
         clock: Callable[[], datetime] = utc_now,
+        must_exist: bool = False,
     ) -> None:
         self.lease = timedelta(seconds=lease_seconds)
         self._seed, self._clock = seed, clock
-        self._database = Database(url)
+        self._database = Database(url, must_exist=must_exist)
 
     def __repr__(self) -> str:
-        return f"<{self._database.name}>"
+        return self._database.name
 
     def __enter__(self) -> Self:
         return self
@@ -200,6 +203,17 @@ class Store:
     def pace(self, annotator: str) -> float | None:
         """Median seconds of this person's last hundred answers, None before the first."""
         return self._database.read(lambda db: asking.pace(db, annotator))
+
+    # ---- to and from files
+
+    def given_answers(self) -> list[GivenAnswer]:
+        """Every answer that counts, with what identifies it in another store."""
+        until = self.last_event()
+        return self._database.read(lambda db: transfer.given_answers(db, until))
+
+    def take_in(self, answers: Sequence[GivenAnswer]) -> int:
+        """Adds answers of another store or a file, with their questions; returns how many were not there yet."""
+        return self._database.write(lambda db: transfer.take_in(db, answers, self._clock()))
 
     # ---- accounts
 
