@@ -1,0 +1,98 @@
+"""What an update is told about: a row of metrics for the page, and the figures that may raise an alarm."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from deep_rlhf.feedback import alarms
+from deep_rlhf.feedback.outlook import WIN_RATE_ANSWERS, won_by_newer
+from deep_rlhf.feedback.records import Alarm, Label, Row
+from deep_rlhf.feedback.sampling import Candidate, rewards_of
+from deep_rlhf.ops.queries import preferred_probability
+from deep_rlhf.types import Preference, Rollout, Scorer
+
+Judge = Callable[[Sequence[str], Sequence[str]], float]  # mean score of answers to prompts, by somebody who knows
+SIGN_TEST_PAIRS = 200  # the newest ones
+
+
+class Monitor:
+    """Watches the updates of a run; `state` is what a continuation must know."""
+
+    def __init__(self, limits: alarms.Limits, judge: Judge | None = None) -> None:
+        self.watch = alarms.Watch(limits)
+        self._judge = judge
+        self._start: dict[str, float] = {}  # length and entropy of the first update
+        self._rewards: list[float] = []  # of each update since the reward models were fitted
+        self._watched: list[float] = []
+        self._win_rate_gap: float | None = None
+        self._reward_sign: float | None = None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"raised": sorted(self.watch.raised), "start": self._start}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self.watch.raised = set(state["raised"])
+        self._start = state["start"]
+
+    def new_reward(self, scorer: Scorer, preferences: Sequence[Preference], step: int) -> list[Alarm]:
+        """A reward model is about to be used: the alarms of its sign, tested on what people preferred."""
+        self._rewards, self._watched = [], []
+        self._reward_sign = alarms.sign_self_test(scorer, preferences[-SIGN_TEST_PAIRS:])
+        return self.watch.check({"reward_sign": self._reward_sign}, step)
+
+    def rolled_back(self) -> None:
+        """The policy is another one: what its answers earned before says nothing of it."""
+        self._rewards, self._watched = [], []
+        self.watch.reset()
+
+    def compare(self, labels: Sequence[Label], scorer: Scorer, label_noise: float) -> None:
+        """People's view of the newest blind pairs against the reward model's."""
+        pairs = [(label, won) for label in labels if (won := won_by_newer(label)) is not None][-WIN_RATE_ANSWERS:]
+        if not pairs:
+            return
+        newer_first = [
+            Candidate(one.comparison.prompt, one.comparison.answers[:: 1 if _newer_is_first(one) else -1])
+            for one, _ in pairs
+        ]
+        predicted = preferred_probability(rewards_of(newer_first, scorer)).mean(dim=1).tolist()
+        answers = [won for _, won in pairs]
+        self._win_rate_gap = alarms.win_rate_gap(predicted, answers, label_noise=label_noise)
+
+    def update(self, metrics: dict[str, float], rollout: Rollout, watcher: Scorer | None) -> tuple[Row, list[Alarm]]:
+        """The row of an update for the page, and its new alarms; `metrics` are the trainer's."""
+        self._start = self._start or {"length": metrics["response_tokens"], "entropy": metrics["entropy"]}
+        self._rewards.append(metrics["score_mean"])
+        row: Row = {
+            "reward": metrics["score_mean"],
+            "kl": metrics["kl"],
+            "sqrt_kl": max(metrics["kl"], 0.0) ** 0.5,
+            "entropy": metrics["entropy"],
+            "length": metrics["response_tokens"],
+            "ensemble_std": metrics["score_member_std"],
+            "repetition": alarms.repetition(rollout.responses),
+        }
+        held_out_gap = None
+        if watcher is not None:
+            row["held_out_reward"] = float(watcher.score(rollout.prompts, rollout.responses).mean())
+            self._watched.append(row["held_out_reward"])
+            held_out_gap = alarms.held_out_gap(self._rewards, self._watched)
+        if self._judge is not None:
+            row["gold"] = self._judge(rollout.prompts, rollout.responses)
+        figures = {
+            "held_out_gap": held_out_gap,
+            "ensemble_std": row["ensemble_std"],
+            "length_ratio": row["length"] / self._start["length"],
+            "entropy_ratio": row["entropy"] / self._start["entropy"] if self._start["entropy"] > 0 else None,
+            "repetition": row["repetition"],
+            "kl": row["kl"],
+            "win_rate_gap": self._win_rate_gap,
+            "reward_sign": self._reward_sign,
+        }
+        return row, self.watch.check(figures, int(metrics["step"]))
+
+
+def _newer_is_first(label: Label) -> bool:
+    first, second = label.comparison.writers
+    return first > second

@@ -1,0 +1,68 @@
+"""What a session leaves on the disk, and how it finds it again."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deep_rlhf.algorithms.online import OnlineTrainer
+from deep_rlhf.algorithms.online_setup import trainable_tensors
+from deep_rlhf.feedback.store import Store
+from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
+from deep_rlhf.types import UserError
+
+
+class Saved:
+    """The checkpoints of a session in `<folder>/checkpoints`; the store says which policy it belongs to."""
+
+    def __init__(self, folder: Path, store: Store, policy: str) -> None:
+        """`policy`: fingerprint of the start. Raises UserError if store or folder belong to another policy."""
+        self._folder, self._store, self._policy = folder / "checkpoints", store, policy
+        self._folder.mkdir(parents=True, exist_ok=True)
+        known = store.get("start policy")
+        if known not in (None, policy):
+            raise UserError(
+                f"The answers in {store!r} are about another policy than this one: give another --store, or the model"
+                " that it began with."
+            )
+        found = latest_checkpoint(self._folder)
+        if found is not None and found.state["policy"] != policy:
+            raise UserError(f"'{folder}' holds the run of another policy: give another --output_dir.")
+        store.put("start policy", policy)
+        self._found = found.state if found is not None else None
+
+    def newest(self) -> dict[str, Any] | None:
+        """What was saved last, None in a new folder."""
+        return self._found
+
+    def next_version(self) -> int:
+        """The number of the next version of the policy, where only the store remembers earlier ones."""
+        versions = self._store.versions("policy")
+        return versions[-1].number + 1 if versions else 0
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Writes a checkpoint; raises UserError when the disk refuses it."""
+        save_checkpoint(self._folder, step, {**state, "policy": self._policy})
+
+
+def fingerprint(trainer: OnlineTrainer) -> str:
+    """Of the weights that a trainer starts with."""
+    digest = hashlib.sha256()
+    for name, tensor in trainable_tensors(trainer.sampler.policy).items():
+        digest.update(name.encode())
+        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Has `write` fill a folder under another name and puts it in the place of `folder` when it is whole."""
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    for rest in (temporary, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    write(temporary)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,449 @@
+"""The loop with people in it (Christiano et al. 2017, §2.2): ask, refit the reward model, improve the policy, again.
+
+In async mode three things go on at once, and meet in the store alone: people answer whenever they like, another process
+refits the reward model whenever enough new answers have come, and this one samples, scores and learns, whatever the
+others do. Only the first reward model is waited for. In batched mode the three take turns in one process, and the same
+seed gives the same run. Where it departs from the paper: the reward is of a whole answer, its scale is set once and for
+all on the start policy's answers, and the policy is held near the start by a KL penalty.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deep_rlhf.algorithms.online_setup import open_scorer
+from deep_rlhf.algorithms.ppo import PPOTrainer
+from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.feedback import outlook
+from deep_rlhf.feedback.halting import Halted, Halter
+from deep_rlhf.feedback.labelling import InBackground, Labeler, People
+from deep_rlhf.feedback.monitor import Judge, Monitor
+from deep_rlhf.feedback.questions import Asker, Questions
+from deep_rlhf.feedback.records import Alarm, Label, Version
+from deep_rlhf.feedback.refit_process import RefitProcess
+from deep_rlhf.feedback.refitting import (
+    WATCHER,
+    RefitJob,
+    Refits,
+    Refitted,
+    newest_version,
+    preferences_by_comparison,
+    start_answers,
+    write_start_answers,
+)
+from deep_rlhf.feedback.sampling import LogOdds
+from deep_rlhf.feedback.saving import Saved, fingerprint, replace_folder
+from deep_rlhf.feedback.schedule import LabelSchedule
+from deep_rlhf.feedback.session_config import SessionConfig
+from deep_rlhf.feedback.store import Store, Unavailable
+from deep_rlhf.feedback.versions import PolicyVersions
+from deep_rlhf.models.reward import RewardModel
+from deep_rlhf.runtime.allocator import kept_memory
+
+logger = logging.getLogger(__name__)
+
+START_ANSWERS = 128  # by which the scale of the reward is set
+JUDGED_PROMPTS = 24  # by whose answers versions are compared
+LOOK_EVERY = 0.2  # seconds between two looks into the store, where there is nothing else to do
+ROUNDS = 20  # of asking again in batched mode, where annotators cannot tell
+
+Ending = Literal["done", "stopped", "interrupted"]
+
+
+class NoReward:
+    """Stands where the first reward model will."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Any:
+        """Nobody asks it: the policy does not learn before there is a reward model."""
+        raise AssertionError("the policy cannot learn before there is a reward model")
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint says of the session beside what the trainer learned."""
+
+    step: int = 0
+    policy_version: int = -1
+    version_step: int = 0  # at which the newest version was made
+    reward_version: int = 0
+    rolled_back: int = 0  # times
+
+
+class Session:
+    """One run of the loop, in a folder: `run` goes on until it is done or stopped, wherever it stood before."""
+
+    def __init__(
+        self,
+        config: SessionConfig,
+        *,
+        store: Store,
+        store_url: str,
+        output_dir: str | Path,
+        model: PreTrainedModel | str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompts: Sequence[str],
+        held_out_prompts: Sequence[str],
+        labeler: Labeler | None = None,
+        pace: float = 0.0,
+        judge: Judge | None = None,
+        threads: int = 1,
+    ) -> None:
+        """`model` is a folder or name for async mode, whose process of refits opens it again.
+
+        `held_out_prompts` are for what measures: blind pairs, fixed prompts, versions. `pace`: seconds an answer that a
+        labeler takes. `judge` scores answers for the curve "gold". `threads`: of the process that refits.
+
+        Raises UserError as PPOTrainer, and if folder or store belong to another run.
+        """
+        self.config, self.store, self.output_dir = config, store, Path(output_dir)
+        self.labeler: Labeler = labeler or People()
+        self._pace, self._threads, self._store_url = pace, threads, store_url
+        settings = ppo_settings(config)
+        self.trainer = PPOTrainer(settings, model=model, tokenizer=tokenizer, prompts=prompts, reward=NoReward())
+        self.progress = Progress()
+        self._saved = Saved(self.output_dir, store, fingerprint(self.trainer))
+        self.halter = Halter(store, self.trainer.sampler.policy.trunk)
+        self.monitor = Monitor(config.limits, judge)
+        held_out = list(held_out_prompts) or list(prompts)
+        self.questions = Questions(config, store, self.trainer.prompts, held_out_prompts)
+        self.versions = PolicyVersions(
+            self.trainer,
+            store,
+            self.output_dir / "versions",
+            shown=held_out[: config.fixed_prompts],
+            judged=held_out[config.fixed_prompts :][:JUDGED_PROMPTS],
+        )
+        self._rewards = self.output_dir / "rewards"
+        self._rewards.mkdir(parents=True, exist_ok=True)
+        self._schedule = _schedule(config)
+        self._scorer: RewardModel | None = None
+        self._watcher: RewardModel | None = None
+        self._refitted: Refitted | None = None  # the reward model that the policy learns against
+        self._labels: list[Label] = []
+        self._told: str | None = None
+        self._model = model
+
+    # ---- the loop
+
+    def run(self) -> Ending:
+        """Goes on until `config.updates` are done, an alarm or the red button stops it, or Ctrl-C; then saves all."""
+        self.store.put("stop", None)
+        with self.halter, kept_memory():
+            try:
+                self._begin()
+                if self.config.mode == "async":
+                    self._run_async()
+                else:
+                    self._run_batched()
+                ending: Ending = "done"
+            except Halted as halted:
+                ending = halted.ending
+        self._end(ending)
+        return ending
+
+    def _run_async(self) -> None:
+        process = RefitProcess(
+            self._job(), self._rewards, self._store_url, threads=self._threads, seen=self.progress.reward_version
+        )
+        annotators = (
+            None if isinstance(self.labeler, People) else InBackground(self.labeler, self.store, pace=self._pace)
+        )
+        try:
+            while self.progress.step < self.config.updates:
+                self.halter.check()
+                try:
+                    found = process.poll()
+                    if found is not None:
+                        self._adopt(found)
+                    if annotators is not None and annotators.error is not None:
+                        raise annotators.error
+                    self._top_up()
+                    if self._scorer is None:
+                        self._wait_for_labels()
+                        continue
+                    self._update()
+                except Unavailable as error:  # the policy need not wait for the database
+                    logger.warning("%s", error)
+                    self.halter.wait(LOOK_EVERY)
+        finally:
+            process.stop()
+            if annotators is not None:
+                annotators.stop()
+
+    def _run_batched(self) -> None:
+        refits = Refits(self._job(), self._rewards, self.store, policy=self._start_model)
+        while self.progress.step < self.config.updates:
+            self._collect_labels(self._wanted() or 0)
+            self._adopt(refits.run())
+            for _ in range(min(self.config.batched_updates, self.config.updates - self.progress.step)):
+                self.halter.check()
+                self._update()
+
+    def _collect_labels(self, wanted: int) -> None:
+        """Asks until so many more labels are there; "can't tell" is none, so it may take more than one round."""
+        until = self.store.label_count() + wanted
+        for _ in range(ROUNDS):
+            missing = until - self.store.label_count()
+            if missing <= 0:
+                return
+            if self.labeler.brings_questions:
+                if self.labeler.answer(self.store, missing) == 0:
+                    return  # the file is through
+                continue
+            self._ask(self.questions.missing(missing) if isinstance(self.labeler, People) else missing)
+            if isinstance(self.labeler, People):
+                while self.store.label_count() < until and self.store.waiting():
+                    self._wait_for_labels()
+            else:
+                self.labeler.answer(self.store, 2**31)
+
+    def _begin(self) -> None:
+        """Goes on from the newest checkpoint, or makes version 0."""
+        self._tell("starting", "The policy is opened.")
+        found = self._saved.newest()
+        if found is None:
+            self.progress.policy_version = self._saved.next_version() - 1
+            self._new_version(None)
+        else:
+            self.trainer.restore(found["trainer"])
+            self.progress = Progress(**found["progress"])
+            self.questions.state = found["questions"]
+            self.monitor.state = found["monitor"]
+            logger.info("Going on after update %d.", self.progress.step)
+        self._refresh_labels()
+        self.questions.withdraw(self.progress.policy_version)
+        if self.config.mode == "async":
+            self._top_up()  # people need not wait for what comes now
+        if start_answers(self._rewards) is None:
+            prompts = [self.trainer.prompts[i % len(self.trainer.prompts)] for i in range(START_ANSWERS)]
+            texts = self.trainer.generate(prompts, seed=self.config.seed, reference=True)
+            write_start_answers(self._rewards, list(zip(prompts, texts, strict=True)))
+        newest = newest_version(self._rewards)
+        if newest is not None:
+            self._adopt(newest)
+
+    def _end(self, ending: Ending) -> None:
+        self._tell(
+            "stopped",
+            {"done": "All updates are done.", "stopped": "The loop was stopped."}.get(
+                ending, "The loop was interrupted: start it again to go on."
+            ),
+        )
+        self._checkpoint()
+        replace_folder(self.output_dir / "model", self.trainer.save)
+        newest = newest_version(self._rewards)
+        if newest is not None:
+            replace_folder(self.output_dir / "reward_model", RewardModel.load(newest.path).save)
+
+    # ---- its parts
+
+    def _update(self) -> None:
+        """One update of the policy, and what is told about it."""
+        self._tell("training", f"Update {self.progress.step + 1}: the policy writes, is scored and learns.")
+        metrics = self.trainer.step(self.progress.step)
+        self.progress.step += 1
+        rollout = self.trainer.last_rollout
+        assert rollout is not None
+        assert self._scorer is not None
+        row, raised = self.monitor.update(metrics, rollout, self._watcher)
+        self._refresh_labels()
+        row |= {
+            "step": self.progress.step,
+            "policy_version": self.progress.policy_version,
+            "reward_version": self.progress.reward_version,
+            "labels": self.store.label_count(),
+        }
+        self.store.add_metrics([row])
+        if self.progress.step - self.progress.version_step >= self.config.version_every:
+            self._new_version(self._scorer)
+        if self.progress.step % self.config.save_every == 0:
+            self._checkpoint()
+        self._act_on(raised)
+
+    def _adopt(self, refitted: Refitted) -> None:
+        """From here on the policy learns against this reward model, unless its sign is wrong."""
+        model = RewardModel.load(refitted.path)
+        scorer = open_scorer(model, self.trainer.runtime.device, self.trainer.config)
+        watched = refitted.path / WATCHER
+        self._refresh_labels()
+        preferences, _ = preferences_by_comparison(self._labels)
+        raised = self.monitor.new_reward(scorer, preferences, self.progress.step)
+        self.store.add_version(
+            Version(
+                kind="reward",
+                number=refitted.number,
+                step=self.progress.step,
+                labels=refitted.labels,
+                last_event=refitted.last_event,
+                figures=refitted.figures,
+            )
+        )
+        if any(alarm.action == "stop" for alarm in raised):
+            self._act_on(raised)  # before anything learns from it
+        assert isinstance(scorer, RewardModel)
+        self._scorer = self.trainer.scorer = scorer
+        self._watcher = RewardModel.load(watched) if watched.is_dir() else None
+        if self._watcher is not None:
+            self._watcher = open_scorer(self._watcher, self.trainer.runtime.device, self.trainer.config)  # type: ignore[assignment]
+        self.progress.reward_version = refitted.number
+        if self.progress.step > self.progress.version_step:
+            self._new_version(scorer)  # it has learned against the reward model before
+        self._refitted = refitted
+        self.monitor.compare(self._labels, LogOdds(scorer), self.config.label_noise)
+        self._act_on(raised)
+
+    def _new_version(self, scorer: RewardModel | None) -> None:
+        """The policy as it is becomes a version, and questions are about it from now on."""
+        self.progress.policy_version += 1
+        self.progress.version_step = self.progress.step
+        won = outlook.win_rate(self._labels)
+        version = Version(
+            kind="policy",
+            number=self.progress.policy_version,
+            step=self.progress.step,
+            labels=self._refitted.labels if self._refitted else 0,
+            last_event=self._refitted.last_event if self._refitted else 0,
+            figures={"win_rate": float(won["rate"])} if won else {},
+        )
+        judge = self._watcher or scorer
+        self.versions.add(version, judge, self._labels)
+        self.questions.withdraw(self.progress.policy_version)
+
+    def _act_on(self, raised: Sequence[Alarm]) -> None:
+        """Tells of alarms, and does what they ask for: the gravest alone."""
+        actions = {alarm.action for alarm in raised}
+        back = "stop" not in actions and "roll_back" in actions and self._scorer is not None
+        number = self._roll_back() if back else None
+        for alarm in raised:
+            if number is not None and alarm.action == "roll_back":
+                then = f"The policy is back at version {number}, and held twice as near the start."
+                alarm = dataclasses.replace(alarm, message=f"{alarm.message} {then}")
+            logger.warning("Alarm after update %d, %s: %s", alarm.step, alarm.action.replace("_", " "), alarm.message)
+            self.store.add_alarm(alarm)
+        if "stop" in actions:
+            raise Halted("stopped")
+
+    def _roll_back(self) -> int:
+        """Puts the policy back to its best version. What led it astray is still there, so the KL penalty doubles."""
+        assert self._scorer is not None
+        number = self.versions.best(self._watcher or self._scorer, self._labels)
+        self.versions.restore(number)
+        self.progress.rolled_back += 1
+        self.trainer.kl_coef = self.config.init_kl_coef * 2**self.progress.rolled_back
+        self.monitor.rolled_back()
+        self._new_version(self._scorer)
+        self._checkpoint()
+        return number
+
+    def _top_up(self) -> None:
+        if not self.labeler.brings_questions:
+            self._ask(self.questions.missing(self._wanted()))
+
+    def _ask(self, count: int) -> None:
+        if count > 0:
+            scorer = self._scorer
+            asker = Asker(
+                now=lambda prompts, seed: self.trainer.generate(prompts, seed=seed),
+                start=lambda prompts, seed: self.trainer.generate(prompts, seed=seed, reference=True),
+                scorer=LogOdds(scorer) if scorer else None,
+                policy_version=self.progress.policy_version,
+                reward_version=self.progress.reward_version,
+            )
+            self.questions.ask(count, asker)
+
+    def _wanted(self) -> int | None:
+        """Labels that are still wanted by now; None for as many as people give."""
+        if self._schedule is None:
+            return None
+        due = self._schedule.due(self.progress.step, self.config.updates)
+        return max(0, due - self.store.label_count())
+
+    def _refresh_labels(self) -> None:
+        """All labels that count now, and the win rate that follows from them."""
+        last = self._labels[-1].event_id if self._labels else 0
+        if self.store.last_event() == last:
+            return
+        self._labels = self.store.labels()
+        self.store.put("win_rate", outlook.win_rate(self._labels))
+
+    def _wait_for_labels(self) -> None:
+        count, first = self.store.label_count(), self.config.initial_labels
+        if count < first:
+            text = f"{count} of the {first} answers are there that the first reward model waits for."
+            self._tell("waiting for labels", text)
+        else:
+            self._tell("refitting", f"The first reward model is fitted to {count} answers.")
+        self.halter.wait(LOOK_EVERY)
+
+    def _checkpoint(self) -> None:
+        self._saved.save(
+            self.progress.step,
+            {
+                "trainer": self.trainer.snapshot(),
+                "progress": dataclasses.asdict(self.progress),
+                "questions": self.questions.state,
+                "monitor": self.monitor.state,
+            },
+        )
+
+    def _tell(self, state: str, text: str) -> None:
+        if text != self._told:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            self.store.put("status", {"state": state, "step": self.progress.step, "text": text, "at": now})
+            self._told = text
+
+    def _job(self) -> RefitJob:
+        config = self.config
+        settings = {
+            "members": config.members,
+            "template": config.template,
+            "max_length": config.max_prompt_length + config.max_new_tokens,
+            "seed": config.seed,
+            "learning_rate": config.reward_learning_rate,
+            "batch_size": config.reward_batch_size,
+            "label_noise": config.label_noise,
+        }
+        return RefitJob(
+            policy=self._model if isinstance(self._model, str) else "",
+            first=config.initial_labels,
+            after=config.refit_after,
+            growth=config.refit_growth,
+            settings=settings,
+            watchers=config.watchers,
+        )
+
+    def _start_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The language model as it began, and the tokenizer."""
+        with self.trainer._reference.model() as frozen:
+            return frozen.plain_model(), self.trainer.tokenizer
+
+
+def ppo_settings(config: SessionConfig) -> PPOConfig:
+    """What PPO runs with in a session; everything else is its default."""
+    return PPOConfig(
+        exp_name="session",
+        seed=config.seed,
+        max_prompt_length=config.max_prompt_length,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        steps=config.updates * config.batch_size,
+        batch_size=config.batch_size,
+        mini_batch_size=config.mini_batch_size,
+        ppo_epochs=config.ppo_epochs,
+        learning_rate=config.learning_rate,
+        lam=1.0,  # a critic as young as this is worth less than the plain sum of rewards
+        init_kl_coef=config.init_kl_coef,
+        adap_kl_ctrl=False,
+    )
+
+
+def _schedule(config: SessionConfig) -> LabelSchedule | None:
+    if config.labels is None:
+        return None
+    return LabelSchedule(initial=config.initial_labels, total=config.labels, decay=config.label_decay)

@@ -1,0 +1,58 @@
+"""A tiny policy, annotators with a planted taste, and the settings with which a whole session takes seconds."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from deep_rlhf.feedback.labelers import AnnotatorHabits
+from deep_rlhf.feedback.labelling import SimulatedLabeler
+from deep_rlhf.feedback.session import Session
+from deep_rlhf.feedback.session_config import SessionConfig
+from deep_rlhf.feedback.store import Store
+
+PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not", "two fish", "moon or sun", "bad", "a"]
+HELD_OUT = ["the dog likes", "blue", "three birds", "sun"]
+TOKENS = 8
+HONEST = AnnotatorHabits(temperature=0.02, error_rate=0.05, cant_tell_rate=0.05)
+SETTINGS: dict[str, Any] = {
+    **{"seed": 1, "updates": 9, "initial_labels": 48, "labels": 96, "label_decay": 50, "mode": "batched"},
+    **{"batch_size": 32, "mini_batch_size": 32, "ppo_epochs": 4, "learning_rate": 3e-3, "init_kl_coef": 0.005},
+    **{"max_new_tokens": TOKENS, "max_prompt_length": 40, "template": "plain", "reward_learning_rate": 3e-3},
+    **{"members": 3, "watchers": 2, "fixed_prompts": 2, "batched_updates": 3, "refit_after": 12},
+}
+
+
+def brevity(prompt: str, answer: str) -> float:
+    """How much of the room an answer leaves unused: about 0.1 of a policy that nobody has taught."""
+    return 1 - len(answer.split()) / TOKENS
+
+
+def judge(prompts: Sequence[str], answers: Sequence[str]) -> float:
+    """The mean of `brevity`."""
+    return sum(map(brevity, prompts, answers)) / len(answers)
+
+
+def policy_folder(make_model: Callable[..., Any], tokenizer: Any, folder: Path) -> str:
+    """A plain transformers folder of a policy that nobody has taught."""
+    make_model("gpt2").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_session(model: str, folder: Path, store: Store, **settings: Any) -> Session:
+    """A session with three simulated annotators, unless `labeler` says otherwise."""
+    others = {name: settings.pop(name) for name in ("labeler", "pace") if name in settings}
+    return Session(
+        SessionConfig(**(SETTINGS | settings)),
+        store=store,
+        store_url=str(folder / "store.db"),
+        output_dir=folder,
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(model),
+        prompts=PROMPTS,
+        held_out_prompts=HELD_OUT,
+        judge=judge,
+        **({"labeler": SimulatedLabeler(brevity, seed=1, habits=HONEST)} | others),
+    )
