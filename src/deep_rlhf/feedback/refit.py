@@ -6,13 +6,14 @@ loss. L2 is decoupled from the gradient (Loshchilov & Hutter 2019), so that its 
 draws the trunk to the weights it began with, the heads to zero: drawn to zero, a trunk would forget its language
 (Li et al. 2018, "L2-SP").
 
-Where it departs from the paper: the members share a trunk, which has seen every pair through some member, so out-of-bag
-figures are optimistic. Honest ones are those of `Fitted.accuracy`: every pair was predicted before it was learned from.
+Where it departs from the paper: the members share a trunk, which learns from a pair for all of them if one has it in
+its bag. So out of bag are the pairs in nobody's bag, a sixth of all, not 1/e for each member, and `Fitted.accuracy` is
+of what was predicted before it was learned from. `Fitted.predictions` are of the members without the pair in their bag,
+for early ones would be of a worse model; through the trunk they lean a little to the answer that was given.
 """
 
 import copy
 import json
-import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,22 +37,22 @@ from transformers import (
     TrainerCallback,
 )
 
-from deep_rlhf.algorithms.reward import out_of_bag_accuracy, pair_features
+from deep_rlhf.algorithms.reward import pair_features
 from deep_rlhf.algorithms.reward_config import RewardConfig
-from deep_rlhf.algorithms.reward_trainer import Features, RewardTrainer, accuracy, label_noise_of, told_noise
+from deep_rlhf.algorithms.reward_trainer import Features, RewardTrainer, accuracy
+from deep_rlhf.feedback.bags import accuracies, adapted, bag_id, bag_losses, is_outside
 from deep_rlhf.models.load import disable_dropout
 from deep_rlhf.models.reward import RewardModel, has_reward_head, init_reward_head, render, reward_head
-from deep_rlhf.ops.preference import bradley_terry_loss
 from deep_rlhf.ops.queries import preferred_probability
 from deep_rlhf.types import Preference, UserError
 
 CARD = "fit.json"
 BASE = "base.safetensors"
 NORMALISATION_ANSWERS = 512
+VISITS = 4  # pairs that are gone over in a refit for each new one
+MOST_PASSES = 3
 RECENT_PREDICTIONS = 200  # of each arm, whose accuracy is told
 CHOSEN = ("variance", "information")  # reasons of a question that was chosen
-LEAST_DECAY, MOST_DECAY = 1.0, 2000.0
-FASTEST = 3.0  # change of the weight decay from one refit to the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +65,10 @@ class RefitSettings:
     seed: int = 0  # of the heads, the bags and the order
     learning_rate: float = 5e-4  # of the demo's small model; 1e-5 for a pretrained one
     batch_size: int = 16
-    least_pairs: int = 256  # to go over in a refit, new and old, while no pair is met more than three times
+    pairs: tuple[int, int] = (64, 512)  # least and most to go over in a refit, new and old
     most_labels: int = 3000  # the newest (Christiano et al. 2017, A.2)
     label_noise: float = 0.1  # the floor: nobody errs less
-    weight_decay: float = 20.0  # of the first refit; a step draws by learning rate × this
+    weight_decay: float = 100.0  # of the first refit; a step draws by learning rate × this
     ratio: tuple[float, float] = (1.1, 1.5)  # of out-of-bag to training loss
 
     def __post_init__(self) -> None:
@@ -83,9 +84,9 @@ class Fitted:
 
     model: RewardModel  # each member with mean 0 and standard deviation 1 on recent answers
     labels: int  # pairs that it has learned from, the newest `most_labels`
-    too_long: int  # pairs that were left out
+    left_out: int  # too long, or without weight
     train_loss: float  # mean per pair of a member's bag, mean of the members
-    oob_loss: float  # the same outside its bag
+    oob_loss: float  # the same of the pairs in nobody's bag; NaN while there are none
     ratio: float
     weight_decay: float  # of this refit
     oob_accuracy: list[float]  # of each member
@@ -102,6 +103,7 @@ class _Progress:
     refits: int = 0
     # id of a preference -> what was predicted before it was learned from, None at the first fit
     predicted: dict[str, float | None] = field(default_factory=dict)
+    outside: dict[str, float] = field(default_factory=dict)  # newest prediction by members out of whose bag it is
     # of each refit but the first: labels learned from before, accuracy on the new ones, and how many these were
     history: list[tuple[int, float, int]] = field(default_factory=list)
 
@@ -181,34 +183,34 @@ class RewardFit:
         started = time.perf_counter()
         with TemporaryDirectory() as folder, _kept_randomness():
             config = self._config(folder)
-            pairs, features, too_long = self._features(preferences, noise or {}, config)
+            pairs, features, left_out = self._features(preferences, noise or {}, config)
             new = [row for row, pair in enumerate(pairs) if pair.id not in self.progress.predicted]
             self._predict(pairs, features, new, config)
-            rows = self._rows(len(pairs), new)
+            trainer = self._trainer([features[row] for row in self._training_rows(features, new)], config)
             weight_decay = self.progress.weight_decay
-            trainer = self._trainer([features[row] for row in rows], config)
-            pull = _Pull(self.model.model, self.base, weight_decay)
-            trainer.add_callback(pull)
+            trainer.add_callback(_Pull(self.model.model, self.base, weight_decay))
             trainer.train()
-            rewards = trainer.rewards(features)
-        weights = torch.tensor([pair.weight for pair in pairs])
-        train_loss, oob_loss = bag_losses(rewards, features, weights, self.settings.label_noise)
+            rows = self._measured_rows(len(pairs))
+            measured, rewards = [features[row] for row in rows], trainer.rewards([features[row] for row in rows])
+        weights = torch.tensor([pairs[row].weight for row in rows])
+        train_loss, oob_loss = bag_losses(rewards, measured, weights, self.settings.label_noise)
         ratio = oob_loss / train_loss
         self.progress.weight_decay = adapted(weight_decay, ratio, self.settings.ratio)
         self.progress.refits += 1
+        self._remember([pairs[row].id for row in rows], measured, rewards)
         self._normalise(rewards, recent)
         self.model.model.eval()
         return Fitted(
             model=self.model,
             labels=len(pairs),
-            too_long=too_long,
+            left_out=left_out,
             train_loss=train_loss,
             oob_loss=oob_loss,
             ratio=ratio,
             weight_decay=weight_decay,
-            oob_accuracy=out_of_bag_accuracy(rewards, features),
+            oob_accuracy=accuracies(rewards, measured),
             accuracy=self._accuracy(pairs, arms or {}),
-            predictions=self._predictions(pairs, features, rewards),
+            predictions=self._predictions(pairs),
             seconds=time.perf_counter() - started,
         )
 
@@ -224,8 +226,7 @@ class RewardFit:
             num_train_epochs=1,
             learning_rate=settings.learning_rate,
             weight_decay=0.0,
-            warmup_steps=2,
-            lr_scheduler_type="cosine",
+            lr_scheduler_type="linear",
             seed=settings.seed + self.progress.refits,
             precision="fp32",  # so that L2 draws the weights themselves
             report_to="none",
@@ -246,20 +247,23 @@ class RewardFit:
         self, preferences: Sequence[Preference], noise: Mapping[str, float], config: RewardConfig
     ) -> tuple[list[Preference], list[Features], int]:
         """The newest pairs that are short enough, as they are learned from."""
-        kept, features, too_long = [], [], 0
+        kept, features, left_out = [], [], 0
         for pair in preferences[-self.settings.most_labels :]:
             rate = max(self.settings.label_noise, noise.get(pair.annotator, 0.0))
-            # Another seed has other bags, so that a second ensemble is out of bag where the first one is not.
-            named = replace(pair, id=f"{self.settings.seed}/{pair.id}", label_noise=rate)
+            named = replace(pair, id=bag_id(pair, self.settings.seed), label_noise=rate)
             found, _ = pair_features([named], self.model.tokenizer, config, self.model.max_length)
+            if found and is_outside(named.id):
+                found[0]["weight"] = torch.zeros(self.settings.members)
             if found and pair.weight > 0:
                 kept.append(pair)
                 features += found
             else:
-                too_long += 1
+                left_out += 1
         if not features:
-            raise UserError(f"No pair is left to learn from ({too_long} are longer than {config.max_length} tokens).")
-        return kept, features, too_long
+            raise UserError(
+                f"No pair is left to learn from: {left_out} have more than {config.max_length} tokens or no weight."
+            )
+        return kept, features, left_out
 
     def _predict(self, pairs: list[Preference], features: list[Features], new: list[int], config: RewardConfig) -> None:
         """What the ensemble as it is says of pairs that it has not learned from."""
@@ -277,17 +281,30 @@ class RewardFit:
         if decided:
             self.progress.history.append((known, accuracy(p - 0.5, mu), decided))
 
-    def _rows(self, count: int, new: list[int]) -> list[int]:
-        """Which pairs are gone over: the new ones, and as many old ones, or more to make `least_pairs`."""
+    def _training_rows(self, features: list[Features], new: list[int]) -> list[int]:
+        """Which pairs are gone over, in which order: all new ones, and so many others that each is met a few times."""
         lot = random.Random(f"{self.settings.seed}/{self.progress.refits}")
-        visits = min(max(2 * len(new), self.settings.least_pairs), 3 * count)
-        rows = list(new)
-        others = sorted(set(range(count)) - set(new)) or list(range(count))
+        inside = [row for row, pair in enumerate(features) if pair["weight"].any()]
+        if not inside:
+            raise UserError("No pair is left to learn from but those that are kept to validate: it takes more labels.")
+        rows = sorted(set(inside) & set(new))
+        least, most = self.settings.pairs
+        visits = min(max(VISITS * len(rows), least), max(most, len(rows)), MOST_PASSES * len(inside))
+        others = sorted(set(inside) - set(rows)) or inside
         while len(rows) < visits:
             rows += lot.sample(others, min(len(others), visits - len(rows)))
-            others = list(range(count))
+            others = inside
         lot.shuffle(rows)
         return rows
+
+    def _measured_rows(self, count: int) -> list[int]:
+        """Pairs to compute losses and predictions of: all, or the newer half of `most` and others by lot."""
+        most = self.settings.pairs[1]
+        if count <= most:
+            return list(range(count))
+        older = range(count - most // 2)
+        lot = random.Random(f"{self.settings.seed}/{self.progress.refits}/measured")
+        return [*sorted(lot.sample(older, most - most // 2)), *range(count - most // 2, count)]
 
     def _normalise(self, rewards: Tensor, recent: Sequence[tuple[str, str]] | None) -> None:
         if recent:
@@ -314,16 +331,16 @@ class RewardFit:
             found[name] = accuracy(advantage, mu) if newest else None
         return found
 
-    def _predictions(self, pairs: list[Preference], features: list[Features], rewards: Tensor) -> dict[str, float]:
-        """Mean of the members outside whose bag a pair is; of one that is in all bags, what was predicted before."""
-        outside = torch.stack([pair["weight"] for pair in features]) == 0
-        p = (preferred_probability(rewards) * outside).sum(dim=1) / outside.sum(dim=1)
-        found = {}
-        for pair, value, has in zip(pairs, p.tolist(), outside.any(dim=1).tolist(), strict=True):
-            before = self.progress.predicted[pair.id]
-            if has or before is not None:
-                found[pair.id] = value if has or before is None else before
-        return found
+    def _remember(self, ids: list[str], features: list[Features], rewards: Tensor) -> None:
+        """For each pair, the mean prediction of the members outside whose bag it is, if it is outside any."""
+        unseen = torch.stack([pair["weight"] for pair in features]) == 0
+        p = (preferred_probability(rewards) * unseen).sum(dim=1) / unseen.sum(dim=1)
+        self.progress.outside |= {name: value for name, value in zip(ids, p.tolist(), strict=True) if value == value}
+
+    def _predictions(self, pairs: list[Preference]) -> dict[str, float]:
+        """By the members outside whose bag a pair is; of one in all bags, what was predicted before."""
+        found = {pair.id: self.progress.outside.get(pair.id, self.progress.predicted[pair.id]) for pair in pairs}
+        return {name: p for name, p in found.items() if p is not None}
 
 
 class _Pull(TrainerCallback):
@@ -349,36 +366,6 @@ def classifier_of(policy: PreTrainedModel, members: int) -> PreTrainedModel:
     trunk = getattr(classifier, classifier.base_model_prefix)
     trunk.load_state_dict(getattr(policy, policy.base_model_prefix).state_dict())
     return classifier
-
-
-def bag_losses(
-    rewards: Tensor, features: Sequence[Features], weights: Tensor, label_noise: float
-) -> tuple[float, float]:
-    """Mean loss per pair in the members' bags, and outside them, from rewards [N, 2, K]; each the mean of the members.
-
-    weights: [N] of the pairs themselves. A pair that is twice in a bag counts twice there. Without any pair on a side
-    of a bag, that member is left out; NaN without any member.
-    """
-    a, b = rewards.unbind(1)
-    mu = torch.tensor([pair["labels"] for pair in features])[:, None].expand_as(a)
-    noise = label_noise_of(told_noise(features)[:, None], label_noise)
-    loss = bradley_terry_loss(a, b, mu, label_noise=noise)
-    inside = torch.stack([pair["weight"] for pair in features])
-    outside = (inside == 0) * weights[:, None]
-    means = [(loss * share).sum(dim=0) / share.sum(dim=0) for share in (inside, outside)]
-    return means[0].nanmean().item(), means[1].nanmean().item()
-
-
-def adapted(weight_decay: float, ratio: float, bounds: tuple[float, float]) -> float:
-    """The weight decay of the next refit: stronger above the bounds of the ratio, weaker below, else the same.
-
-    By as much as the logarithm of the ratio is off the middle of the bounds, at most threefold.
-    """
-    if not math.isfinite(ratio) or bounds[0] <= ratio <= bounds[1]:
-        return weight_decay
-    middle = (math.log(bounds[0]) + math.log(bounds[1])) / 2
-    factor = min(max(math.log(max(ratio, 1.0)) / middle, 1 / FASTEST), FASTEST)
-    return min(max(weight_decay * factor, LEAST_DECAY), MOST_DECAY)
 
 
 def _base(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -7,10 +7,10 @@ its mode at 10 %. What is known for sure beside the predictions:
 - repeats: a careful person's own opinion of a question is q ~ Beta(p, 1 − p), and both answers follow the same q, so
   answering differently points to chance even where the reward model is unsure.
 
-A reward model that is too sure of itself would make careful people look careless. So its log-odds are divided by one
-temperature T ≥ 1, fitted together with all ε: what everybody disagrees with is the model's fault, and what one person
-disagrees with more than others is that person's. Predictions should be out of bag (refit.Fitted.predictions): a model
-that has learned an answer agrees with it.
+A reward model that is too sure of itself would make careful people look careless, one that is not sure enough would
+tell nothing. So its log-odds are divided by one temperature T, fitted together with all ε: what everybody disagrees
+with is the model's fault, and what one person disagrees with more than others is that person's. Predictions should be
+out of bag (refit.Fitted.predictions): a model that has learned an answer agrees with it.
 """
 
 from collections import defaultdict
@@ -29,7 +29,7 @@ GOLD = 0.98  # P(the expected answer), for whoever wrote a gold question errs to
 SURE = 0.99  # no prediction counts as surer
 ROUNDS = 10  # of fitting the error rates and the temperature in turn
 _RATES = (np.arange(1000) + 0.5) / 1000
-_TEMPERATURES = np.geomspace(1.0, 16.0, 33)
+_TEMPERATURES = np.geomspace(1 / 8, 16.0, 57)
 _CHOICES = ["a", "b", "tie"]
 
 Array = NDArray[np.float64]

@@ -1,0 +1,235 @@
+"""The ensemble between refits: it goes on learning, keeps bags and the ratio of losses, and outlives its process."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from test_reward_learning import comparisons
+
+from deep_rlhf.feedback.bags import bag_id, is_outside
+from deep_rlhf.feedback.refit import RefitSettings, RewardFit, classifier_of
+from deep_rlhf.feedback.reliability import Answered, fit_error_rates
+from deep_rlhf.models.reward import RewardModel
+from deep_rlhf.ops.preference import bootstrap_weights
+from deep_rlhf.types import Preference, UserError
+
+TEST = comparisons(300, seed=9)
+
+
+def label(pairs: list[Preference], name: str, error_rate: float, seed: int = 0) -> list[Preference]:
+    """By an annotator who answers at random so often."""
+    rng = random.Random(f"{name}/{seed}")
+    return [
+        replace(pair, annotator=name, mu=float(rng.random() < 0.5) if rng.random() < error_rate else pair.mu)
+        for pair in pairs
+    ]
+
+
+@pytest.fixture
+def new_fit(make_model, make_tokenizer):
+    def make(**settings) -> RewardFit:
+        policy = make_model("gpt2", spread=0.02, n_positions=64)
+        chosen = {"template": "plain", "max_length": 64, "learning_rate": 3e-3, "members": 3} | settings
+        return RewardFit(classifier_of(policy, chosen["members"]), make_tokenizer(), RefitSettings(**chosen))
+
+    return make
+
+
+def scores(fit: RewardFit, side: str) -> torch.Tensor:
+    return fit.model.score([pair.prompt for pair in TEST], [getattr(pair, side) for pair in TEST])
+
+
+def quality(fit: RewardFit) -> float:
+    """Share of noise-free pairs whose better answer has the higher mean reward."""
+    advantage = (scores(fit, "a") - scores(fit, "b")).mean(dim=1)
+    return ((advantage > 0) == (torch.tensor([pair.mu for pair in TEST]) == 1)).float().mean().item()
+
+
+def test_it_goes_on_learning_from_refit_to_refit(new_fit):
+    pairs = label(comparisons(300, seed=0), "ann", 0.1)
+    fit, found = new_fit(), []
+    for count in (40, 80, 160, 300):
+        fitted = fit.fit(pairs[:count])
+        found.append(quality(fit))
+        assert fitted.labels == count
+    assert found[0] < 0.85
+    assert found[-1] > 0.9
+    assert fitted.accuracy["all"] > 0.7  # of predictions before learning: 95 % of the answers are right
+    assert len(fit.progress.history) == 3
+    assert [known for known, _, _ in fit.progress.history] == [40, 80, 160]
+    assert fitted.oob_accuracy == pytest.approx([0.9] * 3, abs=0.15)
+
+
+def test_the_ratio_of_the_losses_is_brought_between_its_bounds(new_fit):
+    pairs = label(comparisons(120, seed=3), "ann", 0.4)  # noise to over-fit to, and refits that go over all of it twice
+    settings = {"learning_rate": 1e-3, "pairs": (240, 512), "weight_decay": 3.0}
+    kept, free = new_fit(**settings), new_fit(**settings, ratio=(1.0, 1e9))
+    kept_ratios = [kept.fit(pairs).ratio for _ in range(9)]
+    free_ratios = [free.fit(pairs).ratio for _ in range(4)]
+    assert max(kept_ratios[:5]) > 1.5
+    assert all(1.0 < ratio < 1.5 for ratio in kept_ratios[-3:])
+    assert sum(kept_ratios[-3:]) / 3 > 1.05
+    assert free_ratios[-1] > 2.0
+    assert kept.progress.weight_decay > 5 * free.progress.weight_decay
+
+
+def test_who_answers_at_random_is_found_and_hurts_less(new_fit):
+    pairs = comparisons(300, seed=4)
+    people = {"ann": 0.1, "bob": 0.1, "flips": 1.0}  # half of what the third one says is the opposite
+    mixed = [
+        answer
+        for rows in zip(*(label(pairs[k::3], name, rate) for k, (name, rate) in enumerate(people.items())), strict=True)
+        for answer in rows
+    ]
+    fit, blind, rates = new_fit(), new_fit(), {}
+    for count in (75, 150, 225, 300):
+        blind.fit(mixed[:count])
+        fitted = fit.fit(mixed[:count], noise={name: rate.rate for name, rate in rates.items()})
+        told = {pair.id: pair for pair in mixed}
+        rates = fit_error_rates(
+            [
+                Answered(annotator=told[name].annotator, predicted=p, mu=told[name].mu)
+                for name, p in fitted.predictions.items()
+            ]
+        )
+    assert rates["flips"].rate > 0.3
+    assert rates["flips"].low > max(rates["ann"].rate, rates["bob"].rate)
+    assert margin(fit) > margin(blind)
+
+
+def margin(fit: RewardFit) -> float:
+    """By how many standard deviations of the reward the better answers of noise-free pairs are ahead."""
+    signs = torch.tensor([1.0 if pair.mu == 1 else -1.0 for pair in TEST])
+    return ((scores(fit, "a") - scores(fit, "b")).mean(dim=1) * signs).mean().item()
+
+
+# ---- from process to process
+
+
+def test_a_fit_that_was_saved_goes_on_as_if_it_had_not_been(new_fit, tmp_path):
+    pairs = label(comparisons(60, seed=5), "ann", 0.1)
+    stayed, left = new_fit(), new_fit()
+    for fit in (stayed, left):
+        fit.fit(pairs[:40])
+    left.save(tmp_path)
+    back = RewardFit.load(tmp_path)
+    assert torch.equal(scores(back, "a"), scores(stayed, "a"))
+    first, second = stayed.fit(pairs), back.fit(pairs)
+    assert torch.equal(scores(back, "a"), scores(stayed, "a"))
+    assert replace(first, model=None, seconds=0.0) == replace(second, model=None, seconds=0.0)
+    assert RewardModel.load(tmp_path).mean.tolist() == pytest.approx(left.model.mean.tolist())
+
+
+def test_what_is_no_fit_is_refused(new_fit, tmp_path):
+    new_fit().model.save(tmp_path)
+    with pytest.raises(UserError, match="can be fitted again"):
+        RewardFit.load(tmp_path)
+
+
+def test_the_same_again_is_the_same_and_leaves_random_numbers_alone(new_fit):
+    pairs = comparisons(30, seed=6)
+    torch.manual_seed(5)
+    random.seed(5)
+    expected = torch.rand(1), random.random()
+    first, again, other = new_fit(), new_fit(), new_fit(seed=1)
+    torch.manual_seed(5)
+    random.seed(5)
+    for fit in (first, again, other):
+        fit.fit(pairs)
+    assert (torch.rand(1), random.random()) == expected
+    assert torch.equal(scores(first, "a"), scores(again, "a"))
+    assert not torch.equal(scores(first, "a"), scores(other, "a"))
+
+
+# ---- what is learned from, and told
+
+
+def test_predictions_are_by_members_without_the_pair(new_fit):
+    pairs = comparisons(60, seed=7)
+    weights = bootstrap_weights([bag_id(pair, 0) for pair in pairs], 3)
+    weights[[is_outside(bag_id(pair, 0)) for pair in pairs]] = 0.0
+    fit = new_fit()
+    assert fit.fit(pairs[:40]).predictions.keys() == {pairs[row].id for row in range(40) if 0 in weights[row]}
+    before = probabilities(fit, pairs).mean(dim=1)
+    fitted = fit.fit(pairs)
+    after = probabilities(fit, pairs)
+    for row, pair in enumerate(pairs):
+        unseen = weights[row] == 0
+        if not unseen.any() and row < 40:  # in all bags, and not predicted before
+            assert pair.id not in fitted.predictions
+        else:
+            expected = after[row, unseen].mean() if unseen.any() else before[row]
+            assert fitted.predictions[pair.id] == pytest.approx(expected.item(), abs=1e-5)
+    assert fit.progress.predicted[pairs[50].id] == pytest.approx(before[50].item(), abs=1e-5)
+
+
+def probabilities(fit: RewardFit, pairs: list[Preference]) -> torch.Tensor:
+    a, b = (fit.model.raw_scores([pair.prompt + getattr(pair, side) for pair in pairs]) for side in ("a", "b"))
+    return (a - b).sigmoid()
+
+
+def test_nobody_learns_from_a_pair_in_nobodys_bag(new_fit):
+    pairs = comparisons(40, seed=7)
+    in_no_bag = bootstrap_weights([bag_id(pair, 0) for pair in pairs], 3).sum(dim=1) == 0
+    out = {pair.id for row, pair in enumerate(pairs) if in_no_bag[row] or is_outside(bag_id(pair, 0))}
+    assert 2 < len(out) < 20
+    one, other = new_fit(), new_fit()
+    fitted = one.fit(pairs)
+    flipped = other.fit([replace(pair, mu=1 - pair.mu) if pair.id in out else pair for pair in pairs])
+    assert torch.equal(probabilities(one, pairs), probabilities(other, pairs))
+    assert fitted.train_loss == flipped.train_loss
+    assert fitted.oob_loss != flipped.oob_loss
+    assert [x + y for x, y in zip(fitted.oob_accuracy, flipped.oob_accuracy, strict=True)] == pytest.approx([1.0] * 3)
+
+
+def test_each_arm_has_its_accuracy(new_fit):
+    pairs = comparisons(50, seed=8)
+    arms = {pair.id: "variance" if i % 2 else "random" for i, pair in enumerate(pairs)}
+    fit = new_fit()
+    assert fit.fit(pairs[:30], arms=arms).accuracy == {"all": None, "chosen": None, "random": None}
+    fitted = fit.fit(pairs, arms=arms)
+    right = {pair.id: float((fit.progress.predicted[pair.id] > 0.5) == (pair.mu == 1)) for pair in pairs[30:]}
+    for arm, rows in (("all", pairs[30:]), ("random", pairs[30::2]), ("chosen", pairs[31::2])):
+        assert fitted.accuracy[arm] == pytest.approx(sum(right[pair.id] for pair in rows) / len(rows))
+
+
+def test_only_the_newest_short_pairs_with_weight_are_kept(new_fit):
+    pairs = comparisons(20, seed=10)
+    pairs[-1] = replace(pairs[-1], a="gold " * 70)
+    pairs[-2] = replace(pairs[-2], weight=0.0)
+    fit = new_fit(most_labels=12)
+    fitted = fit.fit(pairs)
+    assert (fitted.labels, fitted.left_out) == (10, 2)
+    assert fit.progress.predicted.keys() == {pair.id for pair in pairs[8:18]}
+    with pytest.raises(UserError, match="No pair is left"):
+        fit.fit(pairs[-1:])
+
+
+def test_members_are_normalised_on_recent_answers(new_fit):
+    pairs = comparisons(40, seed=11)
+    fit = new_fit()
+    fit.fit(pairs, recent=[(pair.prompt, pair.a) for pair in TEST])
+    on_recent = scores(fit, "a")
+    assert on_recent.mean(dim=0).tolist() == pytest.approx([0.0] * 3, abs=1e-4)
+    assert on_recent.std(dim=0, correction=0).tolist() == pytest.approx([1.0] * 3, abs=1e-4)
+    fit.fit(pairs)
+    answers = [answer for pair in pairs for answer in (pair.a, pair.b)]
+    on_pairs = fit.model.score(["the cat "] * 80, answers)
+    assert on_pairs.mean(dim=0).tolist() == pytest.approx([0.0] * 3, abs=1e-4)
+
+
+def test_l2_draws_the_trunk_to_its_beginning_and_the_heads_to_zero(new_fit):
+    fit = new_fit(weight_decay=2000.0, learning_rate=5e-4)
+    begin = {name: weight.clone() for name, weight in fit.model.model.named_parameters()}
+    fit.fit(comparisons(40, seed=12))
+    weights = dict(fit.model.model.named_parameters())
+    moved = {name: (weights[name] - begin[name]).abs().max().item() for name in begin}
+    assert max(value for name, value in moved.items() if name != "score.weight") < 2e-3
+    assert weights["score.weight"].abs().max() < 0.05 * begin["score.weight"].abs().max()
+
+
+@pytest.mark.parametrize("settings", [{"members": 1}, {"ratio": (1.5, 1.1)}, {"ratio": (0.9, 1.1)}])
+def test_settings_that_are_refused(settings):
+    with pytest.raises(UserError, match=r"must be|at least 2"):
+        RefitSettings(**settings)

@@ -1,0 +1,93 @@
+"""Which pairs nobody learns from, and the losses in and out of the bags, by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from deep_rlhf.feedback.bags import OUTSIDE, accuracies, adapted, bag_id, bag_losses, is_outside, outside
+from deep_rlhf.types import Preference
+
+LN3 = math.log(3)  # σ(ln 3) = ¾
+PAIR = Preference(prompt="p", a="one", b="two", id="7", annotator="ann")
+
+
+def test_a_pair_is_in_the_same_bag_whoever_answers_it_and_from_whichever_side() -> None:
+    name = bag_id(PAIR, 3)
+    assert bag_id(replace(PAIR, id="8", annotator="bob", mu=0.0), 3) == name
+    assert bag_id(replace(PAIR, a="two", b="one"), 3) == name
+    others = {bag_id(replace(PAIR, prompt="q"), 3), bag_id(replace(PAIR, a="three"), 3), bag_id(PAIR, 4), name}
+    assert len(others) == 4
+
+
+def test_a_sixth_of_the_pairs_is_in_nobodys_bag_and_stays_there() -> None:
+    names = [f"pair {number}" for number in range(6000)]
+    out = [is_outside(name) for name in names]
+    assert sum(out) / 6000 == pytest.approx(OUTSIDE, abs=0.015)  # standard error 0.005
+    assert out == [is_outside(name) for name in names]
+
+
+def features(*rows: tuple[float, list[float]]) -> list[dict]:
+    return [{"labels": mu, "weight": torch.tensor(weight)} for mu, weight in rows]
+
+
+# Pair 0 is twice in the bag of member 0, pair 1 once in both, pairs 2 and 3 in none; member 0 has r_a − r_b = ln 3 of
+# every pair, member 1 has 0.
+FOUR = features((1.0, [2.0, 0.0]), (0.0, [1.0, 1.0]), (1.0, [0.0, 0.0]), (0.5, [0.0, 0.0]))
+REWARDS = torch.stack([torch.tensor([[LN3, 0.0]] * 4), torch.zeros(4, 2)], dim=1)
+
+
+def test_losses_in_and_out_of_the_bags_by_hand() -> None:
+    train, out = bag_losses(REWARDS, FOUR, torch.ones(4), 0.0)
+    # member 0: (2 ln 4/3 + ln 4) / 3, member 1: ln 2
+    assert train == pytest.approx(((2 * math.log(4 / 3) + math.log(4)) / 3 + math.log(2)) / 2)
+    # member 0: of ln 4/3 and, for the tie, half ln 4/3 and half ln 4; member 1: ln 2
+    member = (1.5 * math.log(4 / 3) + 0.5 * math.log(4)) / 2
+    assert out == pytest.approx((member + math.log(2)) / 2)
+
+
+def test_weights_of_pairs_and_the_noise_of_their_annotators_count() -> None:
+    weighted = bag_losses(REWARDS, FOUR, torch.tensor([1.0, 1.0, 3.0, 1.0]), 0.0)
+    member = (3 * math.log(4 / 3) + 0.5 * math.log(4 / 3) + 0.5 * math.log(4)) / 4
+    assert weighted[1] == pytest.approx((member + math.log(2)) / 2)
+    noisy = [*FOUR[:2], {**FOUR[2], "label_noise": 1.0}, {**FOUR[3], "label_noise": 1.0}]
+    assert bag_losses(REWARDS, noisy, torch.ones(4), 0.0)[1] == pytest.approx(math.log(2))
+    # 0.9 · ¾ + 0.05 = 0.725, and 0.275
+    assumed = bag_losses(REWARDS[:2], FOUR[:2], torch.ones(2), 0.1)[0]
+    assert assumed == pytest.approx((-(2 * math.log(0.725) + math.log(0.275)) / 3 + math.log(2)) / 2)
+
+
+def test_without_pairs_on_one_side() -> None:
+    assert math.isnan(bag_losses(REWARDS[:2], FOUR[:2], torch.ones(2), 0.0)[1])
+    assert outside(FOUR).tolist() == [False, False, True, True]
+
+
+def test_accuracy_is_of_pairs_in_nobodys_bag() -> None:
+    rows = features((1.0, [1.0, 1.0]), (1.0, [0.0, 0.0]), (0.0, [0.0, 0.0]), (0.5, [0.0, 0.0]))
+    assert accuracies(REWARDS, rows) == [0.5, 0.5]
+    assert accuracies(REWARDS[:2], rows[:2]) == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "factor"),
+    [
+        (1.1, 1.0),
+        (1.3, 1.0),
+        (1.5, 1.0),
+        (1.65, 2.0),  # ln 1.65 = ln (1.1 · 1.5): twice the middle
+        (9.0, 3.0),
+        (1.65**0.25, 1.0),  # 1.133: within
+        (1.05, 1 / 3),
+        (1.09, math.log(1.09) / (math.log(1.65) / 2)),
+        (0.8, 1 / 3),
+        (math.nan, 1.0),
+    ],
+)
+def test_the_weight_decay_follows_the_ratio(ratio: float, factor: float) -> None:
+    assert adapted(60.0, ratio, (1.1, 1.5)) == pytest.approx(60.0 * factor)
+
+
+def test_the_weight_decay_has_bounds() -> None:
+    assert adapted(1500.0, 9.0, (1.1, 1.5)) == 2000.0
+    assert adapted(2.0, 0.9, (1.1, 1.5)) == 1.0
