@@ -72,8 +72,8 @@ class RefitSettings:
     ratio: tuple[float, float] = (1.1, 1.5)  # of out-of-bag to training loss
 
     def __post_init__(self) -> None:
-        if self.members < 2:
-            raise UserError(f"Out-of-bag loss takes an ensemble of at least 2 members, not {self.members}.")
+        if self.members < 1:
+            raise UserError(f"The reward model must have at least 1 member, not {self.members}.")
         if not 1 <= self.ratio[0] < self.ratio[1]:
             raise UserError(f"The ratio of the losses must be kept between two numbers from 1 on, not {self.ratio}.")
 
@@ -197,7 +197,7 @@ class RewardFit:
         ratio = oob_loss / train_loss
         self.progress.weight_decay = adapted(weight_decay, ratio, self.settings.ratio)
         self.progress.refits += 1
-        self._remember([pairs[row].id for row in rows], measured, rewards)
+        self._remember({pair.id for pair in pairs}, [pairs[row].id for row in rows], measured, rewards)
         self._normalise(rewards, recent)
         self.model.model.eval()
         return Fitted(
@@ -331,11 +331,16 @@ class RewardFit:
             found[name] = accuracy(advantage, mu) if newest else None
         return found
 
-    def _remember(self, ids: list[str], features: list[Features], rewards: Tensor) -> None:
-        """For each pair, the mean prediction of the members outside whose bag it is, if it is outside any."""
+    def _remember(self, kept: set[str], ids: list[str], features: list[Features], rewards: Tensor) -> None:
+        """For each pair that was measured, the mean prediction of the members outside whose bag it is, if any are.
+
+        What is said of pairs that are not `kept` any more is forgotten.
+        """
         unseen = torch.stack([pair["weight"] for pair in features]) == 0
         p = (preferred_probability(rewards) * unseen).sum(dim=1) / unseen.sum(dim=1)
         self.progress.outside |= {name: value for name, value in zip(ids, p.tolist(), strict=True) if value == value}
+        self.progress.outside = {name: value for name, value in self.progress.outside.items() if name in kept}
+        self.progress.predicted = {name: value for name, value in self.progress.predicted.items() if name in kept}
 
     def _predictions(self, pairs: list[Preference]) -> dict[str, float]:
         """By the members outside whose bag a pair is; of one in all bags, what was predicted before."""
