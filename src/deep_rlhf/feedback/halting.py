@@ -3,6 +3,8 @@
 import logging
 import signal
 import threading
+import time
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -14,6 +16,7 @@ from deep_rlhf.feedback.store import Store, StoreError
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.5  # seconds between two looks at the button
+BEAT_EVERY = 5.0  # seconds between two signs of life in the store
 
 
 class Halted(Exception):
@@ -88,9 +91,13 @@ class Halter:
         self.halt("interrupted")
 
     def _look(self) -> None:
+        beat = 0.0
         while not self._left.wait(LOOK_EVERY):
             try:
                 if self._store.get("stop"):
                     self.halt("stopped")
+                if time.monotonic() - beat > BEAT_EVERY:
+                    beat = time.monotonic()
+                    self._store.put("heartbeat", datetime.now(UTC).isoformat(timespec="seconds"))
             except StoreError as error:  # the database is away for a moment; the button is looked at again
                 logger.debug("%s", error)

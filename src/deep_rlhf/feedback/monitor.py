@@ -1,6 +1,7 @@
 """What an update is told about: a row of metrics for the page, and the figures that may raise an alarm."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from deep_rlhf.feedback import alarms
@@ -12,6 +13,7 @@ from deep_rlhf.types import Preference, Rollout, Scorer
 
 Judge = Callable[[Sequence[str], Sequence[str]], float]  # mean score of answers to prompts, by somebody who knows
 SIGN_TEST_PAIRS = 200  # the newest ones
+ENOUGH_PAIRS = 30  # that a sign can stop the loop
 
 
 class Monitor:
@@ -24,7 +26,6 @@ class Monitor:
         self._rewards: list[float] = []  # of each update since the reward models were fitted
         self._watched: list[float] = []
         self._win_rate_gap: float | None = None
-        self._reward_sign: float | None = None
 
     @property
     def state(self) -> dict[str, Any]:
@@ -37,10 +38,15 @@ class Monitor:
         self._start = state["start"]
 
     def new_reward(self, scorer: Scorer, preferences: Sequence[Preference], step: int) -> list[Alarm]:
-        """A reward model is about to be used: the alarms of its sign, tested on what people preferred."""
+        """A reward model is about to be used: the alarms of its sign, tested on what people preferred.
+
+        Of few pairs a sign may be wrong by chance, so they only warn.
+        """
         self._rewards, self._watched = [], []
-        self._reward_sign = alarms.sign_self_test(scorer, preferences[-SIGN_TEST_PAIRS:])
-        return self.watch.check({"reward_sign": self._reward_sign}, step)
+        pairs = [pair for pair in preferences if pair.mu != 0.5][-SIGN_TEST_PAIRS:]
+        sign = alarms.sign_self_test(scorer, pairs)
+        raised = alarms.check({"reward_sign": sign}, self.watch.limits, step)  # each one anew
+        return raised if len(pairs) >= ENOUGH_PAIRS else [replace(alarm, action="warn") for alarm in raised]
 
     def rolled_back(self) -> None:
         """The policy is another one: what its answers earned before says nothing of it."""
@@ -88,7 +94,6 @@ class Monitor:
             "repetition": row["repetition"],
             "kl": row["kl"],
             "win_rate_gap": self._win_rate_gap,
-            "reward_sign": self._reward_sign,
         }
         return row, self.watch.check(figures, int(metrics["step"]))
 

@@ -92,10 +92,10 @@ class Questions:
         self._draws += 1
         rng = random.Random(f"{self.config.seed}/questions/{self._draws}")
         kinds = [self._kind(rng, asker) for _ in range(count)]
-        asked = self._for_labels(kinds.count("label"), asker, rng)
-        asked += self._blind(kinds.count("win_rate"), asker, rng)
-        asked += self._repeats(kinds.count("repeat"), asker, rng)
+        asked = self._blind(kinds.count("win_rate"), asker, rng)
+        asked += self._repeats(kinds.count("repeat"), asker)
         asked += [self._gold.pop(0) for _ in range(kinds.count("gold")) if self._gold]
+        asked += self._for_labels(count - len(asked), asker, rng)
         rng.shuffle(asked)
         self._open += len(asked)
         return self.store.add(asked)
@@ -181,7 +181,7 @@ class Questions:
             )
         return found
 
-    def _repeats(self, count: int, asker: Asker, rng: random.Random) -> list[Comparison]:
+    def _repeats(self, count: int, asker: Asker) -> list[Comparison]:
         """Earlier questions of people who are there, with the answers the other way round."""
         repeated = {label.comparison.repeat_of for label in self._labels}
         people = self._present()
@@ -203,7 +203,7 @@ class Questions:
                 priority=float(asker.policy_version),
                 repeat_of=label.comparison_id,
             )
-            for label in rng.sample(known, min(count, len(known)))
+            for label in random.Random(self._seed()).sample(known, min(count, len(known)))
         ]
 
     def _present(self) -> set[str]:

@@ -1,9 +1,11 @@
 """What a session leaves on the disk, and how it finds it again."""
 
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from deep_rlhf.algorithms.online_setup import trainable_tensors
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
 from deep_rlhf.types import UserError
+
+LOCK = ".lock"
 
 
 class Saved:
@@ -54,6 +58,19 @@ def fingerprint(trainer: OnlineTrainer) -> str:
         digest.update(name.encode())
         digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def only_here(folder: Path) -> Iterator[None]:
+    """While it lasts nobody else can enter for the same folder. Raises UserError if somebody has."""
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"Another loop is running in '{folder}': stop it first, or give another --output_dir."
+            ) from error
+        yield
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

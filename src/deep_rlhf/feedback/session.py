@@ -9,27 +9,24 @@ all on the start policy's answers, and the policy is held near the start by a KL
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online_setup import open_scorer
-from deep_rlhf.algorithms.ppo import PPOTrainer
-from deep_rlhf.algorithms.ppo_config import PPOConfig
 from deep_rlhf.feedback import outlook
 from deep_rlhf.feedback.halting import Halted, Halter
 from deep_rlhf.feedback.labelling import InBackground, Labeler, People
 from deep_rlhf.feedback.monitor import Judge, Monitor
 from deep_rlhf.feedback.questions import Asker, Questions
-from deep_rlhf.feedback.records import Alarm, Label, Version
+from deep_rlhf.feedback.records import Alarm, Label, Row, Version
 from deep_rlhf.feedback.refit_process import RefitProcess
 from deep_rlhf.feedback.refitting import (
     WATCHER,
-    RefitJob,
     Refits,
     Refitted,
     newest_version,
@@ -39,8 +36,8 @@ from deep_rlhf.feedback.refitting import (
 )
 from deep_rlhf.feedback.sampling import LogOdds
 from deep_rlhf.feedback.saving import Saved, fingerprint, replace_folder
-from deep_rlhf.feedback.schedule import LabelSchedule
 from deep_rlhf.feedback.session_config import SessionConfig
+from deep_rlhf.feedback.session_setup import Schedule, label_schedule, make_trainer, refit_job, weights_of
 from deep_rlhf.feedback.store import Store, Unavailable
 from deep_rlhf.feedback.versions import PolicyVersions
 from deep_rlhf.models.reward import RewardModel
@@ -54,14 +51,6 @@ LOOK_EVERY = 0.2  # seconds between two looks into the store, where there is not
 ROUNDS = 20  # of asking again in batched mode, where annotators cannot tell
 
 Ending = Literal["done", "stopped", "interrupted"]
-
-
-class NoReward:
-    """Stands where the first reward model will."""
-
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Any:
-        """Nobody asks it: the policy does not learn before there is a reward model."""
-        raise AssertionError("the policy cannot learn before there is a reward model")
 
 
 @dataclass(slots=True)
@@ -92,20 +81,23 @@ class Session:
         labeler: Labeler | None = None,
         pace: float = 0.0,
         judge: Judge | None = None,
+        schedule: Schedule | None = None,
+        on_update: Callable[[Row], None] | None = None,
         threads: int = 1,
     ) -> None:
         """`model` is a folder or name for async mode, whose process of refits opens it again.
 
         `held_out_prompts` are for what measures: blind pairs, fixed prompts, versions. `pace`: seconds an answer that a
-        labeler takes. `judge` scores answers for the curve "gold". `threads`: of the process that refits.
+        labeler takes. `judge` scores answers for the curve "gold". `schedule` replaces that of `config`, `on_update`
+        sees every row of metrics. `threads`: of the process that refits.
 
         Raises UserError as PPOTrainer, and if folder or store belong to another run.
         """
         self.config, self.store, self.output_dir = config, store, Path(output_dir)
         self.labeler: Labeler = labeler or People()
         self._pace, self._threads, self._store_url = pace, threads, store_url
-        settings = ppo_settings(config)
-        self.trainer = PPOTrainer(settings, model=model, tokenizer=tokenizer, prompts=prompts, reward=NoReward())
+        self.trainer = make_trainer(config, model, tokenizer, prompts)
+        self.job = refit_job(config, model, weights_of(self.trainer.policy))
         self.progress = Progress()
         self._saved = Saved(self.output_dir, store, fingerprint(self.trainer))
         self.halter = Halter(store, self.trainer.sampler.policy.trunk)
@@ -119,15 +111,15 @@ class Session:
             shown=held_out[: config.fixed_prompts],
             judged=held_out[config.fixed_prompts :][:JUDGED_PROMPTS],
         )
-        self._rewards = self.output_dir / "rewards"
-        self._rewards.mkdir(parents=True, exist_ok=True)
-        self._schedule = _schedule(config)
+        self.rewards = self.output_dir / "rewards"
+        self.rewards.mkdir(parents=True, exist_ok=True)
+        self._schedule = schedule or label_schedule(config)
+        self._on_update = on_update or (lambda row: None)
         self._scorer: RewardModel | None = None
         self._watcher: RewardModel | None = None
         self._refitted: Refitted | None = None  # the reward model that the policy learns against
         self._labels: list[Label] = []
         self._told: str | None = None
-        self._model = model
 
     # ---- the loop
 
@@ -136,7 +128,7 @@ class Session:
         self.store.put("stop", None)
         with self.halter, kept_memory():
             try:
-                self._begin()
+                self.begin()
                 if self.config.mode == "async":
                     self._run_async()
                 else:
@@ -144,12 +136,15 @@ class Session:
                 ending: Ending = "done"
             except Halted as halted:
                 ending = halted.ending
+            except Exception as error:
+                self._tell("stopped", f"The loop ended with an error: {error}")
+                raise
         self._end(ending)
         return ending
 
     def _run_async(self) -> None:
         process = RefitProcess(
-            self._job(), self._rewards, self._store_url, threads=self._threads, seen=self.progress.reward_version
+            self.job, self.rewards, self._store_url, threads=self._threads, seen=self.progress.reward_version
         )
         annotators = (
             None if isinstance(self.labeler, People) else InBackground(self.labeler, self.store, pace=self._pace)
@@ -177,15 +172,15 @@ class Session:
                 annotators.stop()
 
     def _run_batched(self) -> None:
-        refits = Refits(self._job(), self._rewards, self.store, policy=self._start_model)
+        refits = Refits(self.job, self.rewards, self.store, policy=self.start_model)
         while self.progress.step < self.config.updates:
-            self._collect_labels(self._wanted() or 0)
+            self.collect_labels(self._wanted() or 0)
             self._adopt(refits.run())
             for _ in range(min(self.config.batched_updates, self.config.updates - self.progress.step)):
                 self.halter.check()
                 self._update()
 
-    def _collect_labels(self, wanted: int) -> None:
+    def collect_labels(self, wanted: int) -> None:
         """Asks until so many more labels are there; "can't tell" is none, so it may take more than one round."""
         until = self.store.label_count() + wanted
         for _ in range(ROUNDS):
@@ -203,7 +198,7 @@ class Session:
             else:
                 self.labeler.answer(self.store, 2**31)
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Goes on from the newest checkpoint, or makes version 0."""
         self._tell("starting", "The policy is opened.")
         found = self._saved.newest()
@@ -220,11 +215,11 @@ class Session:
         self.questions.withdraw(self.progress.policy_version)
         if self.config.mode == "async":
             self._top_up()  # people need not wait for what comes now
-        if start_answers(self._rewards) is None:
+        if start_answers(self.rewards) is None:
             prompts = [self.trainer.prompts[i % len(self.trainer.prompts)] for i in range(START_ANSWERS)]
             texts = self.trainer.generate(prompts, seed=self.config.seed, reference=True)
-            write_start_answers(self._rewards, list(zip(prompts, texts, strict=True)))
-        newest = newest_version(self._rewards)
+            write_start_answers(self.rewards, list(zip(prompts, texts, strict=True)))
+        newest = newest_version(self.rewards)
         if newest is not None:
             self._adopt(newest)
 
@@ -237,7 +232,7 @@ class Session:
         )
         self._checkpoint()
         replace_folder(self.output_dir / "model", self.trainer.save)
-        newest = newest_version(self._rewards)
+        newest = newest_version(self.rewards)
         if newest is not None:
             replace_folder(self.output_dir / "reward_model", RewardModel.load(newest.path).save)
 
@@ -260,6 +255,7 @@ class Session:
             "labels": self.store.label_count(),
         }
         self.store.add_metrics([row])
+        self._on_update(row)
         if self.progress.step - self.progress.version_step >= self.config.version_every:
             self._new_version(self._scorer)
         if self.progress.step % self.config.save_every == 0:
@@ -394,56 +390,16 @@ class Session:
 
     def _tell(self, state: str, text: str) -> None:
         if text != self._told:
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            self.store.put("status", {"state": state, "step": self.progress.step, "text": text, "at": now})
+            tell(self.store, state, self.progress.step, text)
             self._told = text
 
-    def _job(self) -> RefitJob:
-        config = self.config
-        settings = {
-            "members": config.members,
-            "template": config.template,
-            "max_length": config.max_prompt_length + config.max_new_tokens,
-            "seed": config.seed,
-            "learning_rate": config.reward_learning_rate,
-            "batch_size": config.reward_batch_size,
-            "label_noise": config.label_noise,
-        }
-        return RefitJob(
-            policy=self._model if isinstance(self._model, str) else "",
-            first=config.initial_labels,
-            after=config.refit_after,
-            growth=config.refit_growth,
-            settings=settings,
-            watchers=config.watchers,
-        )
-
-    def _start_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def start_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The language model as it began, and the tokenizer."""
         with self.trainer._reference.model() as frozen:
             return frozen.plain_model(), self.trainer.tokenizer
 
 
-def ppo_settings(config: SessionConfig) -> PPOConfig:
-    """What PPO runs with in a session; everything else is its default."""
-    return PPOConfig(
-        exp_name="session",
-        seed=config.seed,
-        max_prompt_length=config.max_prompt_length,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        steps=config.updates * config.batch_size,
-        batch_size=config.batch_size,
-        mini_batch_size=config.mini_batch_size,
-        ppo_epochs=config.ppo_epochs,
-        learning_rate=config.learning_rate,
-        lam=1.0,  # a critic as young as this is worth less than the plain sum of rewards
-        init_kl_coef=config.init_kl_coef,
-        adap_kl_ctrl=False,
-    )
-
-
-def _schedule(config: SessionConfig) -> LabelSchedule | None:
-    if config.labels is None:
-        return None
-    return LabelSchedule(initial=config.initial_labels, total=config.labels, decay=config.label_decay)
+def tell(store: Store, state: str, step: int, text: str) -> None:
+    """Puts what goes on into the store, for the page."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    store.put("status", {"state": state, "step": step, "text": text, "at": now})

@@ -10,6 +10,7 @@ from deep_rlhf.feedback.select import WAYS, Way
 from deep_rlhf.types import UserError, check_seed
 
 MODES = ("async", "batched")
+SMALL = 10_000_000  # weights of a policy that learns as fast as the demo's
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class SessionConfig:
     label_noise: float = field(default=0.1, metadata={"help": "share of answers assumed to be random, at least"})
     refit_after: int = field(default=8, metadata={"help": "new answers that make a refit of the reward model due …"})
     refit_growth: float = field(default=0.1, metadata={"help": "… or this share of all, whichever is more"})
-    reward_learning_rate: float = field(default=5e-4, metadata={"help": "of the reward model"})
+    reward_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the reward model; default: 5e-4 for a small policy, 1e-5 for others"}
+    )
     reward_batch_size: int = field(default=16, metadata={"help": "pairs per step of the reward model"})
     watchers: int = field(
         default=2,
@@ -77,7 +80,9 @@ class SessionConfig:
     batch_size: int = field(default=64, metadata={"help": "responses per update"})
     mini_batch_size: int = field(default=16, metadata={"help": "responses per optimiser step"})
     ppo_epochs: int = field(default=2, metadata={"help": "passes over each batch"})
-    learning_rate: float = field(default=3e-4, metadata={"help": "of the policy; 1e-5 suits a pretrained one"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "of the policy; default: 3e-4 for a small one (10 million weights), or 1e-5"}
+    )
     init_kl_coef: float = field(default=0.05, metadata={"help": "how hard the policy is held near the start"})
     max_new_tokens: int = field(default=64, metadata={"help": "longest response, in tokens"})
     max_prompt_length: int = field(default=512, metadata={"help": "prompts with more tokens are left out"})
@@ -107,10 +112,8 @@ class SessionConfig:
         for name in ("random_share", "win_rate_share", "repeat_share", "overlap_share", "gold_share", "label_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is a share, from 0 to 1, not {getattr(self, name)}.")
-        if self.win_rate_share + self.repeat_share + self.gold_share > 0.5:
-            raise UserError(
-                "win_rate_share, repeat_share and gold_share leave too few questions to learn from: at most 0.5 in all."
-            )
+        if self.win_rate_share + self.repeat_share + (self.gold_share if self.gold_questions else 0.0) > 0.5:
+            raise UserError("win_rate_share, repeat_share and gold_share leave too few labels: at most 0.5 in all.")
         for name in (
             *("updates", "initial_labels", "questions_ahead", "refit_after", "batch_size", "mini_batch_size"),
             *("ppo_epochs", "max_new_tokens", "max_prompt_length", "version_every", "save_every", "batched_updates"),
@@ -119,8 +122,9 @@ class SessionConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
         for name in ("label_decay", "reward_learning_rate", "learning_rate", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be a number above 0, not {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} must be a number above 0, not {value}.")
         for name in ("fixed_prompts", "refit_growth", "init_kl_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}.")
@@ -141,6 +145,11 @@ class SessionConfig:
         if self.mini_batch_size > self.batch_size:
             raise UserError(f"mini_batch_size={self.mini_batch_size} is more than batch_size={self.batch_size}.")
         Limits.read(self.alarms)
+
+    def learning_rates(self, weights: int) -> tuple[float, float]:
+        """Of the policy and of the reward model, for a policy of so many weights."""
+        policy, reward = (3e-4, 5e-4) if weights <= SMALL else (1e-5, 1e-5)
+        return self.learning_rate or policy, self.reward_learning_rate or reward
 
     @property
     def limits(self) -> Limits:

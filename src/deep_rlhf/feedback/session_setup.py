@@ -1,0 +1,88 @@
+"""What a session is made of, from its settings: the trainer of the policy, the refits, the schedule of labels."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deep_rlhf.algorithms.ppo import PPOTrainer
+from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.feedback.refitting import RefitJob
+from deep_rlhf.feedback.schedule import LabelSchedule
+from deep_rlhf.feedback.session_config import SessionConfig
+from deep_rlhf.models.load import load_language_model
+
+
+class Schedule(Protocol):
+    """How many labels are wanted by when; `LabelSchedule` is one."""
+
+    def due(self, step: float, steps: float) -> int:
+        """When `step` of `steps` updates are done."""
+        ...
+
+
+class NoReward:
+    """Stands where the first reward model will."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Any:
+        """Nobody asks it: the policy does not learn before there is a reward model."""
+        raise AssertionError("the policy cannot learn before there is a reward model")
+
+
+def make_trainer(
+    config: SessionConfig,
+    model: PreTrainedModel | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Sequence[str],
+) -> PPOTrainer:
+    """PPO as a session runs it; what is not set here is its default. Raises UserError as PPOTrainer."""
+    opened = load_language_model(model) if isinstance(model, str) else model
+    settings = PPOConfig(
+        exp_name="session",
+        seed=config.seed,
+        max_prompt_length=config.max_prompt_length,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        steps=config.updates * config.batch_size,
+        batch_size=config.batch_size,
+        mini_batch_size=config.mini_batch_size,
+        ppo_epochs=config.ppo_epochs,
+        learning_rate=config.learning_rates(weights_of(opened))[0],
+        lam=1.0,  # a critic as young as this is worth less than the plain sum of rewards
+        init_kl_coef=config.init_kl_coef,
+        adap_kl_ctrl=False,
+    )
+    words = tokenizer if tokenizer is not None else model if isinstance(model, str) else None
+    return PPOTrainer(settings, model=opened, tokenizer=words, prompts=prompts, reward=NoReward())
+
+
+def refit_job(config: SessionConfig, model: PreTrainedModel | str, weights: int) -> RefitJob:
+    """What the refits are told."""
+    return RefitJob(
+        policy=model if isinstance(model, str) else "",
+        first=config.initial_labels,
+        after=config.refit_after,
+        growth=config.refit_growth,
+        settings={
+            "members": config.members,
+            "template": config.template,
+            "max_length": config.max_prompt_length + config.max_new_tokens,
+            "seed": config.seed,
+            "learning_rate": config.learning_rates(weights)[1],
+            "batch_size": config.reward_batch_size,
+            "label_noise": config.label_noise,
+        },
+        watchers=config.watchers,
+    )
+
+
+def label_schedule(config: SessionConfig) -> LabelSchedule | None:
+    """When how many labels are wanted; None for as many as people give."""
+    if config.labels is None:
+        return None
+    return LabelSchedule(initial=config.initial_labels, total=config.labels, decay=config.label_decay)
+
+
+def weights_of(model: PreTrainedModel) -> int:
+    """How many numbers it has learned."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,93 @@
+"""The red button and Ctrl-C: the loop ends within a second, in the middle of writing too, never within a step."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from deep_rlhf.feedback.halting import Halted, Halter
+from deep_rlhf.feedback.saving import only_here, replace_folder
+from deep_rlhf.feedback.store import Store
+from deep_rlhf.types import UserError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "store.db") as opened:
+        yield opened
+
+
+def test_the_red_button_ends_a_wait(store: Store) -> None:
+    with Halter(store, nn.Identity()) as halter:
+        halter.check()
+        threading.Timer(0.1, store.put, ("stop", {"by": "ann", "at": "now"})).start()
+        with pytest.raises(Halted) as halted:
+            halter.wait(60)
+        assert halted.value.ending == "stopped"
+        with pytest.raises(Halted):
+            halter.check()
+
+
+def test_writing_ends_but_a_step_is_never_cut_in_two(store: Store) -> None:
+    trunk = nn.Linear(2, 2)
+    with Halter(store, trunk) as halter:
+        halter.halt()
+        trunk(torch.zeros(1, 2)).sum().backward()  # learning goes on
+        with torch.no_grad(), pytest.raises(Halted):
+            trunk(torch.zeros(1, 2))
+        other = threading.Thread(target=torch.no_grad()(trunk), args=(torch.zeros(1, 2),))
+        other.start()
+        other.join()
+    with torch.no_grad():
+        trunk(torch.zeros(1, 2))  # afterwards the policy can write again
+
+
+def test_the_first_ctrl_c_is_a_wish_and_the_second_interrupts(store: Store) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Halter(store, nn.Identity()) as halter:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Halted) as halted:
+            halter.check()
+        assert halted.value.ending == "interrupted"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_sign_of_life_is_in_the_store(store: Store) -> None:
+    with Halter(store, nn.Identity()):
+        for _ in range(200):
+            if store.get("heartbeat"):
+                break
+            threading.Event().wait(0.05)
+    assert store.get("heartbeat")
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    def writer(text: str, fails: bool = False) -> None:
+        def write(folder: Path) -> None:
+            folder.mkdir()
+            (folder / text).write_text(text)
+            if fails:
+                raise OSError("no room")
+
+        replace_folder(tmp_path / "model", write)
+
+    writer("first")
+    with pytest.raises(OSError, match="no room"):
+        writer("second", fails=True)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["first"]
+    writer("third")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["third"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_two_loops_do_not_run_in_one_folder(tmp_path: Path) -> None:
+    with only_here(tmp_path), pytest.raises(UserError, match="Another loop is running"), only_here(tmp_path):
+        pass
+    with only_here(tmp_path):
+        pass

@@ -1,0 +1,125 @@
+"""What an update is told about, and what raises an alarm."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deep_rlhf.feedback.alarms import Limits
+from deep_rlhf.feedback.monitor import ENOUGH_PAIRS, Monitor
+from deep_rlhf.feedback.records import Comparison, Label
+from deep_rlhf.types import Preference
+
+METRICS = {
+    **{"step": 1.0, "score_mean": 0.0, "kl": 4.0, "entropy": 2.0, "response_tokens": 10.0, "score_member_std": 0.3},
+}
+ROLLOUT: Any = SimpleNamespace(prompts=["p", "p"], responses=["one two three four", "five six seven eight"])
+
+
+class Fixed:
+    """Rewards texts by a number that they begin with; two members that agree."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        return torch.tensor([[float(text.split()[0])] * 2 for text in responses])
+
+
+def test_the_row_has_what_the_page_shows() -> None:
+    monitor = Monitor(Limits(), judge=lambda prompts, answers: 0.25)
+    row, raised = monitor.update(METRICS, ROLLOUT, None)
+    assert raised == []
+    assert row == {
+        **{"reward": 0.0, "kl": 4.0, "sqrt_kl": 2.0, "entropy": 2.0, "length": 10.0, "ensemble_std": 0.3},
+        **{"repetition": 0.0, "gold": 0.25},
+    }
+    assert monitor.update(METRICS | {"kl": -0.01}, ROLLOUT, None)[0]["sqrt_kl"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "responses"),
+    [
+        ("kl", {"kl": 31.0}, None),
+        ("length_ratio", {"response_tokens": 21.0}, None),
+        ("length_ratio", {"response_tokens": 4.0}, None),
+        ("entropy_ratio", {"entropy": 0.3}, None),
+        ("ensemble_std", {"score_member_std": 1.1}, None),
+        ("repetition", {}, ["so so so so so so"] * 2),
+    ],
+)
+def test_each_figure_raises_its_alarm_once(name: str, metrics: dict[str, float], responses: list[str] | None) -> None:
+    monitor = Monitor(Limits())
+    assert monitor.update(METRICS, ROLLOUT, None)[1] == []
+    rollout = SimpleNamespace(prompts=["p", "p"], responses=responses or ROLLOUT.responses)
+    for again in (False, True):
+        raised = monitor.update(METRICS | metrics | {"step": 2.0}, rollout, None)[1]  # type: ignore[arg-type]
+        assert [alarm.name for alarm in raised] == ([] if again else [name])
+
+
+def test_a_watching_reward_that_falls_while_the_reward_rises_raises_an_alarm() -> None:
+    monitor, names = Monitor(Limits()), list[str]()
+    for step in range(20):
+        rollout: Any = SimpleNamespace(prompts=["p"], responses=[f"{-0.2 * step} is what the watcher says"])
+        row, raised = monitor.update(METRICS | {"score_mean": 0.2 * step}, rollout, Fixed())
+        names += [alarm.name for alarm in raised]
+        assert row["held_out_reward"] == pytest.approx(-0.2 * step)
+    assert names == ["held_out_gap"]
+
+
+def pair(mu: float) -> Preference:
+    return Preference(prompt="p", a="1 good", b="0 bad", mu=mu)
+
+
+def test_a_reward_with_the_wrong_sign_stops_the_loop_where_there_are_enough_pairs() -> None:
+    monitor = Monitor(Limits())
+    assert monitor.new_reward(Fixed(), [pair(1.0)] * ENOUGH_PAIRS, 5) == []
+    (alarm,) = monitor.new_reward(Fixed(), [pair(0.0)] * ENOUGH_PAIRS, 6)
+    assert (alarm.name, alarm.action, alarm.figure) == ("reward_sign", "stop", -1.0)
+    few = Monitor(Limits())
+    (alarm,) = few.new_reward(Fixed(), [pair(0.0)] * (ENOUGH_PAIRS - 1) + [pair(0.5)] * 9, 6)
+    assert alarm.action == "warn"
+    (alarm,) = few.new_reward(Fixed(), [pair(0.0)] * ENOUGH_PAIRS, 7)  # each reward model is tested
+    assert alarm.action == "stop"
+
+
+def blind(number: int, writers: tuple[int, int], choice: Any) -> Label:
+    """The policy's answer earns 3, the start's 0."""
+    answers = tuple("3 new" if version else "0 old" for version in writers)
+    return Label(
+        event_id=number,
+        comparison_id=number,
+        comparison=Comparison(prompt="p", answers=answers, why_selected="win_rate", writers=writers),
+        annotator="ann",
+        choice=choice,
+        ranks=None,
+        strength=None,
+        shown_order=(0, 1),
+        seconds=1.0,
+        created=datetime.now(UTC),
+    )
+
+
+def test_a_reward_that_promises_more_wins_than_people_give_raises_an_alarm() -> None:
+    sides = [((2, 0), "b"), ((0, 2), "a")]  # people like the start better, on whatever side it is
+    labels = [blind(i, *sides[i % 2]) for i in range(20)]
+    monitor = Monitor(Limits())
+    monitor.compare(labels, Fixed(), label_noise=0.1)
+    assert [alarm.name for alarm in monitor.update(METRICS, ROLLOUT, None)[1]] == ["win_rate_gap"]
+    liked = Monitor(Limits())
+    liked.compare([replace(one, choice="a" if one.choice == "b" else "b") for one in labels], Fixed(), 0.1)
+    assert liked.update(METRICS, ROLLOUT, None)[1] == []
+
+
+def test_a_continuation_remembers_the_start_and_what_was_raised() -> None:
+    monitor = Monitor(Limits())
+    monitor.update(METRICS, ROLLOUT, None)
+    monitor.update(METRICS | {"response_tokens": 30.0}, ROLLOUT, None)
+    again = Monitor(Limits())
+    again.state = monitor.state
+    assert again.update(METRICS | {"response_tokens": 30.0}, ROLLOUT, None)[1] == []  # it was raised already
+    again.rolled_back()
+    raised = again.update(METRICS | {"response_tokens": 30.0}, ROLLOUT, None)[1]
+    assert [(alarm.name, alarm.figure) for alarm in raised] == [("length_ratio", 3.0)]

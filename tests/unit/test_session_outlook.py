@@ -1,0 +1,84 @@
+"""What is told about labels: the outlook, whether choosing pays, and how often the policy wins."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from deep_rlhf.feedback.outlook import choosing, outlook, win_rate
+from deep_rlhf.feedback.records import Comparison, Label
+
+
+def label(number: int, choice: str | None, **comparison: Any) -> Label:
+    return Label(
+        event_id=number,
+        comparison_id=number,
+        comparison=Comparison(prompt="p", answers=("x", "y"), **comparison),
+        annotator="ann",
+        choice=choice,  # type: ignore[arg-type]
+        ranks=None,
+        strength=None,
+        shown_order=(0, 1),
+        seconds=1.0,
+        created=datetime.now(UTC),
+    )
+
+
+def test_more_labels_are_expected_to_bring_what_they_brought() -> None:
+    steep = outlook([(50, 0.6, 500), (100, 0.7, 1000), (200, 0.8, 2000)], 200)
+    assert steep["accuracy_now"] == pytest.approx(0.8, abs=0.02)
+    assert steep["accuracy_then"] == pytest.approx(0.8 + 0.1 * 0.585, abs=0.02)  # log₂(300 / 200) = 0.585
+    assert "80%" in steep["text"] or "79%" in steep["text"]
+    flat = outlook([(50, 0.7, 5000), (100, 0.7, 5000), (200, 0.7, 5000)], 200)
+    assert flat["accuracy_then"] - flat["accuracy_now"] < 0.005
+    falling = outlook([(50, 0.8, 500), (400, 0.6, 500)], 400)
+    assert falling["accuracy_then"] >= falling["accuracy_now"]  # more labels never promise harm
+
+
+def test_a_few_answers_hardly_move_the_expected_slope() -> None:
+    told = outlook([(20, 0.4, 5), (40, 0.9, 5)], 40)
+    slope = (told["accuracy_then"] - told["accuracy_now"]) / 1.807  # log₂(140 / 40)
+    assert 0.025 < slope < 0.05
+
+
+def test_without_predictions_there_is_no_outlook() -> None:
+    assert outlook([], 20)["accuracy_now"] is None
+    assert outlook([(0, 0.5, 0)], 20)["accuracy_then"] is None
+
+
+def test_choosing_is_compared_with_the_random_arm() -> None:
+    labels = [
+        label(1, "a", why_selected="variance", predicted=0.5),
+        label(2, "a", why_selected="variance", predicted=0.8),
+        label(3, "b", why_selected="random", predicted=0.8),
+        label(4, "b", why_selected="random", predicted=0.25),
+        label(5, "tie", why_selected="random", predicted=0.5),
+        label(6, "a", why_selected="win_rate", writers=(0, 1), predicted=0.5),
+        label(7, "a", why_selected="initial"),
+    ]
+    told = choosing(labels, {1: 1.0, 3: 0.2, 4: 0.25})
+    assert told["chosen"] == {"answers": 2, "accuracy": 0.75, "informative": pytest.approx(0.9855, abs=1e-3)}
+    assert told["random"] == {"answers": 2, "accuracy": 0.5, "informative": pytest.approx(1.0)}  # 2 bits and none
+    assert choosing([], {})["chosen"] == {"answers": 0, "accuracy": None, "informative": None}
+
+
+def test_the_win_rate_is_of_the_newer_policy_whatever_its_side() -> None:
+    labels = [
+        label(1, "a", why_selected="win_rate", writers=(3, 0)),
+        label(2, "a", why_selected="win_rate", writers=(0, 3)),
+        label(3, "b", why_selected="win_rate", writers=(0, 4)),
+        label(4, "tie", why_selected="win_rate", writers=(0, 4)),
+        label(5, "cant_tell", why_selected="win_rate", writers=(0, 4)),
+        label(6, "a", why_selected="random"),
+    ]
+    told = win_rate(labels)
+    assert told is not None
+    assert (told["rate"], told["answers"]) == (0.625, 4)
+    assert 0 < told["low"] < 0.625 < told["high"] < 1
+    assert win_rate(labels[-1:]) is None
+
+
+def test_old_blind_pairs_do_not_count_for_the_policy_of_today() -> None:
+    old = [label(i, "b", why_selected="win_rate", writers=(1, 0)) for i in range(100)]
+    new = [label(100 + i, "a", why_selected="win_rate", writers=(9, 0)) for i in range(60)]
+    assert win_rate(old + new)["rate"] == 1.0  # type: ignore[index]

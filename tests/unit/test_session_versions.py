@@ -1,0 +1,28 @@
+"""Which version is the best one, and what is kept of them."""
+
+from deep_rlhf.feedback.versions import ENOUGH, Merit, best_of
+
+
+def merit(number: int, score: float, wins: str = "") -> Merit:
+    """`wins`: a w for each blind answer that was won, l for lost, t for a tie."""
+    return Merit(number=number, wins=tuple({"w": 1.0, "l": 0.0, "t": 0.5}[letter] for letter in wins), score=score)
+
+
+def test_without_peoples_word_the_reward_decides() -> None:
+    assert best_of([merit(0, 0.1), merit(4, 2.0), merit(5, 1.0)]).number == 4
+    assert best_of([merit(0, 0.1), merit(4, 2.0), merit(5, 2.0)]).number == 5  # of equals the newest
+    assert best_of([merit(0, 0.1), merit(5, -1.0)]).number == 0
+
+
+def test_peoples_word_counts_more_than_the_reward() -> None:
+    liked, rewarded = merit(3, 0.5, "w" * ENOUGH), merit(4, 9.0, "l" * ENOUGH)
+    assert best_of([merit(0, 0.0), liked, rewarded]).number == 3
+    assert best_of([merit(0, 0.0), liked, merit(5, 9.0)]).number == 3  # nobody has said anything of the newest
+
+
+def test_a_policy_that_people_like_less_than_the_start_is_not_the_best() -> None:
+    assert best_of([merit(0, 0.0), merit(3, 5.0, "l" * ENOUGH + "w")]).number == 0
+
+
+def test_a_few_answers_are_not_enough() -> None:
+    assert best_of([merit(0, 0.0), merit(3, 1.0, "w" * (ENOUGH - 1)), merit(4, 2.0)]).number == 4
