@@ -1,14 +1,19 @@
 """The whole loop on a tiny policy: people's taste, which nothing but their answers tells, is learned."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from session_world import make_session, policy_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from deep_rlhf.feedback.store import Store
+from deep_rlhf.models.reward import RewardModel
+from deep_rlhf.types import UserError
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +74,111 @@ def test_a_session_leaves_models_that_transformers_opens(batched: tuple[Path, St
     assert not list(folder.glob(".*"))
 
 
-def test_the_same_seed_is_the_same_session(batched: tuple[Path, Store], policy: str, tmp_path: Path) -> None:
+def test_the_same_seed_is_the_same_session_and_it_can_be_stopped(
+    batched: tuple[Path, Store], policy: str, tmp_path: Path
+) -> None:
+    expected = batched[1].metrics()
     with Store(tmp_path / "store.db", seed=1) as store:
-        assert make_session(policy, tmp_path, store, updates=6, labels=80).run() == "done"
-        again = store.metrics()
-    with Store(tmp_path / "other.db", seed=1) as store:
-        assert make_session(policy, tmp_path / "other", store, updates=6, labels=80).run() == "done"
-        assert store.metrics() == again
+
+        def press(row: dict[str, Any]) -> None:
+            if row["step"] == 4:
+                session.halter.halt()  # as the red button does, which is looked at twice a second
+
+        session = make_session(policy, tmp_path, store, on_update=press)
+        assert session.run() == "stopped"
+        assert store.metrics() == expected[:4]
+        assert store.get("status")["state"] == "stopped"
 
 
-def test_the_asynchronous_loop_learns_while_annotators_answer(policy: str, tmp_path: Path) -> None:
+def test_the_asynchronous_loop_learns_while_people_answer_and_the_refits_die(policy: str, tmp_path: Path) -> None:
+    """The process of the refits is killed once it has given a reward model; another one goes on where it was."""
     with Store(tmp_path / "store.db") as store:
-        session = make_session(policy, tmp_path, store, mode="async", labels=None, updates=14, pace=0.05)
-        assert session.run() == "done"
+        killed: list[int] = []
+
+        def kill(row: dict[str, Any]) -> None:
+            if not killed:
+                assert session.process is not None
+                assert session.process.pid is not None
+                os.kill(session.process.pid, signal.SIGKILL)
+                killed.append(row["reward_version"])
+            elif row["reward_version"] > killed[0] and row["step"] >= 12:
+                session.halter.halt()
+
+        settings = {"mode": "async", "labels": None, "updates": 100_000, "version_every": 50, "watchers": 0}
+        session = make_session(policy, tmp_path, store, pace=0.05, on_update=kill, **settings)
+        assert session.run() == "stopped"
+        assert session.process is not None
+        assert session.process.deaths == 1
         rows = store.metrics()
-    assert sum(row["gold"] for row in rows[-3:]) / 3 > 0.35
-    assert rows[-1]["reward_version"] >= 1
-    assert rows[-1]["labels"] > rows[0]["labels"]  # labels came while the policy learned
+        assert sum(row["gold"] for row in rows[-3:]) / 3 > 0.35
+        assert rows[-1]["labels"] > rows[0]["labels"]  # labels came while the policy learned
+        assert store.versions("reward")[-1].number >= 2
+
+
+def test_the_red_button_stops_a_session_and_the_next_one_goes_on(policy: str, tmp_path: Path) -> None:
+    with Store(tmp_path / "store.db", seed=1) as store:
+
+        def press(row: dict[str, Any]) -> None:
+            if row["step"] == 2:
+                store.put("stop", {"by": "ann", "at": "now"})
+                session.halter.wait(60)
+
+        session = make_session(policy, tmp_path, store, on_update=press)
+        assert session.run() == "stopped"
+        stopped = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+        labels = store.label_count()
+        again = make_session(policy, tmp_path, store, updates=3)
+        assert again.run() == "done"
+        assert store.get("stop") is None
+        assert store.label_count() >= labels
+        rows = store.metrics()
+        assert [row["step"] for row in rows] == [1, 2, 3]
+        assert rows[2]["kl"] > rows[1]["kl"] / 2 > 0.005  # the policy is not the start again
+        assert [version.number for version in store.versions("reward")][-1] == rows[2]["reward_version"] == 2
+    gone_on = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert any(not torch.equal(stopped[name], gone_on[name]) for name in stopped)
+
+
+def test_a_store_of_another_policy_is_refused(
+    policy: str, make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    with Store(tmp_path / "store.db") as store:
+        make_session(policy, tmp_path, store)
+        make_model("gpt2", seed=5).save_pretrained(tmp_path / "other")
+        tokenizer.save_pretrained(tmp_path / "other")
+        with pytest.raises(UserError, match="about another policy"):
+            make_session(str(tmp_path / "other"), tmp_path / "run", store)
+
+
+def test_an_alarm_rolls_back_to_the_best_version(policy: str, tmp_path: Path) -> None:
+    """Answers become shorter, as annotators like them, and half the length is told to be too short."""
+    with Store(tmp_path / "store.db", seed=1) as store:
+        restored: list[int] = []
+
+        def watch(row: dict[str, Any]) -> None:
+            if store.alarms():
+                session.halter.halt()
+
+        alarms = ["length_ratio=1.6:roll_back", "ensemble_std=off"]
+        session = make_session(policy, tmp_path, store, alarms=alarms, version_every=1, on_update=watch)
+        restore = session.versions.restore
+        session.versions.restore = lambda number: restored.append(number) or restore(number)  # type: ignore[method-assign,func-returns-value]
+        session.run()
+        (alarm,) = store.alarms()
+        assert (alarm.name, alarm.action) == ("length_ratio", "roll_back")
+        assert alarm.message.endswith(f"The policy is back at version {restored[0]}, and held twice as near the start.")
+        samples = store.samples()
+        assert samples[max(samples)] == samples[restored[0]]
+        assert session.trainer.kl_coef == 2 * session.config.init_kl_coef
+
+
+def test_a_reward_of_the_wrong_sign_stops_the_loop_before_it_is_used(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = RewardModel.score
+    monkeypatch.setattr(RewardModel, "score", lambda self, prompts, answers: -right(self, prompts, answers))
+    with Store(tmp_path / "store.db", seed=1) as store:
+        assert make_session(policy, tmp_path, store).run() == "stopped"
+        (alarm,) = store.alarms()
+        assert (alarm.name, alarm.step, alarm.action) == ("reward_sign", 0, "stop")
+        assert store.metrics() == []

@@ -118,6 +118,7 @@ class Session:
         self._scorer: RewardModel | None = None
         self._watcher: RewardModel | None = None
         self._refitted: Refitted | None = None  # the reward model that the policy learns against
+        self.process: RefitProcess | None = None  # of async mode
         self._labels: list[Label] = []
         self._told: str | None = None
 
@@ -143,9 +144,9 @@ class Session:
         return ending
 
     def _run_async(self) -> None:
-        process = RefitProcess(
-            self.job, self.rewards, self._store_url, threads=self._threads, seen=self.progress.reward_version
-        )
+        seen = self.progress.reward_version
+        process = RefitProcess(self.job, self.rewards, self._store_url, threads=self._threads, seen=seen)
+        self.process = process
         annotators = (
             None if isinstance(self.labeler, People) else InBackground(self.labeler, self.store, pace=self._pace)
         )
