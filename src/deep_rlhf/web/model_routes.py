@@ -1,0 +1,56 @@
+"""The second tab: how the model changes, and the red button."""
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Form, Query
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from deep_rlhf.feedback.store import Store
+from deep_rlhf.web import model_view
+from deep_rlhf.web.auth import Person
+from deep_rlhf.web.gate import Admin, Known
+from deep_rlhf.web.pages import fragment, page, see
+
+Version = Annotated[str, Query(pattern="^[0-9]{0,9}$")]
+
+
+def model_routes(store: Store) -> APIRouter:
+    """The routes of the second tab."""
+    router = APIRouter()
+    metrics = model_view.Metrics(store)
+
+    @router.get("/model")
+    def show(request: Request, first: Version = "", second: Version = "") -> Response:
+        person: Person | None = request.state.visitor.person
+        if person is None:
+            return see(request, "/login")
+        versions = model_view.compared(store, _number(first), _number(second))
+        live = model_view.now(store, metrics) | model_view.history(store)
+        return page(request, "model.html", tab="model", live=live, versions=versions)
+
+    @router.get("/model/now")
+    def now(request: Request, person: Known) -> Response:
+        return HTMLResponse(fragment(request, "now.html", live=model_view.now(store, metrics)))
+
+    @router.get("/model/history")
+    def history(request: Request, person: Known) -> Response:
+        return HTMLResponse(fragment(request, "history.html", live=model_view.history(store)))
+
+    @router.get("/model/versions")
+    def versions(request: Request, person: Known, first: Version = "", second: Version = "") -> Response:
+        found = model_view.compared(store, _number(first), _number(second))
+        return HTMLResponse(fragment(request, "versions.html", versions=found))
+
+    @router.post("/stop")
+    def stop(request: Request, admin: Admin, sure: Annotated[bool, Form()] = False) -> Response:
+        if sure:
+            store.put("stop", {"by": admin.name, "at": datetime.now(UTC).isoformat(timespec="seconds")})
+        return see(request, "/model")
+
+    return router
+
+
+def _number(version: str) -> int | None:
+    return int(version) if version else None
