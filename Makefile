@@ -4,12 +4,22 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test test-8bit lint format bars algorithms bench growth headline clean
+.PHONY: demo teach test test-8bit system lint format bars algorithms curves bench growth headline clean
 demo: $(VENV)/.installed
 	$(BIN)/deep-rlhf demo --seed=$(SEED)
 
+# Teach a small language model your taste in the browser. TEACH takes flags, as in make teach TEACH=--port=9000.
+teach: $(VENV)/.installed
+	$(BIN)/deep-rlhf teach $(TEACH)
+
 test: $(VENV)/.installed
 	$(BIN)/pytest
+
+# The browser and the database server that some tests need, and skip without; on Debian, as root.
+system:
+	@command -v chromium > /dev/null && ls /usr/lib/postgresql/*/bin/initdb > /dev/null || \
+		{ apt-get update --quiet=2 && apt-get install --yes --quiet=2 --no-install-recommends \
+			chromium fonts-dejavu-core postgresql; }
 
 # What needs bitsandbytes, which peft then imports in every process, three seconds long: so not for the other tests.
 test-8bit: $(VENV)/.installed
@@ -24,6 +34,10 @@ bars: $(VENV)/.installed
 # Every algorithm on the task whose optimum is known, and the pictures of docs/algorithms.md.
 algorithms: $(VENV)/.installed
 	$(BIN)/python benchmarks/algorithms.py
+
+# What a label is worth: the judge's score against the number of labels, online and offline, by each choice of questions.
+curves: $(VENV)/.installed
+	$(BIN)/python benchmarks/curves.py $(CURVES)
 
 # This project and TRL side by side: docs/speed.md. BENCH takes options, as in make bench BENCH='--jobs ppo-fp32'.
 bench: $(VENV)/.installed .peers/ppo/.installed .peers/reward/.installed

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fixtures import write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -21,9 +22,11 @@ from transformers import (
 )
 
 from deep_rlhf.runtime.memory_plan import GIB
+from deep_rlhf.runtime.precision import multiplies_bf16
 
 VOCABULARY = 50_257  # GPT-2's
 PROMPT, RESPONSE, TEXT = 64, 48, 250  # in tokens
+FORMAT = "bf16" if multiplies_bf16(torch.device("cpu")) else "fp32"  # what is emulated takes minutes, and other memory
 GPT2 = {"n_layer": 6, "n_embd": 384, "n_head": 6, "vocab_size": VOCABULARY, "eos_token_id": 0, "bos_token_id": None}
 DISTILBERT = {"n_layers": 6, "dim": 384, "hidden_dim": 1536, "n_heads": 6, "vocab_size": VOCABULARY}
 
@@ -95,7 +98,7 @@ REWARD = shlex.split(f"""
 @pytest.mark.parametrize(
     "argv",
     [
-        pytest.param([*PPO, "--precision=bf16"], id="ppo bf16"),
+        pytest.param([*PPO, f"--precision={FORMAT}"], id=f"ppo {FORMAT}"),
         pytest.param([*REWARD, "--precision=fp32"], id="reward fp32"),
     ],
 )
