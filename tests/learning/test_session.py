@@ -139,6 +139,29 @@ def test_the_red_button_stops_a_session_and_the_next_one_goes_on(policy: str, tm
     assert any(not torch.equal(stopped[name], gone_on[name]) for name in stopped)
 
 
+class Killed(BaseException):
+    """Nothing catches it, so nothing is saved: what is on the disk is what a kill leaves."""
+
+
+def test_after_a_kill_a_session_goes_on_from_its_checkpoint_and_no_label_is_lost(policy: str, tmp_path: Path) -> None:
+    with Store(tmp_path / "store.db", seed=1) as store:
+
+        def kill(row: dict[str, Any]) -> None:
+            if row["step"] == 5:
+                raise Killed
+
+        with pytest.raises(Killed):
+            make_session(policy, tmp_path, store, save_every=2, on_update=kill).run()
+        labels = [one.event_id for one in store.labels()]
+        assert not (tmp_path / "model").exists()
+        (tmp_path / "rewards" / ".version-3.tmp").mkdir()  # half of a reward model
+        again = make_session(policy, tmp_path, store, save_every=2, updates=6)
+        assert again.run() == "done"
+        assert [row["step"] for row in store.metrics()] == [1, 2, 3, 4, 5, 5, 6]
+        assert [one.event_id for one in store.labels()][: len(labels)] == labels
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
 def test_a_store_of_another_policy_is_refused(
     policy: str, make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -16,6 +16,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from transformers.utils import logging as transformers_logging
+
 from deep_rlhf.feedback.refitting import JOB, RefitJob, Refits, Refitted, newest_version
 from deep_rlhf.feedback.store import Store, Unavailable
 from deep_rlhf.runtime.run_directory import write_summary
@@ -114,12 +116,14 @@ def main(folder: Path, store_url: str) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):
+        pass
     os._exit(0)
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    transformers_logging.disable_progress_bar()
     address = sys.stdin.buffer.readline().decode().strip()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     main(Path(sys.argv[1]), address)

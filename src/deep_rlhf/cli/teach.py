@@ -1,0 +1,126 @@
+"""`deep-rlhf teach`: one command, one page: compare answers, and watch the model change.
+
+The page is served by this process and the trainer runs in another one beside it; they meet in the store. Without flags
+it is about the small policy of the embedded world, and ten minutes of comparing teach it a taste.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
+from deep_rlhf.cli.loop import GUARDED
+from deep_rlhf.cli.loop_config import STORE_VARIABLE, LoopConfig
+from deep_rlhf.cli.loop_progress import Progress
+from deep_rlhf.feedback.store import Store
+from deep_rlhf.types import UserError
+
+HOST = "127.0.0.1"
+LOG = "loop.log"
+SECONDS_TO_SAVE = 60  # that the trainer gets after Ctrl-C
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class TeachConfig(LoopConfig):
+    """The flags of the loop, and the page's. Raises UserError for a value that cannot work."""
+
+    port: int = field(default=8000, metadata={"help": "of the page on 127.0.0.1; 0 takes a free one"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.port < 65_536:
+            raise UserError(f"port must lie between 0 and 65535, not {self.port}.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serves the page and runs the trainer until Ctrl-C, which stops both."""
+    (config,) = parse_flags(argv, TeachConfig, prog="deep-rlhf teach", description=__doc__.split("\n")[0])
+    from deep_rlhf.web.app import WebSettings, create_app
+    from deep_rlhf.web.server import Server
+
+    folder = output_folder(config.output_dir)
+    with Store(config.store_address) as store:
+        page = create_app(store, WebSettings(host=HOST, port=config.port))
+        with Server(page, HOST, config.port) as server:
+            trainer = _start_trainer(config, folder)
+            try:
+                _greet(server.url, config)
+                with Progress(store):
+                    _watch(trainer, folder)
+            except KeyboardInterrupt:
+                _stop(trainer)
+                console.print(f"\nStopped and saved. To go on: [bold]{_command(config)}[/bold]")
+                console.print(f"The policy: {folder / 'model'}   The answers: {store!r}", markup=False)
+                raise
+            finally:
+                if trainer.poll() is None:
+                    trainer.kill()
+                    trainer.wait()
+
+
+def _start_trainer(config: TeachConfig, folder: Path) -> subprocess.Popen[bytes]:
+    """`deep-rlhf loop` with the same flags; it ends, saved, when this process does, however that comes about."""
+    loop = LoopConfig(**{name: getattr(config, name) for name in LoopConfig.__dataclass_fields__})
+    values: dict[str, Any] = {"store": None, "output_dir": str(folder)}
+    settings = folder / "config.yaml"
+    save_config(settings, LoopConfig(**{**vars(loop), **values}))
+    with (folder / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "deep_rlhf.cli.main", "loop", f"--config={settings}"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, STORE_VARIABLE: config.store_address, GUARDED: "1"},
+            start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
+        )
+
+
+def _watch(trainer: subprocess.Popen[bytes], folder: Path) -> None:
+    """Never returns: the page outlives a trainer that is done. Raises UserError if the trainer failed."""
+    code = trainer.wait()
+    if code != 0:
+        raise UserError(f"The trainer ended: {_last_words(folder / LOG)}")
+    console.print(f"\nThe trainer is done; the policy: {folder / 'model'}. The page goes on until Ctrl-C.")
+    threading.Event().wait()
+
+
+def _last_words(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1].removeprefix('error: ') if lines else 'it said nothing.'} ('{log}' has all of it.)"
+
+
+def _stop(trainer: subprocess.Popen[bytes]) -> None:
+    if trainer.poll() is None:
+        console.print("\nStopping; the policy is being saved …")
+        trainer.send_signal(signal.SIGINT)
+        try:
+            trainer.wait(SECONDS_TO_SAVE)
+        except subprocess.TimeoutExpired:
+            console.print("It takes too long: the newest checkpoint is where it goes on.")
+
+
+def _greet(address: str, config: TeachConfig) -> None:
+    console.print(f"Open [bold]{address}[/bold] and compare answers: ← or → for the better one, ? for all keys.")
+    if config.labeler == "web":
+        console.print(
+            f"After {config.initial_labels} answers the first reward model is fitted, and the policy begins to learn;"
+            " the second tab shows it. Think of one taste and keep to it: shorter answers, or polite ones."
+        )
+    console.print("Ctrl-C stops and saves; the same command goes on.\n")
+
+
+def _command(config: TeachConfig) -> str:
+    """The shortest command that goes on."""
+    shown = {"output_dir": config.output_dir, "model": config.model, "prompts": config.prompts, "store": config.store}
+    defaults = {"output_dir": TeachConfig.__dataclass_fields__["output_dir"].default}
+    flags = [f"--{name}={value}" for name, value in shown.items() if value not in (None, defaults.get(name))]
+    return " ".join(["deep-rlhf teach", *flags])
