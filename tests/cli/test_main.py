@@ -34,7 +34,7 @@ def test_a_mistake_ends_a_process_with_one_line_and_code_2(tmp_path: Path) -> No
     assert result.returncode == 2
     assert (
         result.stderr == "error: There is no command 'ppoo': choose one of "
-        "demo, reward, ppo, trpo, rloo, grpo, reinforce_plus_plus, dpo, plan.\n"
+        "demo, teach, label, loop, store, reward, ppo, trpo, rloo, grpo, reinforce_plus_plus, dpo, plan.\n"
     )
     assert result.stdout == ""
 

@@ -10,6 +10,10 @@ from deep_rlhf.types import UserError
 
 COMMANDS = {
     "demo": "the whole way in a few minutes, in an embedded world: no network, no GPU",
+    "teach": "compare answers in the browser while a small model learns from them",
+    "label": "only the page of teach, for one person or many",
+    "loop": "only the trainer of teach, on the same store",
+    "store": "labels: what is in a store, export and import",
     "reward": "train a reward model on preferences (also: python reward_modeling.py)",
     "ppo": "tune a policy against a reward (also: python ppo.py)",
     "trpo": "the same by trust region policy optimisation",
