@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
             except KeyboardInterrupt:
                 _stop(trainer)
                 console.print(f"\nStopped and saved. To go on: [bold]{_command(config)}[/bold]")
-                console.print(f"The policy: {folder / 'model'}   The answers: {store!r}", markup=False)
+                policy = f"The policy: {folder / 'model'}   " if (folder / "model").is_dir() else ""
+                console.print(f"{policy}The answers: {store!r}", markup=False)
                 raise
             finally:
                 if trainer.poll() is None:

@@ -3,7 +3,7 @@
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from deep_rlhf.feedback.labelers import AnnotatorHabits, SimulatedAnnotators, Utility
@@ -108,8 +108,3 @@ class InBackground:
         """Returns when the answer at hand is given."""
         self._stopped.set()
         self._thread.join()
-
-
-def everybody(labels: Sequence[object]) -> list[str]:
-    """The names of those who have answered, sorted."""
-    return sorted({label.annotator for label in labels})  # type: ignore[attr-defined]
