@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
                 _stop(trainer)
                 console.print(f"\nStopped and saved. To go on: [bold]{_command(config)}[/bold]")
                 policy = f"The policy: {folder / 'model'}   " if (folder / "model").is_dir() else ""
-                console.print(f"{policy}The answers: {store!r}", markup=False)
+                console.print(f"{policy}The answers: {str(store).removeprefix('The store ')}", markup=False)
                 raise
             finally:
                 if trainer.poll() is None:
