@@ -55,7 +55,17 @@ def label_routes(store: Store) -> APIRouter:
             return see(request, "/login")
         shown = [_html(request, question) for question in store.ask(person.name, count=AHEAD)]
         progress = progress_of(store, person.name)
-        return page(request, "label.html", tab="label", shown=shown, token=new_token(), progress=progress)
+        status = store.get("status") or {}
+        preparing = status.get("text") if status.get("state") == "pretraining" else None
+        return page(
+            request,
+            "label.html",
+            tab="label",
+            shown=shown,
+            token=new_token(),
+            progress=progress,
+            preparing=preparing,
+        )
 
     @router.get("/questions")
     def questions(
