@@ -43,7 +43,7 @@ class Scale:
 
     counts: tuple[int, ...] = (50, 100, 200, 400, 800)  # labels at which the judge looks
     refits: tuple[int, ...] = (25, 50, 75, 100, 150, 200, 300, 400, 600, 800)
-    updates: int = 3  # of PPO after each refit
+    updates: int = 4  # of PPO after each refit
     seeds: tuple[int, ...] = (1, 2, 3)
     judged: int = 128  # held-out questions
     policy: dict[str, int] = field(default_factory=dict)  # of the world's policy, where it is another than teach's

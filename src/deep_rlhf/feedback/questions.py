@@ -118,11 +118,11 @@ class Questions:
         if count == 0:
             return []
         config, answers = self.config, self.config.ranked_answers
-        first = asker.scorer is None
+        by_lot = asker.scorer is None or config.choose_by == "random"  # then more samples would be for nothing
         groups = sample_candidates(
             asker.now,
             self._prompts.next(count),
-            samples=answers if first else config.samples_per_prompt,
+            samples=answers if by_lot else config.samples_per_prompt,
             answers=answers,
             seed=self._seed(),
         )
