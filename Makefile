@@ -13,7 +13,8 @@ teach: $(VENV)/.installed
 	$(BIN)/deep-rlhf teach $(TEACH)
 
 test: $(VENV)/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not alone'
+	$(BIN)/pytest -m alone --numprocesses=0
 
 # The browser and the database server that some tests need, and skip without; on Debian, as root.
 system:

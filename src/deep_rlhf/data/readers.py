@@ -153,8 +153,8 @@ def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
 
 
 def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     raw = file.read()
     if not raw:

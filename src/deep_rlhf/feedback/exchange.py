@@ -164,7 +164,7 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _schema() -> Any:
     """Written down, since a column without a value has no type of its own."""
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
     text, whole, number = pa.string(), pa.int64(), pa.float64()
     return pa.schema(
@@ -196,7 +196,7 @@ def _schema() -> Any:
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
     import pyarrow.parquet as parquet
 
     parquet.write_table(pa.Table.from_pylist(rows, schema=_schema()), path)
