@@ -60,7 +60,7 @@ def chart(
         for line in kept
     )
     svg = Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-title {}-about">'
+        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-title" aria-describedby="{}-about">'
         '<title id="{}-title">{}</title><desc id="{}-about">{}</desc>{}</svg>'
     ).format(WIDTH, HEIGHT, id, id, id, title, id, description, Markup("").join(parts))
     return Chart(id, title, svg, description, (x_name, *(line.name for line in kept)), _table(kept))

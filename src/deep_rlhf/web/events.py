@@ -43,8 +43,8 @@ class Listener:
 class Hub:
     """Everybody who listens. Belongs to one event loop."""
 
-    def __init__(self, store: Store, *, look_every: float = LOOK_EVERY) -> None:
-        self.store, self.look_every = store, look_every
+    def __init__(self, store: Store) -> None:
+        self.store = store
         self._listeners: set[Listener] = set()
         self._watching: asyncio.Task[None] | None = None
         self._state: State | None = None
@@ -110,7 +110,7 @@ class Hub:
                         for listener in self._listeners:
                             listener.tell(kind, value)
                 self._state = state
-            await asyncio.sleep(self.look_every)
+            await asyncio.sleep(LOOK_EVERY)
 
     def _look(self) -> State:
         """What may have changed, by kind: counts and states, never what people or models said."""

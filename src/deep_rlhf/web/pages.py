@@ -17,7 +17,7 @@ from deep_rlhf.feedback.store import Refused, StoreError, Unavailable
 from deep_rlhf.web import text
 from deep_rlhf.web.auth import Problem, Visitor
 from deep_rlhf.web.charts import mark
-from deep_rlhf.web.security import csrf_token
+from deep_rlhf.web.security import TOO_LARGE, csrf_token
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,11 @@ def add_refusals(app: FastAPI) -> None:
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        sentence = {404: "There is no such page.", 405: "This page does not take that kind of request."}
+        sentence = {
+            404: "There is no such page.",
+            405: "This page does not take that kind of request.",
+            413: TOO_LARGE,
+        }
         return _refusal(request, error.status_code, sentence.get(error.status_code, "The request cannot be read."))
 
     app.add_exception_handler(Problem, on_problem)

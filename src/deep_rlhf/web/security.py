@@ -5,11 +5,12 @@ import hmac
 import json
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from time import monotonic
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -64,7 +65,7 @@ class Guard:
             message = await receive()
             received += len(message.get("body", b""))
             if received > LARGEST_BODY:
-                raise _TooLarge
+                raise HTTPException(413, TOO_LARGE)
             return message
 
         headers = Headers(scope=scope)
@@ -72,12 +73,11 @@ class Guard:
         if refusal is None:
             try:
                 await self.app(scope, receive_guarded, send_guarded)
-            except Exception as error:
+            except Exception:
                 if has_begun:
                     raise
-                if not isinstance(error, _TooLarge):
-                    logger.exception("A request failed.")
-                refusal = (413, TOO_LARGE) if isinstance(error, _TooLarge) else (500, FAILED)
+                logger.exception("A request failed.")
+                refusal = (500, FAILED)
         if refusal is not None:
             await _refuse(send_guarded, *refusal, as_json="application/json" in headers.get("accept", ""))
 
@@ -96,10 +96,6 @@ class Guard:
         headers.setdefault("cache-control", "no-cache" if path.startswith("/static/") else "no-store")
         if self.settings.is_https:
             headers["strict-transport-security"] = "max-age=31536000"
-
-
-class _TooLarge(Exception):
-    pass
 
 
 def is_known_host(host: str, settings: WebSettings) -> bool:
@@ -166,14 +162,14 @@ class RateLimit:
 
     MOST_CLIENTS = 10_000
 
-    def __init__(self, per_second: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.per_second, self.burst, self._clock = per_second, burst, clock
+    def __init__(self, per_second: float, burst: int) -> None:
+        self.per_second, self.burst = per_second, burst
         self._lock = threading.Lock()
         self._buckets: dict[str, tuple[float, float]] = {}  # tokens, and when they were counted
 
     def wait(self, client: str) -> float:
         """Takes a token and returns 0, or the seconds until there is one."""
-        now = self._clock()
+        now = monotonic()
         with self._lock:
             tokens = self._tokens(client, now)
             if tokens < 1:

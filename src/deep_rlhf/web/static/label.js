@@ -15,15 +15,13 @@
   let busy = false; // while an undo is under way, nothing is answered
   let sending = false;
   let wake = () => {};
-  let ranked = []; // numbers of a ranking's answers, in the order in which they were given
-  let ties = false; // the next number is as good as the one before
+  const ranking = new Ranking(place, say);
 
   // ---- showing
 
   function show(question, empty = "[data-waiting-page]") {
     current = question ? { ...question, seconds: 0, since: performance.now() } : null;
-    ranked = [];
-    ties = false;
+    ranking.clear();
     const page = document.createElement("template");
     page.innerHTML = question ? question.html : one(empty).innerHTML;
     place.replaceChildren(page.content);
@@ -58,6 +56,7 @@
 
   function showUnsaved(late) {
     const count = unsent.all().length;
+    place.dataset.unsent = count;
     const box = one("[data-unsaved]");
     box.hidden = !(late && count);
     const what = count === 1 ? "1 answer is" : `${count} answers are`;
@@ -66,9 +65,10 @@
 
   // ---- sending
 
-  function lastly(path, fields) {
+  function sendLast(path, fields) {
     const record = { path, fields: { ...fields, token: randomToken() } };
     if (!unsent.add(record)) addEventListener("beforeunload", (event) => unsent.all().length && event.preventDefault());
+    place.dataset.unsent = unsent.all().length;
     send();
   }
 
@@ -193,7 +193,7 @@
     if (path === "/answer" && counter) counter.textContent = Number(counter.textContent) + 1;
     next();
     say(path === "/skip" ? "Skipped. Next question." : "Next question.");
-    lastly(path, said);
+    sendLast(path, said);
   }
 
   function undo() {
@@ -201,7 +201,7 @@
     busy = true;
     place.setAttribute("aria-busy", "true");
     warn("");
-    lastly("/undo", {});
+    sendLast("/undo", {});
   }
 
   function choose(choice) {
@@ -215,51 +215,9 @@
     say(radio.checked ? `${radio.parentElement.textContent.trim()} better` : "Strength taken back");
   }
 
-  // ---- ranking
-
-  const rankings = () => [...place.querySelectorAll(".ranks")];
-  const rankOf = (fieldset) => Number(one("input:checked", fieldset)?.value ?? 0);
-
-  function setRank(fieldset, rank) {
-    for (const radio of fieldset.elements) radio.checked = Number(radio.value) === rank;
-  }
-
-  function rank(number) {
-    const fieldset = rankings()[number - 1];
-    if (!fieldset || rankOf(fieldset)) return;
-    const last = ranked.length ? rankOf(rankings()[ranked.at(-1) - 1]) : 0;
-    setRank(fieldset, ties && last ? last : last + 1);
-    ranked.push(number);
-    ties = false;
-    sayOrder();
-  }
-
-  function unrank() {
-    if (ranked.length) setRank(rankings()[ranked.pop() - 1], 0);
-    ties = false;
-    sayOrder();
-  }
-
-  function sayOrder() {
-    const words = ranked.map((number, i) => {
-      const same = i > 0 && rankOf(rankings()[number - 1]) === rankOf(rankings()[ranked[i - 1] - 1]);
-      return i === 0 ? `${number}` : same ? ` = ${number}` : ` > ${number}`;
-    });
-    const order = words.length ? `Best first: ${words.join("")}${ties ? " =" : ""}` : "1 is the best.";
-    one("[data-advice]", place).textContent = order;
-    say(order.replaceAll("=", "as good as").replaceAll(">", "then"));
-  }
-
   function saveOrder() {
-    const left = rankings().filter((fieldset) => !rankOf(fieldset));
-    if (left.length > 1) {
-      warn(`${left.length} answers have no rank yet.`);
-      return;
-    }
-    const lowest = Math.max(...rankings().map(rankOf));
-    for (const fieldset of left) setRank(fieldset, Math.min(lowest + 1, rankings().length));
-    const chosen = rankings().map((fieldset) => one("input:checked", fieldset));
-    finish("/answer", Object.fromEntries(chosen.map((radio) => [radio.name, radio.value])));
+    const fields = ranking.fields(warn);
+    if (fields) finish("/answer", fields);
   }
 
   // ---- keys and buttons
@@ -268,7 +226,7 @@
 
   function pressed(key) {
     const pair = one(".question.pair", place);
-    const ranking = one(".question.ranking", place);
+    const ranked = one(".question.ranking", place);
     if (key === "?") one("#help").showModal();
     else if (key === "u" || key === "U") undo();
     else if (busy || !current) return false;
@@ -278,12 +236,10 @@
     else if (pair && key === "ArrowRight") choose(choiceOf("last"));
     else if (pair && key === "ArrowUp") choose("tie");
     else if (pair && /^[1-4]$/.test(key)) toggleStrength(key);
-    else if (ranking && /^[1-9]$/.test(key)) rank(Number(key));
-    else if (ranking && key === "=") {
-      ties = ranked.length > 0;
-      sayOrder();
-    } else if (ranking && key === "Backspace") unrank();
-    else if (ranking && key === "Enter") saveOrder();
+    else if (ranked && /^[1-9]$/.test(key)) ranking.rank(Number(key));
+    else if (ranked && key === "=") ranking.tie();
+    else if (ranked && key === "Backspace") ranking.takeBack();
+    else if (ranked && key === "Enter") saveOrder();
     else return false;
     return true;
   }
@@ -303,15 +259,6 @@
     if (button?.classList.contains("skip")) finish("/skip", {});
     else if (button?.name === "choice") choose(button.value);
     else if (one(".question.ranking", place)) saveOrder();
-  });
-
-  place.addEventListener("change", () => {
-    if (one(".question.ranking", place)) {
-      const placed = rankings().map((fieldset, i) => [rankOf(fieldset), i + 1]);
-      ranked = placed.filter(([given]) => given).sort(([a], [b]) => a - b).map(([, number]) => number);
-      ties = false;
-      sayOrder();
-    }
   });
 
   one("[data-undo]").addEventListener("submit", (event) => {
@@ -356,5 +303,6 @@
   if (ahead.length && rendered.length && ahead[0].html === rendered[0]) {
     current = { ...ahead.shift(), seconds: 0, since: performance.now() }; // it is on the screen already
   } else if (rendered.length) next();
+  showUnsaved(false);
   send();
 })();

@@ -1,13 +1,26 @@
 "use strict";
-// The second tab: what is replaced keeps what was opened, and waits while somebody reads a table with the keyboard.
+// The second tab: what is replaced keeps what was opened, and waits while somebody is in it with the keyboard.
 (() => {
+  const stale = new Set(); // parts that were not replaced
   let open = [];
   let scrolled = [];
 
   document.body.addEventListener("htmx:beforeRequest", (event) => {
     const part = event.detail.elt;
     const byItself = !["change", "submit"].includes(event.detail.requestConfig.triggeringEvent?.type);
-    if (byItself && part.contains(document.activeElement)) event.preventDefault();
+    if (byItself && part.contains(document.activeElement)) {
+      stale.add(part);
+      event.preventDefault();
+    }
+  });
+  document.body.addEventListener("focusout", () => {
+    setTimeout(() => {
+      for (const part of stale) {
+        if (part.contains(document.activeElement)) continue;
+        stale.delete(part);
+        htmx.trigger(part, "stale");
+      }
+    });
   });
   document.body.addEventListener("htmx:beforeSwap", (event) => {
     open = [...event.detail.target.querySelectorAll("details[open][id]")].map((details) => details.id);

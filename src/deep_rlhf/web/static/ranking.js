@@ -1,0 +1,81 @@
+"use strict";
+// The ranks of three and more answers, given by keys or by radio buttons; `place` holds the question.
+class Ranking {
+  constructor(place, say) {
+    this.place = place;
+    this.say = say;
+    this.clear();
+    place.addEventListener("change", () => this.fieldsets.length && this.read());
+  }
+
+  clear() {
+    this.given = []; // numbers of answers, in the order in which they were ranked
+    this.ties = false; // the next one is as good as the one before
+  }
+
+  get fieldsets() {
+    return [...this.place.querySelectorAll(".ranks")];
+  }
+
+  rankOf(number) {
+    return Number(this.fieldsets[number - 1].querySelector("input:checked")?.value ?? 0);
+  }
+
+  setRank(number, rank) {
+    for (const radio of this.fieldsets[number - 1].elements) radio.checked = Number(radio.value) === rank;
+  }
+
+  get numbers() {
+    return this.fieldsets.map((_, i) => i + 1);
+  }
+
+  // What the radio buttons say, after one of them was pressed.
+  read() {
+    this.given = this.numbers.filter((number) => this.rankOf(number)).sort((a, b) => this.rankOf(a) - this.rankOf(b));
+    this.ties = false;
+    this.tell();
+  }
+
+  rank(number) {
+    if (number > this.fieldsets.length || this.rankOf(number)) return;
+    const last = this.given.length ? this.rankOf(this.given.at(-1)) : 0;
+    this.setRank(number, this.ties && last ? last : last + 1);
+    this.given.push(number);
+    this.ties = false;
+    this.tell();
+  }
+
+  tie() {
+    this.ties = this.given.length > 0;
+    this.tell();
+  }
+
+  takeBack() {
+    if (this.given.length) this.setRank(this.given.pop(), 0);
+    this.ties = false;
+    this.tell();
+  }
+
+  tell() {
+    const words = this.given.map((number, i) => {
+      if (i === 0) return `${number}`;
+      return this.rankOf(number) === this.rankOf(this.given[i - 1]) ? ` = ${number}` : ` > ${number}`;
+    });
+    const order = words.length ? `Best first: ${words.join("")}${this.ties ? " =" : ""}` : "1 is the best.";
+    this.place.querySelector("[data-advice]").textContent = order;
+    this.say(order.replaceAll("=", "as good as").replaceAll(">", "then"));
+  }
+
+  // The fields of an answer, the only answer that is left being the last; null if more are left.
+  fields(warn) {
+    const left = this.numbers.filter((number) => !this.rankOf(number));
+    if (left.length > 1) {
+      warn(`${left.length} answers have no rank yet.`);
+      return null;
+    }
+    const lowest = Math.max(...this.numbers.map((number) => this.rankOf(number)));
+    for (const number of left) this.setRank(number, Math.min(lowest + 1, this.fieldsets.length));
+    const chosen = this.fieldsets.map((fieldset) => fieldset.querySelector("input:checked"));
+    return Object.fromEntries(chosen.map((radio) => [radio.name, radio.value]));
+  }
+}

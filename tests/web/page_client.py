@@ -1,0 +1,35 @@
+"""A browser without scripts, and the form in which prompts are written."""
+
+import re
+from typing import Any
+
+from starlette.testclient import TestClient
+
+HH = "\n\nHuman: {}\n\nAssistant:"
+
+
+class Client(TestClient):
+    """A browser without scripts, at this machine."""
+
+    def __init__(self, app: Any, **options: Any) -> None:
+        options = {"base_url": "http://127.0.0.1:8000", "client": ("127.0.0.1", 50000), **options}
+        super().__init__(app, raise_server_exceptions=False, **options)
+
+    def csrf(self, path: str = "/login") -> str:
+        """The token in the forms of a page."""
+        found = re.search(r'name="csrf" value="(\w+)"', self.get(path).text)
+        assert found
+        return found[1]
+
+    def submit(self, path: str, *, as_json: bool = True, **fields: Any) -> Any:
+        """Posts a form with the token of this browser."""
+        accept = "application/json" if as_json else "text/html"
+        return self.post(path, data={"csrf": self.csrf("/model"), **fields}, headers={"accept": accept})
+
+    def enter(self, name: str = "me") -> "Client":
+        """Begins under a name, where nobody logs in."""
+        assert self.post("/name", data={"csrf": self.csrf(), "name": name}).status_code == 200
+        return self
+
+    def log_in(self, name: str, password: str) -> Any:
+        return self.post("/login", data={"csrf": self.csrf(), "name": name, "password": password})
