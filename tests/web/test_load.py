@@ -6,7 +6,6 @@ Numbers of people, answers and requests are fixed, and everything ends by a dead
 import math
 import multiprocessing
 import random
-import re
 import statistics
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import httpx
 import page_process
 import pytest
+from page_client import Client
 from postgres import free_port, postgres  # noqa: F401
 from sqlalchemy import text
 
@@ -79,7 +79,7 @@ class Annotator(threading.Thread):
         """Until nothing is asked any more."""
         try:
             with self.client:
-                csrf = self.csrf(self.send("GET", "/login", headers={"accept": "text/html"}).text)
+                csrf = Client.csrf_in(self.send("GET", "/login", headers={"accept": "text/html"}).text)
                 self.send("POST", "/name", data={"csrf": csrf, "name": self.name})
                 self.client.headers["x-csrf-token"] = csrf
                 ahead = self.send("GET", "/questions").json()["questions"]
@@ -124,12 +124,6 @@ class Annotator(threading.Thread):
             if reply.status_code < 500:
                 return reply
 
-    @staticmethod
-    def csrf(page: str) -> str:
-        found = re.search(r'name="csrf" value="(\w+)"', page)
-        assert found
-        return found[1]
-
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
@@ -146,6 +140,7 @@ def page(address: str) -> Iterator[Page]:
     running.kill()
 
 
+@pytest.mark.alone
 def test_nothing_is_lost_or_doubled_while_the_server_is_killed(page: Page) -> None:
     """Fifty people, three hundred questions, five times kill -9."""
     rng = random.Random(11)
@@ -176,6 +171,7 @@ def test_nothing_is_lost_or_doubled_while_the_server_is_killed(page: Page) -> No
     assert acknowledged == said
 
 
+@pytest.mark.alone
 def test_an_answer_takes_less_than_a_tenth_of_a_second_with_twenty_people(page: Page) -> None:
     """The 95th percentile, where people are: with the next question in the reply. Other tests may run beside this one,
     so the better of two rounds counts.
