@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -38,6 +40,13 @@ def name_of(url: str) -> str:
     return url.rpartition("/")[2]
 
 
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 class Server:
     """A running server. `database()` makes an empty database and returns its URL."""
 
@@ -53,22 +62,32 @@ class Server:
     def start(self) -> None:
         """Starts it and waits until it answers."""
         options = " ".join(
-            [f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1", *(f"-c {s}" for s in self.settings)]
+            [
+                f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''",
+                *(f"-c {s}" for s in self.settings),
+            ]
         )
         log = str(self.folder / "log")
         self._run("pg_ctl", "-D", self.data, "-l", log, "-o", options, "-w", "-t", "60", "start")
 
-    def stop(self, mode: str = "immediate") -> None:
-        """Stops it; "immediate" is what a crash is to it: it recovers when it starts again."""
-        self._run("pg_ctl", "-D", self.data, "-m", mode, "-w", "-t", "60", "stop")
+    def stop(self) -> None:
+        """Stops it, if it runs."""
+        if (Path(self.data) / "postmaster.pid").exists():
+            self._run("pg_ctl", "-D", self.data, "-m", "immediate", "-w", "-t", "60", "stop")
 
     def kill(self) -> None:
-        """SIGKILL for the server and all its processes."""
-        pid = int((Path(self.data) / "postmaster.pid").read_text().split()[0])
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for process in [pid, *map(int, children)]:
+        """SIGKILL for the server and all its processes; returns when they are gone."""
+        file = Path(self.data) / "postmaster.pid"
+        pid = int(file.read_text().split()[0])
+        os.kill(pid, signal.SIGSTOP)  # or it would start more of them meanwhile
+        processes = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+        for process in processes:
             with suppress(ProcessLookupError):
-                os.kill(process, 9)
+                os.kill(process, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while any(_is_alive(process) for process in processes):
+            assert time.monotonic() < deadline, "the server does not die"
+        file.unlink()  # a new server takes a dead one for alive whose parent has not waited for it
 
     @property
     def data(self) -> str:
@@ -120,7 +139,7 @@ def server(*, settings: tuple[str, ...] = SETTINGS) -> Iterator[Server]:
         pytest.skip("PostgreSQL is not installed")
     if os.geteuid() == 0 and shutil.which("runuser") is None:
         pytest.skip("PostgreSQL does not run as root, and there is no runuser")
-    # Not pytest's tmp_path: another user must be able to read every folder above, and a socket's path is short.
+    # Not pytest's tmp_path: another user must be able to enter every folder above it.
     folder = Path(tempfile.mkdtemp(prefix="pg-"))
     try:
         if os.geteuid() == 0:

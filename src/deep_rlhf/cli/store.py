@@ -83,8 +83,9 @@ def _truth(text: str) -> bool:
 
 def _show(store: Store, console: Console) -> None:
     labels = store.labels()
-    console.print(escape(f"{store}: {store.waiting():,} questions wait, {len(labels):,} answers count."))
-    console.print(f"{store.label_count():,} of them carry a label for training.")
+    console.print(escape(f"{store}"))
+    console.print(f"questions that wait: {store.waiting():,}")
+    console.print(f"answers that count: {len(labels):,}, for training: {store.label_count():,}")
     for title, values in (
         ("annotator", [label.annotator for label in labels]),
         ("why it was asked", [label.comparison.why_selected for label in labels]),

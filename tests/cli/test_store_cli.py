@@ -1,0 +1,105 @@
+"""`deep-rlhf store`: out of a store, into another, and what is in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deep_rlhf.cli.store import main
+from deep_rlhf.feedback.records import Comparison
+from deep_rlhf.feedback.store import Store
+from deep_rlhf.types import UserError
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> str:
+    """Three answers by two people, one of them can't tell, and a question that waits."""
+    path = tmp_path / "labels.db"
+    with Store(path) as store:
+        store.add(
+            [
+                Comparison(prompt=f"p{i}", answers=("x", "y"), why_selected="variance", policy_version=i)
+                for i in (1, 2, 10)
+            ]
+        )
+        store.add(
+            [Comparison(prompt="ranking", answers=("x", "y", "z")), Comparison(prompt="waits", answers=("x", "y"))]
+        )
+        for i, choice in enumerate(("a", "cant_tell", "b")):
+            person = "[bold]bert" if i == 2 else "anna"
+            number = store.ask(person)[0].id
+            store.answer(number, person, token=str(i), choice=choice)  # type: ignore[arg-type]
+        store.answer(store.ask("anna")[0].id, "anna", token="ranking", ranks=[1, 2, 3])
+    return str(path)
+
+
+def test_out_and_in_again(labelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target, other = str(tmp_path / "labels.jsonl"), str(tmp_path / "other.db")
+    main(["export", labelled, target])
+    assert capsys.readouterr().out.splitlines() == [f"3 answers in 5 rows: {target}", "left out: 1 can't tell"]
+    main(["import", other, target])
+    assert capsys.readouterr().out.splitlines() == ["5 of 5 rows kept", "3 answers, of which 3 are new to the store."]
+    main(["import", other, target])
+    assert "of which 0 are new" in capsys.readouterr().out
+    main(["export", labelled, target, "--all"])
+    main(["import", other, target])
+    assert "4 answers, of which 1 are new" in capsys.readouterr().out
+    main(["export", labelled, target, "--all=False"])
+    assert len(Path(target).read_text().splitlines()) == 5
+
+
+def test_options_of_an_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "p", "chosen": "x", "rejected": "y"}, {"prompt": "p", "chosen": 3, "rejected": "y"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["import", str(tmp_path / "labels.db"), str(tmp_path / "pairs.jsonl")]
+    with pytest.raises(UserError, match="line 2: column 'chosen' must be text"):
+        main(arguments)
+    main([*arguments, "--template=plain", "--on_bad_rows=skip"])
+    assert "1 of 2 rows kept; dropped: 1 wrong type" in capsys.readouterr().out
+    with Store(tmp_path / "labels.db") as store:
+        assert store.labels()[0].comparison.prompt == "p"
+
+
+def test_what_a_store_holds(labelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["show", labelled])
+    said = capsys.readouterr().out
+    assert "questions that wait: 1\nanswers that count: 4, for training: 3\n" in said
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines()]
+    for row in (["anna", "3"], ["[bold]bert", "1"], ["variance", "3"], ["can't tell", "1"], ["a ranking", "1"]):
+        assert row in cells
+    versions = said[said.index("version of the policy") : said.index("version of the reward model")]
+    assert versions.index(" 1 ") < versions.index(" 2 ") < versions.index(" 10 ")
+    Store(tmp_path / "empty.db").close()
+    main(["show", str(tmp_path / "empty.db")])
+    assert "answers that count: 0, for training: 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "{tmp}/nothing.db"], "does not exist"),
+        (["export", "{tmp}/nothing.db", "{tmp}/x.jsonl"], "does not exist"),
+        (["export", "{labelled}", "{tmp}/x.csv"], r"ends in \.jsonl"),
+        (["export", "{labelled}", "{tmp}/x.jsonl", "--all=perhaps"], "expected True or False"),
+        (["import", "{labelled}", "{tmp}/nothing.jsonl"], "no file or folder"),
+        (["import", "{labelled}", "{tmp}", "--on_bad_rows=ignore"], "invalid choice: 'ignore'"),
+        (["import", "{labelled}", "{labelled}"], "known type"),
+        (["show", "mysql://me:secret@host/x"], "SQLite or PostgreSQL"),
+        (["show"], "required: STORE"),
+        (["show", "{labelled}", "more"], "more"),
+        (["list", "{labelled}"], "invalid choice: 'list'"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: list[str], message: str, labelled: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        main([argument.format(tmp=tmp_path, labelled=labelled) for argument in arguments])
+    assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
+    assert not (tmp_path / "nothing.db").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["export", "-h"]])
+def test_help_shows_all_three(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments)
+    said = capsys.readouterr().out
+    assert all(f"store {what} STORE" in said for what in ("export", "import", "show"))
