@@ -35,7 +35,7 @@ class SessionConfig:
     label_decay: float = field(
         default=50.0, metadata={"help": "with --labels: updates after which they are asked for half as often"}
     )
-    questions_ahead: int = field(default=16, metadata={"help": "questions that wait for people, or three for each of them"})
+    questions_ahead: int = field(default=16, metadata={"help": "questions that wait for people, or three for each"})
     choose_by: Way = field(
         default="variance",
         metadata={"help": "random, variance of the ensemble, or information gain, of many candidate pairs"},
