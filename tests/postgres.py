@@ -155,8 +155,16 @@ def server(*, settings: tuple[str, ...] = SETTINGS) -> Iterator[Server]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+_running: list[Server] = []
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
-    """One server for all tests of a worker."""
-    with server() as running:
-        yield running
+    """One server for all tests of a worker, whichever modules import this."""
+    if _running:  # of another module's fixture, which began before this one and ends after it
+        yield _running[0]
+        return
+    with server() as started:
+        _running.append(started)
+        yield started
+        _running.clear()
