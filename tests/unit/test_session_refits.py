@@ -1,0 +1,135 @@
+"""When the reward model is fitted again, where its versions are, and what happens when its process dies."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deep_rlhf.feedback import refit_process
+from deep_rlhf.feedback.refit_process import RefitProcess
+from deep_rlhf.feedback.refitting import (
+    RefitJob,
+    Refits,
+    Refitted,
+    newest_version,
+    start_answers,
+    write_start_answers,
+)
+
+JOB = RefitJob(policy="nowhere", first=20, after=8, growth=0.1, settings={}, watchers=0)
+
+
+class Counting:
+    """A store of which nothing matters but how many labels it has."""
+
+    labels = 0
+
+    def label_count(self) -> int:
+        return self.labels
+
+
+def write_version(folder: Path, number: int, **changed: Any) -> None:
+    path = folder / f"version-{number}"
+    path.mkdir()
+    values = {"number": number, "labels": 10 * number, "last_event": 11 * number, "figures": {"accuracy": 0.5}}
+    (path / "version.json").write_text(json.dumps(values | changed))
+
+
+def test_a_refit_is_due_after_enough_new_labels(tmp_path: Path) -> None:
+    store = Counting()
+    refits = Refits(JOB, tmp_path, store)  # type: ignore[arg-type]
+
+    def due(labels: int) -> bool:
+        store.labels = labels
+        return refits.due()
+
+    assert [due(labels) for labels in (0, 19, 20)] == [False, False, True]
+    refits.newest = Refitted(number=1, labels=20, last_event=25)
+    assert [due(labels) for labels in (20, 27, 28)] == [False, False, True]
+    refits.newest = Refitted(number=9, labels=201, last_event=225)
+    assert [due(labels) for labels in (210, 221, 222)] == [False, False, True]  # a tenth of 201, rounded up
+
+
+def test_the_newest_whole_version_is_found(tmp_path: Path) -> None:
+    assert newest_version(tmp_path) is None
+    for number in (2, 9, 10):
+        write_version(tmp_path, number)
+    (tmp_path / "version-11").mkdir()  # nothing is in it
+    (tmp_path / ".version-12.tmp").mkdir()
+    found = newest_version(tmp_path)
+    assert found is not None
+    assert (found.number, found.labels, found.last_event) == (10, 100, 110)
+    assert found.path == tmp_path / "version-10"
+    assert Refits(JOB, tmp_path, Counting()).newest == found  # type: ignore[arg-type]
+
+
+def test_start_answers_are_kept(tmp_path: Path) -> None:
+    assert start_answers(tmp_path) is None
+    write_start_answers(tmp_path, [("p", "é"), ("q", "b")])
+    assert start_answers(tmp_path) == [("p", "é"), ("q", "b")]
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """program(code): runs in the place of Python, with the arguments and the input that it would have got."""
+
+    def make(code: str) -> None:
+        path = tmp_path / "python"
+        path.write_text(f"#!{sys.executable} -S\nimport os, sys\n{code}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(refit_process.sys, "executable", str(path))
+
+    return make
+
+
+def waited(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_process_that_dies_is_started_again_and_the_log_says_so(
+    program: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(refit_process, "PAUSES", (0.0, 0.0, 3600.0))
+    program("print('out of luck', flush=True); sys.exit(3)")
+    process = RefitProcess(JOB, tmp_path, "labels.db")
+    waited(lambda: process.poll() is None and process.deaths == 3)
+    assert process.pid is None  # the third pause is an hour
+    assert "ended with code 3" in caplog.text
+    assert (tmp_path / "refits.log").read_text() == "out of luck\n" * 3
+    process.stop()
+
+
+def test_each_version_is_given_once_and_the_process_ends_with_its_input(
+    program: Callable[[str], None], tmp_path: Path
+) -> None:
+    program(
+        "os.write(1, sys.stdin.buffer.readline()); open(f'{sys.argv[-1]}/ready', 'w').close();"
+        "sys.stdin.buffer.read(); open(f'{sys.argv[-1]}/ended', 'w').close()"
+    )
+    write_version(tmp_path, 1)
+    process = RefitProcess(JOB, tmp_path, "postgresql://ann:secret@host/db", seen=1)
+    assert process.poll() is None
+    write_version(tmp_path, 2)
+    found = process.poll()
+    assert found is not None
+    assert found.number == 2
+    assert process.poll() is None
+    waited(lambda: (tmp_path / "ready").exists())
+    assert (tmp_path / "refits.log").read_text() == "postgresql://ann:secret@host/db\n"
+    assert "secret" not in (tmp_path / "job.json").read_text()
+    assert process._process is not None
+    assert process._process.stdin is not None
+    process._process.stdin.close()  # as when whoever started it dies
+    waited(lambda: (tmp_path / "ended").exists())
+    process.stop()
+    assert process.pid is None
