@@ -12,11 +12,12 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from postgres import Server, name_of, postgres  # noqa: F401
-from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from deep_rlhf.feedback.records import Alarm, AnnotatorFigures, Comparison, Version
-from deep_rlhf.feedback.store import Refused, Store, StoreError, Unavailable
+from deep_rlhf.feedback.store import Refused, Store, StoreError, Unavailable, asking
+from deep_rlhf.feedback.store.asking import Given
 from deep_rlhf.feedback.store.migrations import head
 from deep_rlhf.feedback.store.statements import HELD_BY, NEXT_FREE, RAN_OUT
 from deep_rlhf.feedback.store.tables import REVISION, Base
@@ -585,6 +586,27 @@ def test_many_people_at_once_get_each_question_once(open_store: Callable[..., St
     assert stores[0].waiting() == 0
 
 
+def test_a_reader_waits_for_a_smaller_id_that_is_on_its_way(postgres: Server, clock: Clock) -> None:  # noqa: F811
+    """PostgreSQL gives out ids before the commit: the second may be there before the first."""
+    waits = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+    read: list[list[int]] = []
+    with Store(postgres.store(), clock=clock) as store:
+        first, second = store.add(pairs(2))
+        asked(store, "anna")
+        asked(store, "bert")
+        reader = threading.Thread(target=lambda: read.append([label.comparison_id for label in store.labels()]))
+        with store._database._writing.begin() as connection:
+            asking.answer(connection, first, "anna", "1", Given(choice="a"), store._terms())
+            store.answer(second, "bert", token="2", choice="b")
+            reader.start()
+            with store._database.engine.connect() as other:
+                while reader.is_alive() and not other.scalar(waits):
+                    other.rollback()
+            assert read == []
+        reader.join()
+    assert read == [[first, second]]
+
+
 def test_one_answer_sent_by_several_threads_is_one_event(store: Store) -> None:
     (number,) = store.add([pair()])
     asked(store, "anna")
@@ -629,10 +651,8 @@ def test_one_writer_that_fails_takes_nobody_with_him(tmp_path: Path) -> None:
             together._somebody_writes = True  # all of them wait
         for thread in threads:
             thread.start()
-        with together._change:
-            together._change.wait_for(lambda: len(together._waiting) == 12, timeout=0)
-        while len(together._waiting) < 12:
-            threading.Event().wait(0.001)
+        while len(together._waiting) < 12 and any(thread.is_alive() for thread in threads):
+            pass
         with together._change:
             together._somebody_writes = False
             together._change.notify_all()
@@ -640,6 +660,21 @@ def test_one_writer_that_fails_takes_nobody_with_him(tmp_path: Path) -> None:
             thread.join()
         assert sorted(refusals) == [number for number in ids if number % 2 == 0]
         assert sorted(label.comparison_id for label in store.labels()) == [number for number in ids if number % 2]
+
+
+def test_nothing_is_acknowledged_if_the_commit_fails(store: Store) -> None:
+    (number,) = store.add([pair()])
+    asked(store, "anna")
+
+    def fail(connection: Any) -> None:
+        raise OperationalError("COMMIT", {}, sqlite3.OperationalError("disk I/O error"))
+
+    event.listen(store._database.engine, "commit", fail)
+    with pytest.raises(Unavailable, match="disk I/O error"):
+        store.answer(number, "anna", token="1", choice="a")
+    event.remove(store._database.engine, "commit", fail)
+    assert store.last_event() == 0
+    assert store.answer(number, "anna", token="1", choice="b") == store.last_event()
 
 
 # ---- the database
