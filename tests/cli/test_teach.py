@@ -1,0 +1,101 @@
+"""`deep-rlhf teach` as a user starts it: page and trainer side by side, until Ctrl-C."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from deep_rlhf.cli import teach
+from deep_rlhf.cli.teach import TeachConfig
+from deep_rlhf.feedback.store import Store
+from deep_rlhf.types import UserError
+
+SECONDS = 120  # for anything that is waited for
+SMALL = [
+    *("--labeler=simulated", "--taste=short", "--pace=0.02", "--initial_labels=8", "--refit_after=8", "--seed=1"),
+    *("--batch_size=8", "--mini_batch_size=8", "--max_new_tokens=6", "--watchers=0", "--members=2"),
+    *("--fixed_prompts=2", "--threads=1", "--save_every=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(make_model: Callable[..., Any], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a policy, in which `teach` ran until Ctrl-C; what it said is in teach.out."""
+    folder = tmp_path_factory.mktemp("teach")
+    make_model("gpt2", n_positions=256).save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    process = started(folder)
+    try:
+        address = waited(lambda: re.search(r"http://127\.0\.0\.1:\d+", said(folder)), process)[0]
+        with urlopen(f"{address}/health", timeout=SECONDS) as answer:
+            assert answer.read() == b"ok"
+        with Store(folder / "run" / "labels.db") as store:
+            waited(lambda: len(store.metrics()) >= 2, process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS) == 130
+    finally:
+        process.kill()
+    return folder
+
+
+def started(folder: Path) -> subprocess.Popen[bytes]:
+    """The real command in the background."""
+    command = ["teach", "--port=0", "--model=policy", "--output_dir=run", *SMALL]
+    with (folder / "teach.out").open("wb") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "deep_rlhf.cli.main", *command], cwd=folder, stdout=out, stderr=out
+        )
+
+
+def said(folder: Path) -> str:
+    return (folder / "teach.out").read_text()
+
+
+def waited(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:
+    """What the condition comes to, once it is true; the process must live as long."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        assert process.poll() is None, "it ended too early"
+        time.sleep(0.05)
+    raise AssertionError("it takes too long")
+
+
+def test_it_says_what_to_do_and_how_to_go_on(workplace: Path) -> None:
+    words = " ".join(said(workplace).split())
+    assert "and compare answers" in words
+    assert "To go on: deep-rlhf teach --output_dir=run --model=policy" in words
+    assert "The policy: run/model" in words
+    assert words.endswith("stopped")
+    assert "Traceback" not in words
+
+
+def test_ctrl_c_saves_the_policy_and_ends_the_trainer(workplace: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(workplace / "run" / "model")
+    with Store(workplace / "run" / "labels.db") as store:
+        assert store.get("status")["state"] == "stopped"
+        assert len(store.versions("reward")) >= 1
+        assert sorted(store.samples())[0] == 0
+    assert "Traceback" not in (workplace / "run" / "loop.log").read_text()
+
+
+def test_a_trainer_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:
+    words = "import sys; sys.stderr.write('some news\\nerror: There is no folder.\\n\\n'); sys.exit(2)"
+    with (tmp_path / teach.LOG).open("wb") as log:
+        trainer = subprocess.Popen([sys.executable, "-c", words], stderr=log)
+    with pytest.raises(UserError, match=r"The trainer ended: There is no folder\..*loop\.log"):
+        teach._watch(trainer, tmp_path)
+
+
+def test_the_command_that_goes_on_has_no_more_flags_than_it_needs() -> None:
+    assert teach._command(TeachConfig()) == "deep-rlhf teach"
+    assert teach._command(TeachConfig(output_dir="x", store="y.db")) == "deep-rlhf teach --output_dir=x --store=y.db"
