@@ -43,6 +43,7 @@ def policy_folder(make_model: Callable[..., Any], tokenizer: Any, folder: Path) 
 
 def make_session(model: str, folder: Path, store: Store, **settings: Any) -> Session:
     """A session with three simulated annotators, unless `labeler` says otherwise."""
+    store.put("stop", None)
     others = {name: settings.pop(name) for name in ("labeler", "pace", "on_update") if name in settings}
     return Session(
         SessionConfig(**(SETTINGS | settings)),

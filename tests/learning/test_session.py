@@ -127,8 +127,10 @@ def test_the_red_button_stops_a_session_and_the_next_one_goes_on(policy: str, tm
         assert again.run() == "done"
         assert store.get("stop") is None
         assert store.label_count() >= labels
-        rows = store.metrics()
+        rows, rewards = store.metrics(), store.versions("reward")
         assert [row["step"] for row in rows] == [1, 2, 3]
+        assert [(version.number, version.step) for version in rewards] == [(1, 0), (2, 2)]
+        assert [version.last_event for version in store.versions("policy")] == [0, rewards[0].last_event]
         assert rows[2]["kl"] > rows[1]["kl"] / 2 > 0.005  # the policy is not the start again
         assert [version.number for version in store.versions("reward")][-1] == rows[2]["reward_version"] == 2
     gone_on = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()

@@ -13,7 +13,8 @@ from deep_rlhf.cli.loop_config import LoopConfig, mean_taste, open_labeler, open
 from deep_rlhf.cli.loop_progress import Progress
 from deep_rlhf.cli.world_policy import cached_world_policy, world_policy_folder
 from deep_rlhf.feedback.saving import only_here
-from deep_rlhf.feedback.session import Session, tell
+from deep_rlhf.feedback.session import Session
+from deep_rlhf.feedback.session_setup import tell
 from deep_rlhf.feedback.store import Store
 
 GUARDED = "DEEP_RLHF_GUARDED"  # set by `teach`: the end of standard input is the end of the loop
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = output_folder(config.output_dir)
     address = config.store_address
     with only_here(folder), Store(address) as store, Progress(store):
+        store.put("stop", None)
         labeler = open_labeler(config)
         session = Session(
             config,

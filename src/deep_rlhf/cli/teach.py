@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
     folder = output_folder(config.output_dir)
     with Store(config.store_address) as store:
+        store.put("stop", None)
         page = create_app(store, WebSettings(host=HOST, port=config.port))
         with Server(page, HOST, config.port) as server:
             trainer = _start_trainer(config, folder)
@@ -90,7 +91,10 @@ def _watch(trainer: subprocess.Popen[bytes], folder: Path) -> None:
     code = trainer.wait()
     if code != 0:
         raise UserError(f"The trainer ended: {_last_words(folder / LOG)}")
-    console.print(f"\nThe trainer is done; the policy: {folder / 'model'}. The page goes on until Ctrl-C.")
+    console.print(
+        f"\nThe trainer is done; the policy: {folder / 'model'}. The page goes on until Ctrl-C; then the same"
+    )
+    console.print("command goes on with both.")
     threading.Event().wait()
 
 

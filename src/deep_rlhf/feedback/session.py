@@ -11,13 +11,11 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deep_rlhf.algorithms.online_setup import open_scorer
 from deep_rlhf.feedback import outlook
 from deep_rlhf.feedback.halting import Halted, Halter
 from deep_rlhf.feedback.labelling import InBackground, Labeler, People
@@ -26,7 +24,6 @@ from deep_rlhf.feedback.questions import Asker, Questions
 from deep_rlhf.feedback.records import Alarm, Label, Row, Version
 from deep_rlhf.feedback.refit_process import RefitProcess
 from deep_rlhf.feedback.refitting import (
-    WATCHER,
     Refits,
     Refitted,
     newest_version,
@@ -37,7 +34,16 @@ from deep_rlhf.feedback.refitting import (
 from deep_rlhf.feedback.sampling import LogOdds
 from deep_rlhf.feedback.saving import Saved, fingerprint, replace_folder
 from deep_rlhf.feedback.session_config import SessionConfig
-from deep_rlhf.feedback.session_setup import Schedule, label_schedule, make_trainer, refit_job, weights_of
+from deep_rlhf.feedback.session_setup import (
+    Schedule,
+    label_schedule,
+    make_trainer,
+    open_rewards,
+    refit_job,
+    tell,
+    version_of,
+    weights_of,
+)
 from deep_rlhf.feedback.store import Store, Unavailable
 from deep_rlhf.feedback.versions import PolicyVersions
 from deep_rlhf.models.reward import RewardModel
@@ -125,8 +131,10 @@ class Session:
     # ---- the loop
 
     def run(self) -> Ending:
-        """Goes on until `config.updates` are done, an alarm or the red button stops it, or Ctrl-C; then saves all."""
-        self.store.put("stop", None)
+        """Goes on until `config.updates` are done, an alarm or the red button stops it, or Ctrl-C; then saves all.
+
+        The button ("stop" in the store) is for the caller to release before; whoever presses it after that is heard.
+        """
         with self.halter, kept_memory():
             try:
                 self.begin()
@@ -211,6 +219,7 @@ class Session:
             self.progress = Progress(**found["progress"])
             self.questions.state = found["questions"]
             self.monitor.state = found["monitor"]
+            self._refitted = self._known_reward(self.progress.reward_version)
             logger.info("Going on after update %d.", self.progress.step)
         self._refresh_labels()
         self.questions.withdraw(self.progress.policy_version)
@@ -225,12 +234,7 @@ class Session:
             self._adopt(newest)
 
     def _end(self, ending: Ending) -> None:
-        self._tell(
-            "stopped",
-            {"done": "All updates are done.", "stopped": "The loop was stopped."}.get(
-                ending, "The loop was interrupted: start it again to go on."
-            ),
-        )
+        self._tell("stopped", "All updates are done." if ending == "done" else f"The loop was {ending}.")
         self._checkpoint()
         replace_folder(self.output_dir / "model", self.trainer.save)
         newest = newest_version(self.rewards)
@@ -265,44 +269,31 @@ class Session:
 
     def _adopt(self, refitted: Refitted) -> None:
         """From here on the policy learns against this reward model, unless its sign is wrong."""
-        model = RewardModel.load(refitted.path)
-        scorer = open_scorer(model, self.trainer.runtime.device, self.trainer.config)
-        watched = refitted.path / WATCHER
+        scorer, watcher = open_rewards(refitted, self.trainer)
         self._refresh_labels()
         preferences, _ = preferences_by_comparison(self._labels)
         raised = self.monitor.new_reward(scorer, preferences, self.progress.step)
-        self.store.add_version(
-            Version(
-                kind="reward",
-                number=refitted.number,
-                step=self.progress.step,
-                labels=refitted.labels,
-                last_event=refitted.last_event,
-                figures=refitted.figures,
-            )
-        )
+        is_new = refitted.number > self.progress.reward_version  # not so when a stopped session goes on
+        if is_new:
+            self.store.add_version(version_of(refitted, self.progress.step))
         if any(alarm.action == "stop" for alarm in raised):
             self._act_on(raised)  # before anything learns from it
-        assert isinstance(scorer, RewardModel)
         self._scorer = self.trainer.scorer = scorer
-        self._watcher = RewardModel.load(watched) if watched.is_dir() else None
-        if self._watcher is not None:
-            self._watcher = open_scorer(self._watcher, self.trainer.runtime.device, self.trainer.config)  # type: ignore[assignment]
-        self.progress.reward_version = refitted.number
-        if self.progress.step > self.progress.version_step:
+        self._watcher = watcher
+        if is_new and self.progress.step > self.progress.version_step:
             self._new_version(scorer)  # it has learned against the reward model before
+        self.progress.reward_version = refitted.number
         self._refitted = refitted
         self.monitor.compare(self._labels, LogOdds(scorer), self.config.label_noise)
         self._act_on(raised)
 
     def _new_version(self, scorer: RewardModel | None) -> None:
         """The policy as it is becomes a version, and questions are about it from now on."""
-        self.progress.policy_version += 1
-        self.progress.version_step = self.progress.step
+        number = self.progress.policy_version + 1
         won = outlook.win_rate(self._labels)
         version = Version(
             kind="policy",
-            number=self.progress.policy_version,
+            number=number,
             step=self.progress.step,
             labels=self._refitted.labels if self._refitted else 0,
             last_event=self._refitted.last_event if self._refitted else 0,
@@ -310,7 +301,15 @@ class Session:
         )
         judge = self._watcher or scorer
         self.versions.add(version, judge, self._labels)
-        self.questions.withdraw(self.progress.policy_version)
+        self.progress.policy_version, self.progress.version_step = number, self.progress.step
+        self.questions.withdraw(number)
+
+    def _known_reward(self, number: int) -> Refitted | None:
+        """What the store says of a reward model that may not be on the disk any more."""
+        for version in self.store.versions("reward"):
+            if version.number == number:
+                return Refitted(number=number, labels=version.labels, last_event=version.last_event)
+        return None
 
     def _act_on(self, raised: Sequence[Alarm]) -> None:
         """Tells of alarms, and does what they ask for: the gravest alone."""
@@ -398,9 +397,3 @@ class Session:
         """The language model as it began, and the tokenizer."""
         with self.trainer._reference.model() as frozen:
             return frozen.plain_model(), self.trainer.tokenizer
-
-
-def tell(store: Store, state: str, step: int, text: str) -> None:
-    """Puts what goes on into the store, for the page."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    store.put("status", {"state": state, "step": step, "text": text, "at": now})

@@ -1,16 +1,21 @@
 """What a session is made of, from its settings: the trainer of the policy, the refits, the schedule of labels."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deep_rlhf.algorithms.online_setup import open_scorer
 from deep_rlhf.algorithms.ppo import PPOTrainer
 from deep_rlhf.algorithms.ppo_config import PPOConfig
-from deep_rlhf.feedback.refitting import RefitJob
+from deep_rlhf.feedback.records import Version
+from deep_rlhf.feedback.refitting import WATCHER, RefitJob, Refitted
 from deep_rlhf.feedback.schedule import LabelSchedule
 from deep_rlhf.feedback.session_config import SessionConfig
+from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.load import load_language_model
+from deep_rlhf.models.reward import RewardModel
 
 
 class Schedule(Protocol):
@@ -76,6 +81,29 @@ def refit_job(config: SessionConfig, model: PreTrainedModel | str, weights: int)
     )
 
 
+def open_rewards(refitted: Refitted, trainer: PPOTrainer) -> tuple[RewardModel, RewardModel | None]:
+    """A version of the reward model and the ensemble that watches, where and how the trainer computes."""
+    found: list[RewardModel] = []
+    for folder in (refitted.path, refitted.path / WATCHER):
+        if folder.is_dir():
+            scorer = open_scorer(RewardModel.load(folder), trainer.runtime.device, trainer.config)
+            assert isinstance(scorer, RewardModel)
+            found.append(scorer)
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def version_of(refitted: Refitted, step: int) -> Version:
+    """What the store keeps of a reward model that is used from `step` on."""
+    return Version(
+        kind="reward",
+        number=refitted.number,
+        step=step,
+        labels=refitted.labels,
+        last_event=refitted.last_event,
+        figures=refitted.figures,
+    )
+
+
 def label_schedule(config: SessionConfig) -> LabelSchedule | None:
     """When how many labels are wanted; None for as many as people give."""
     if config.labels is None:
@@ -86,3 +114,9 @@ def label_schedule(config: SessionConfig) -> LabelSchedule | None:
 def weights_of(model: PreTrainedModel) -> int:
     """How many numbers it has learned."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tell(store: Store, state: str, step: int, text: str) -> None:
+    """Puts what goes on into the store, for the page."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    store.put("status", {"state": state, "step": step, "text": text, "at": now})
