@@ -3,6 +3,8 @@
 import importlib.util
 import logging
 import sys
+import threading
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -259,7 +261,10 @@ def test_a_run_of_wandb(real_wandb: Any, tmp_path: Path) -> None:
     runtime.finish()
     assert real_wandb.run is None
     (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert b"score" in record.read_bytes()
+    deadline = time.monotonic() + 60  # wandb's own process writes the file, when it gets the time
+    while b"score" not in record.read_bytes():
+        assert time.monotonic() < deadline, "the score was never written"
+        threading.Event().wait(0.05)
 
 
 def test_arguments_that_wandb_refuses_are_told(real_wandb: Any) -> None:
