@@ -83,7 +83,7 @@ class SessionConfig:
     learning_rate: float | None = field(
         default=None, metadata={"help": "of the policy; default: 3e-4 for a small one (10 million weights), or 1e-5"}
     )
-    init_kl_coef: float = field(default=0.05, metadata={"help": "how hard the policy is held near the start"})
+    init_kl_coef: float = field(default=0.1, metadata={"help": "how hard the policy is held near the start"})
     max_new_tokens: int = field(default=64, metadata={"help": "longest response, in tokens"})
     max_prompt_length: int = field(default=512, metadata={"help": "prompts with more tokens are left out"})
     temperature: float = field(default=1.0, metadata={"help": "divides the logits, in sampling and in training"})
