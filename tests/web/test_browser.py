@@ -53,6 +53,7 @@ def visit(browser: Any, server: Server) -> Iterator[Visit]:
         page.get_by_role("button", name="Begin").click()
         if options.get("java_script_enabled", True):
             page.locator("#question[data-unsent]").wait_for()
+            wait_painted(page)
         return page
 
     yield visit
@@ -76,6 +77,19 @@ def press(page: Any, key: str) -> None:
 def wait_saved(page: Any) -> None:
     """Until nothing is unsent."""
     page.locator('#question[data-unsent="0"]').wait_for()
+
+
+def wait_painted(page: Any) -> None:
+    """Until the browser has drawn the page: it drops what is pressed before."""
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def open_model(page: Any) -> None:
+    """Goes to the second tab, and waits until it has its style."""
+    page.get_by_role("link", name="Model").click()
+    page.get_by_role("heading", name="How the model changes").wait_for()
+    page.wait_for_load_state("load")
+    wait_painted(page)
 
 
 def wait_text(page: Any, selector: str, text: str) -> None:
@@ -161,6 +175,7 @@ def test_a_reload_shows_the_same_question_with_the_same_sides(visit: Visit, stor
     for _ in range(3):
         page.reload()
         assert page.locator("#question .answers").inner_text() == before
+    wait_painted(page)
     press(page, "ArrowLeft")
     wait_saved(page)
     assert [label.comparison_id for label in store.labels()] == [1, 2]
@@ -196,6 +211,8 @@ def test_answers_wait_while_the_server_is_away_and_are_saved_once(
     page.keyboard.press("ArrowUp")
     wait_text(page, "[data-unsaved]", "2 answers are not saved yet")
     assert store.answered("anna") == 1
+    page.get_by_role("button", name="Change name").click()
+    wait_text(page, "[data-message]", "2 answers are not saved yet: wait before you leave.")
     with Server(create_app(store), port=server.port):
         wait_saved(page)
         assert not page.locator("[data-unsaved]").is_visible()
@@ -313,7 +330,7 @@ def test_the_model_tab_shows_the_loop_and_changes_by_itself(visit: Visit, store:
     store.put("alpha", 0.37)
     figures = AnnotatorFigures(name="anna", answers=1, error_rate=0.1, error_rate_interval=(0.02, 0.5), agreement=0.75)
     store.set_annotators([figures])
-    page.get_by_role("link", name="Model").click()
+    open_model(page)
     for text in (
         *("63%", "40% to 80%, by 16 blind answers", "61% → 68%", "It will foresee 68%.", "0.37", "None so far."),
         *("Too few answers to say", "answer of version 0", "answer of version 1", "reward 1, update 5", "50% to 98%"),
@@ -340,7 +357,7 @@ def test_the_model_tab_shows_the_loop_and_changes_by_itself(visit: Visit, store:
 
 def test_the_red_button_asks_first_and_stops_everything(visit: Visit, store: Store) -> None:
     page = visit("anna")
-    page.get_by_role("link", name="Model").click()
+    open_model(page)
     button = page.get_by_role("button", name="Yes, stop the trainer")
     assert not button.is_visible()
     page.get_by_text("Stop everything …").click()
@@ -372,7 +389,7 @@ def test_a_phone_shows_answers_one_above_the_other_and_never_scrolls_sideways(
     page.get_by_role("button", name="Keys").click()
     assert page.evaluate(no_overflow)
     page.keyboard.press("Escape")
-    page.get_by_role("link", name="Model").click()
+    open_model(page)
     page.get_by_text("Stop everything …").click()
     assert page.evaluate(no_overflow)
     assert page.get_by_role("button", name="Yes, stop the trainer").is_visible()
@@ -433,7 +450,7 @@ def test_text_can_be_read_and_controls_have_names(visit: Visit, store: Store, ad
     assert page.get_by_role("region", name="Answer A").is_visible()
     assert page.get_by_role("link", name="Label").get_attribute("aria-current") == "page"
     assert page.locator("h1").count() == 1
-    page.get_by_role("link", name="Model").click()
+    open_model(page)
     assert page.evaluate(CONTRAST) == []
     assert page.locator("select").count() == page.get_by_label("Left").count() + page.get_by_label("Right").count() == 2
     assert page.locator("h1").count() == 1
@@ -461,7 +478,7 @@ def test_no_payload_runs_or_loads_anything(visit: Visit, store: Store) -> None:
         assert page.title() == "Label · Deep RLHF"
         press(page, "ArrowUp")
     wait_saved(page)
-    page.get_by_role("link", name="Model").click()
+    open_model(page)
     page.get_by_text("somebody else").first.wait_for()
     assert page.title() == "Model · Deep RLHF"
     assert [url for url in asked if "evil" in url or not url.startswith("http://127.0.0.1")] == []

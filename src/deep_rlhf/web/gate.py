@@ -12,6 +12,11 @@ from deep_rlhf.web.security import RateLimit, client_of, is_csrf_token, is_own_o
 from deep_rlhf.web.settings import WebSettings
 
 SAFE_METHODS = ("GET", "HEAD")
+# Requests per second, and how many at once.
+PEOPLE = (20, 100)  # a fast one sends one or two
+STRANGERS = (20, 300)  # by address, which a whole office may share
+LOGINS_FROM_ADDRESS = (1 / 6, 8)
+LOGINS_TO_ACCOUNT = (1 / 6, 20)  # from wherever
 FORM = "application/x-www-form-urlencoded"
 
 
@@ -20,10 +25,8 @@ class Gate:
 
     def __init__(self, accounts: Accounts, settings: WebSettings) -> None:
         self.accounts, self.settings = accounts, settings
-        self._people = RateLimit(per_second=20, burst=100)  # a fast person sends one or two
-        self._strangers = RateLimit(per_second=20, burst=300)  # a whole office may have one address
-        self._logins = RateLimit(per_second=1 / 6, burst=8)  # by address
-        self._names = RateLimit(per_second=1 / 6, burst=20)  # by account, from wherever
+        self._people, self._strangers = RateLimit(*PEOPLE), RateLimit(*STRANGERS)
+        self._addresses, self._names = RateLimit(*LOGINS_FROM_ADDRESS), RateLimit(*LOGINS_TO_ACCOUNT)
 
     async def __call__(self, request: Request) -> None:
         """Raises Problem for a request that is not let in."""
@@ -40,7 +43,7 @@ class Gate:
 
     def check_login(self, request: Request, name: str) -> None:
         """Raises Problem for somebody who tries passwords."""
-        _refuse_if(self._logins.wait(client_of(request, self.settings)))
+        _refuse_if(self._addresses.wait(client_of(request, self.settings)))
         _refuse_if(self._names.wait(name.strip()[:100]))
 
     async def _check_form(self, request: Request, visitor: Visitor) -> None:

@@ -265,6 +265,12 @@
     event.preventDefault();
     undo();
   });
+  one("form.who").addEventListener("submit", (event) => {
+    const count = unsent.all().length;
+    if (!count) return;
+    event.preventDefault(); // they could not be sent under another name
+    warn(`${count === 1 ? "1 answer is" : `${count} answers are`} not saved yet: wait before you leave.`);
+  });
   const help = one("[data-help]");
   help.hidden = false;
   help.addEventListener("click", () => one("#help").showModal());

@@ -1,0 +1,214 @@
+"""The page on a port, its event stream, and `deep-rlhf label`."""
+
+import json
+import logging
+import queue
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from page_client import Client
+
+from deep_rlhf.cli import label
+from deep_rlhf.feedback.store import Store, Unavailable
+from deep_rlhf.types import UserError
+from deep_rlhf.web import events
+from deep_rlhf.web.app import create_app
+from deep_rlhf.web.auth import is_password
+from deep_rlhf.web.server import Server
+
+Add = Callable[..., list[int]]
+PASSWORD = "correct horse battery"
+SECONDS = 60
+
+
+@pytest.fixture
+def server(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(events, "LOOK_EVERY", 0.02)
+    with Server(create_app(store)) as running:
+        yield running
+
+
+@contextmanager
+def browser(server: Server, name: str = "anna") -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=SECONDS, follow_redirects=True) as client:
+        csrf = Client.csrf_in(client.get("/login").text)
+        client.post("/name", data={"csrf": csrf, "name": name})
+        yield client
+
+
+def news(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    """The events of a stream."""
+    for line in lines:
+        if line.startswith("event: "):
+            yield line.removeprefix("event: "), json.loads(next(lines).removeprefix("data: "))
+
+
+def test_events_tell_how_everything_stands_and_then_what_changes(server: Server, store: Store, add: Add) -> None:
+    add(4)
+    with browser(server) as client, client.stream("GET", "/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        lines = stream.iter_lines()
+        assert next(lines) == "retry: 2000"
+        told = news(lines)
+        first = dict(next(told) for _ in range(4))
+        assert first["questions"] == {"waiting": 2}  # the other two are lent to anna
+        assert first["people"] == {"event": 0}
+        assert first["model"]["rows"] == 0
+        add(3)
+        assert next(told) == ("questions", {"waiting": 5})
+        store.add_metrics([{"step": 1, "reward": 0.5}])
+        kind, model = next(told)
+        assert (kind, model["rows"]) == ("model", 1)
+        store.put("stop", {"by": "anna"})
+        kind, model = next(told)
+        assert (kind, model["stop"]) == ("model", {"by": "anna"})
+
+
+def test_events_go_on_after_the_database_was_away(
+    server: Server, store: Store, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = threading.Event()
+
+    def away(*_: Any, **__: Any) -> Any:
+        looked.set()
+        raise Unavailable("away")
+
+    with browser(server) as client, client.stream("GET", "/events") as stream:
+        told = news(stream.iter_lines())
+        for _ in range(4):
+            next(told)
+        with monkeypatch.context() as broken:
+            broken.setattr(store, "waiting", away)
+            assert looked.wait(SECONDS)
+        add(1)
+        assert next(told) == ("questions", {"waiting": 1})
+
+
+def test_only_so_many_pages_of_a_person_may_listen(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "MOST_PER_PERSON", 1)
+    with browser(server) as client, client.stream("GET", "/events") as stream:
+        lines = stream.iter_lines()  # the stream ends when this is forgotten
+        next(lines)
+        refused = client.get("/events", headers={"accept": "application/json"}, timeout=5)
+        assert refused.status_code == 429
+        assert refused.json() == {"error": "Too many pages are open: close some."}
+        next(lines)
+
+
+def test_a_server_stops_at_once_though_somebody_listens(store: Store) -> None:
+    server = Server(create_app(store)).start()
+    with browser(server) as client, client.stream("GET", "/events") as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        server.stop()
+        assert not server._thread.is_alive()
+        for _ in lines:
+            pass
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{server.url}/health")
+
+
+def test_a_database_that_is_away_is_said_in_a_sentence(
+    server: Server, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any, **__: Any) -> Any:
+        raise Unavailable("the store on postgresql://secret does not answer")
+
+    with browser(server) as client:
+        monkeypatch.setattr(store, "ask", away)
+        for accept, path in (("application/json", "/questions"), ("text/html", "/")):
+            reply = client.get(path, headers={"accept": accept})
+            assert reply.status_code == 503
+            assert "The database does not answer now: try again in a moment." in reply.text
+            assert "secret" not in reply.text
+
+
+def test_a_port_that_is_taken_is_a_users_mistake(store: Store) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port {port}: Address already in use. Try another --port."):
+            Server(create_app(store), port=port)
+
+
+def test_an_account_is_added_from_the_command_line(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    path = tmp_path / "labels.db"
+    monkeypatch.setenv("DEEP_RLHF_PASSWORD", PASSWORD)
+    label.main([f"--store={path}", "--add_user=root", "--role=admin"])
+    assert capsys.readouterr().out == "root may log in now, as admin.\n"
+    with Store(path) as store:
+        user = store.user("root")
+    assert user is not None
+    assert user.role == "admin"
+    assert is_password(PASSWORD, user.password_hash)
+    assert not is_password(PASSWORD + " ", user.password_hash)
+    with pytest.raises(UserError, match="There is a user 'root' already"):
+        label.main([f"--store={path}", "--add_user=root"])
+
+
+def test_the_password_is_asked_for_twice(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.delenv("DEEP_RLHF_PASSWORD", raising=False)
+    command = [f"--store={tmp_path / 'labels.db'}", "--add_user=anna"]
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False)
+    with pytest.raises(UserError, match="set DEEP_RLHF_PASSWORD"):
+        label.main(command)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    typed = iter([PASSWORD, "another one", PASSWORD, PASSWORD])
+    monkeypatch.setattr(label.getpass, "getpass", lambda prompt: next(typed))
+    with pytest.raises(UserError, match="differ"):
+        label.main(command)
+    label.main(command)
+
+
+def test_bad_flags_are_one_sentence(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.delenv("DEEP_RLHF_TOKEN", raising=False)
+    store = f"--store={tmp_path / 'labels.db'}"
+    for flags, match in (
+        (["--host=0.0.0.0"], "would be open to everybody"),
+        (["--public_url=https://a.example"], "would be open to everybody"),
+        (["--role=boss"], "role must be one of admin, annotator"),
+        (["--port=70000"], "port must lie between"),
+        (["--lease_seconds=1"], "at least 10"),
+        (["--hots=x"], "Did you mean --host?"),
+    ):
+        with pytest.raises(UserError, match=match):
+            label.main([store, *flags])
+
+
+def test_the_command_serves_the_page_and_tells_no_secret(
+    tmp_path: Path, monkeypatch: Any, capfd: Any, caplog: Any
+) -> None:
+    token = "a-secret-access-token"
+    monkeypatch.setenv("DEEP_RLHF_TOKEN", token)
+    caplog.set_level(logging.DEBUG)
+    servers: queue.Queue[Server] = queue.Queue()
+    run = Server.run
+
+    def run_and_tell(server: Server) -> None:
+        servers.put(server)
+        run(server)
+
+    monkeypatch.setattr(Server, "run", run_and_tell)
+    command = threading.Thread(target=label.main, args=([f"--store={tmp_path / 'labels.db'}", "--port=0"],))
+    command.start()
+    server = servers.get(timeout=SECONDS)
+    with httpx.Client(base_url=server.url, timeout=SECONDS, follow_redirects=True) as client:
+        csrf = Client.csrf_in(client.get("/").text)
+        page = client.post("/login", data={"csrf": csrf, "name": "anna", "password": token})
+        session = client.cookies["deep_rlhf_session"]
+    assert "No question just now" in page.text
+    server.stop()
+    command.join(SECONDS)
+    assert not command.is_alive()
+    logged = [record.getMessage() for record in caplog.records if not record.name.startswith("http")]  # of the client
+    written = "".join([*capfd.readouterr(), *logged])
+    assert f"Open {server.url}; Ctrl-C ends it." in written
+    assert "0 questions wait" in written
+    for secret in (token, session):
+        assert secret not in written
