@@ -141,7 +141,7 @@ def test_help_is_opened_and_closed_by_keyboard_and_keys_wait_meanwhile(visit: Vi
     add(1)
     page = visit("anna")
     page.keyboard.press("?")
-    assert page.get_by_role("dialog", name="Keys").is_visible()
+    page.get_by_role("dialog", name="Keys").wait_for()
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("Escape")
     assert not page.get_by_role("dialog").is_visible()
@@ -221,24 +221,27 @@ def test_answers_wait_while_the_server_is_away_and_are_saved_once(
     assert [label.comparison_id for label in store.labels()] == [1, 2, 3]
 
 
-def test_an_answer_whose_acknowledgement_was_lost_outlives_a_reload_and_counts_once(
-    visit: Visit, store: Store, add: Add
+@pytest.mark.parametrize("arrives", [False, True])
+def test_an_answer_that_was_lost_on_its_way_or_back_outlives_a_reload_and_counts_once(
+    visit: Visit, store: Store, add: Add, arrives: bool
 ) -> None:
     add(3)
     page = visit("anna", may_fail=True)
 
     def lose(route: Any) -> None:
-        route.fetch()  # the server takes it …
-        route.abort("connectionreset")  # … but the browser never hears of it
+        if arrives:
+            route.fetch()  # the server takes it, but the browser never hears of it
+        route.abort("connectionreset")
 
     page.route("**/answer", lose)
     page.keyboard.press("ArrowUp")
     wait_text(page, "[data-unsaved]", "1 answer is not saved yet")
-    assert store.answered("anna") == 1
+    assert store.answered("anna") == arrives
     page.unroute_all(behavior="ignoreErrors")
     page.reload()
     wait_saved(page)
     assert number_on(page) == 2
+    assert not page.locator("[data-message]").is_visible()
     assert [label.comparison_id for label in store.labels()] == [1]
     assert store.last_event() == 1
 
@@ -298,17 +301,22 @@ def test_arrows_move_within_the_strengths_when_these_have_the_focus(visit: Visit
 def test_the_page_works_without_scripts(visit: Visit, store: Store, add: Add) -> None:
     add(2)
     page = visit("anna", java_script_enabled=False)
+
+    def press(name: str, role: str = "button") -> None:
+        with page.expect_navigation():
+            page.get_by_role(role, name=name).click()
+
     page.get_by_role("radio", name="much").check()
-    page.get_by_role("button", name="A is better").click()
+    press("A is better")
     assert number_on(page) == 2
-    page.get_by_role("button", name="Undo").click()
+    press("Undo")
     assert number_on(page) == 1
-    page.get_by_role("button", name="Tie").click()
-    page.get_by_role("button", name="Skip").click()
-    assert page.get_by_role("heading", name="No question just now").is_visible()
+    press("Tie")
+    press("Skip")
+    page.get_by_role("heading", name="No question just now").wait_for()
     assert [(label.comparison_id, label.choice) for label in store.labels()] == [(1, "tie")]
-    page.get_by_role("link", name="Model").click()
-    assert page.get_by_role("heading", name="How the model changes").is_visible()
+    press("Model", role="link")
+    page.get_by_role("heading", name="How the model changes").wait_for()
 
 
 # ---- the second tab
@@ -335,11 +343,11 @@ def test_the_model_tab_shows_the_loop_and_changes_by_itself(visit: Visit, store:
         *("63%", "40% to 80%, by 16 blind answers", "61% → 68%", "It will foresee 68%.", "0.37", "None so far."),
         *("Too few answers to say", "answer of version 0", "answer of version 1", "reward 1, update 5", "50% to 98%"),
     ):
-        assert page.get_by_text(text).first.is_visible(), text
+        page.get_by_text(text).first.wait_for()
     for name in ("Reward", "Distance from the start", "Reward against distance"):
-        assert page.get_by_role("img", name=name, exact=True).is_visible()
+        page.get_by_role("img", name=name, exact=True).wait_for()
     page.locator("figure").first.get_by_text("Numbers").click()
-    assert page.get_by_role("columnheader", name="reward", exact=True).is_visible()
+    page.get_by_role("columnheader", name="reward", exact=True).wait_for()
     page.evaluate("document.activeElement.blur()")
     # What follows comes by itself, and the open table stays open.
     store.put("status", {"state": "training", "step": 9, "text": "Update 9 is under way."})
@@ -349,7 +357,7 @@ def test_the_model_tab_shows_the_loop_and_changes_by_itself(visit: Visit, store:
     store.add_samples(2, [("\n\nHuman: Fixed?\n\nAssistant:", "answer of version 2")])
     for text in ("Update 9 is under way.", message, "rolled back", "answer of version 2"):
         page.get_by_text(text).first.wait_for()
-    assert page.get_by_role("columnheader", name="reward", exact=True).is_visible()
+    page.get_by_role("columnheader", name="reward", exact=True).wait_for()
     page.get_by_label("Left").select_option("1")
     page.get_by_text("answer of version 1").wait_for()
     assert not page.get_by_text("answer of version 0").is_visible()
@@ -392,7 +400,7 @@ def test_a_phone_shows_answers_one_above_the_other_and_never_scrolls_sideways(
     open_model(page)
     page.get_by_text("Stop everything …").click()
     assert page.evaluate(no_overflow)
-    assert page.get_by_role("button", name="Yes, stop the trainer").is_visible()
+    page.get_by_role("button", name="Yes, stop the trainer").wait_for()
 
 
 def test_a_wide_screen_shows_two_answers_side_by_side(visit: Visit, add: Add) -> None:
@@ -444,10 +452,10 @@ def test_text_can_be_read_and_controls_have_names(visit: Visit, store: Store, ad
     assert page.evaluate(CONTRAST) == []
     names = ["A is better", "Tie", "Can't tell", "B is better", "Skip", "Undo", "Keys", "Change name"]
     for name in names:
-        assert page.get_by_role("button", name=name).is_visible(), name
+        page.get_by_role("button", name=name).wait_for()
     assert page.get_by_role("radio").count() == 4
-    assert page.get_by_role("group", name="How much better?").is_visible()
-    assert page.get_by_role("region", name="Answer A").is_visible()
+    page.get_by_role("group", name="How much better?").wait_for()
+    page.get_by_role("region", name="Answer A").wait_for()
     assert page.get_by_role("link", name="Label").get_attribute("aria-current") == "page"
     assert page.locator("h1").count() == 1
     open_model(page)
