@@ -46,12 +46,12 @@ def workplace(make_model: Callable[..., Any], tokenizer: Any, tmp_path_factory: 
     return folder
 
 
-def started(folder: Path) -> subprocess.Popen[bytes]:
+def started(folder: Path, *flags: str, **options: Any) -> subprocess.Popen[bytes]:
     """The real command in the background."""
-    command = ["teach", "--port=0", "--model=policy", "--output_dir=run", *SMALL]
+    command = ["teach", "--port=0", "--model=policy", "--output_dir=run", *SMALL, *flags]
     with (folder / "teach.out").open("wb") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "deep_rlhf.cli.main", *command], cwd=folder, stdout=out, stderr=out
+            [sys.executable, "-m", "deep_rlhf.cli.main", *command], cwd=folder, stdout=out, stderr=out, **options
         )
 
 
@@ -86,6 +86,27 @@ def test_ctrl_c_saves_the_policy_and_ends_the_trainer(workplace: Path) -> None:
         assert len(store.versions("reward")) >= 1
         assert sorted(store.samples())[0] == 0
     assert "Traceback" not in (workplace / "run" / "loop.log").read_text()
+
+
+def test_the_trainer_ends_saved_when_teach_is_killed_even_where_ctrl_c_is_ignored(
+    workplace: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "policy").symlink_to(workplace / "policy")
+
+    def ignore_ctrl_c() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for a program in the background
+
+    process = started(tmp_path, "--labeler=web", preexec_fn=ignore_ctrl_c)
+    try:
+        waited(lambda: "waiting for labels" in said(tmp_path), process)
+    finally:
+        process.kill()
+    process.wait(SECONDS)
+    with Store(tmp_path / "run" / "labels.db") as store:
+        deadline = time.monotonic() + SECONDS
+        while store.get("status")["state"] != "stopped" or not (tmp_path / "run" / "model").is_dir():
+            assert time.monotonic() < deadline, "the trainer goes on alone"
+            time.sleep(0.05)
 
 
 def test_a_trainer_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the loop until its updates are done, the red button or Ctrl-C; the same command goes on."""
     (config,) = parse_flags(argv, LoopConfig, prog="deep-rlhf loop", description=__doc__.split("\n")[0])
     if os.environ.get(GUARDED):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background programs ignore
         threading.Thread(target=_end_with_input, daemon=True).start()
     if not torch.cuda.is_available():
         torch.set_num_threads(config.threads_each)
