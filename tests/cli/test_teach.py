@@ -34,11 +34,11 @@ def workplace(make_model: Callable[..., Any], tokenizer: Any, tmp_path_factory: 
     tokenizer.save_pretrained(folder / "policy")
     process = started(folder)
     try:
-        address = waited(lambda: re.search(r"http://127\.0\.0\.1:\d+", said(folder)), process)[0]
+        address = waited(lambda: re.search(r"http://127\.0\.0\.1:\d+", said(folder)), process, folder)[0]
         with urlopen(f"{address}/health", timeout=SECONDS) as answer:
             assert answer.read() == b"ok"
         with Store(folder / "run" / "labels.db") as store:
-            waited(lambda: len(store.metrics()) >= 2, process)
+            waited(lambda: len(store.metrics()) >= 2, process, folder)
         process.send_signal(signal.SIGINT)
         assert process.wait(SECONDS) == 130
     finally:
@@ -59,15 +59,15 @@ def said(folder: Path) -> str:
     return (folder / "teach.out").read_text()
 
 
-def waited(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:
+def waited(condition: Callable[[], Any], process: subprocess.Popen[bytes], folder: Path) -> Any:
     """What the condition comes to, once it is true; the process must live as long."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         if found := condition():
             return found
-        assert process.poll() is None, "it ended too early"
+        assert process.poll() is None, f"it ended too early: {said(folder)}"
         time.sleep(0.05)
-    raise AssertionError("it takes too long")
+    raise AssertionError(f"it takes too long: {said(folder)}")
 
 
 def test_it_says_what_to_do_and_how_to_go_on(workplace: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_trainer_ends_saved_when_teach_is_killed_even_where_ctrl_c_is_ignore
 
     process = started(tmp_path, "--labeler=web", preexec_fn=ignore_ctrl_c)
     try:
-        waited(lambda: "waiting for labels" in said(tmp_path), process)
+        waited(lambda: "waiting for labels" in said(tmp_path), process, tmp_path)
     finally:
         process.kill()
     process.wait(SECONDS)

@@ -170,15 +170,20 @@ def pair(a: str, b: str, mu: float, weight: float = 1.0) -> Preference:
 
 
 def test_sign_self_test_by_hand() -> None:
-    # advantage of what people preferred, mean of the members: 2 · 3 = 6; 2 · 1 = 2, which half of them preferred
-    pairs = [pair("four", "1", 1.0), pair("1", "22", 0.25), pair("1", "1234567", 0.5), pair("1", "55555", 1.0, 0.0)]
-    assert sign_self_test(Lengths(), pairs) == pytest.approx((6 + 0.5 * 2) / 1.5)
-    assert sign_self_test(Lengths(-1.0), pairs) == pytest.approx(-(6 + 0.5 * 2) / 1.5)
-    assert sign_self_test(Lengths(), pairs[2:]) is None
+    # advantage of what people preferred, mean of the members: 2 · 3 = 6, ten times; 2 · 1 = 2, which half preferred
+    ties_and_nobodys = [pair("1", "1234567", 0.5), pair("1", "55555", 1.0, 0.0)]
+    pairs = [*[pair("four", "1", 1.0)] * 10, pair("1", "22", 0.25), *ties_and_nobodys]
+    mean = (10 * 6 + 0.5 * 2) / 10.5
+    squares = 10 * (6 - mean) ** 2 + (0.5 * (2 - mean)) ** 2
+    margin = 1.959964 * math.sqrt(squares * 11 / 10) / 10.5
+    assert sign_self_test(Lengths(), pairs) == pytest.approx(mean + margin)
+    assert sign_self_test(Lengths(-1.0), pairs) == pytest.approx(-mean + margin)
+    assert sign_self_test(Lengths(), [*[pair("four", "1", 1.0)] * 9, *ties_and_nobodys]) is None
 
 
-def test_a_flipped_sign_stops_the_run() -> None:
-    pairs = [pair("longer", "short", 1.0), pair("no", "yes", 0.0)]
-    for sign, actions in ((1.0, []), (-1.0, ["stop"])):
+def test_a_flipped_sign_stops_the_run_and_one_that_is_negative_by_chance_does_not() -> None:
+    learned = [pair("longer", "short", 1.0), pair("no", "yes", 0.0)] * 5
+    by_chance = [pair("longer", "short", 1.0)] * 9 + [pair("short", "longer", 1.0)] * 11
+    for sign, pairs, actions in ((1.0, learned, []), (-1.0, learned, ["stop"]), (1.0, by_chance, [])):
         figure = sign_self_test(Lengths(sign), pairs)
         assert [alarm.action for alarm in check({"reward_sign": figure}, Limits(), 1)] == actions

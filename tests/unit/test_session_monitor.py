@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deep_rlhf.feedback.alarms import Limits
-from deep_rlhf.feedback.monitor import ENOUGH_PAIRS, Monitor
+from deep_rlhf.feedback.monitor import Monitor
 from deep_rlhf.feedback.records import Comparison, Label
 from deep_rlhf.types import Preference
 
@@ -73,16 +73,13 @@ def pair(mu: float) -> Preference:
     return Preference(prompt="p", a="1 good", b="0 bad", mu=mu)
 
 
-def test_a_reward_with_the_wrong_sign_stops_the_loop_where_there_are_enough_pairs() -> None:
+def test_a_reward_with_the_wrong_sign_stops_the_loop() -> None:
     monitor = Monitor(Limits())
-    assert monitor.new_reward(Fixed(), [pair(1.0)] * ENOUGH_PAIRS, 5) == []
-    (alarm,) = monitor.new_reward(Fixed(), [pair(0.0)] * ENOUGH_PAIRS, 6)
-    assert (alarm.name, alarm.action, alarm.figure) == ("reward_sign", "stop", -1.0)
-    few = Monitor(Limits())
-    (alarm,) = few.new_reward(Fixed(), [pair(0.0)] * (ENOUGH_PAIRS - 1) + [pair(0.5)] * 9, 6)
-    assert alarm.action == "warn"
-    (alarm,) = few.new_reward(Fixed(), [pair(0.0)] * ENOUGH_PAIRS, 7)  # each reward model is tested
-    assert alarm.action == "stop"
+    assert monitor.new_reward(Fixed(), [pair(1.0)] * 10, 5) == []
+    for step in (6, 7):  # each reward model is tested
+        (alarm,) = monitor.new_reward(Fixed(), [pair(0.0)] * 10, step)
+        assert (alarm.name, alarm.action, alarm.figure) == ("reward_sign", "stop", -1.0)
+    assert monitor.new_reward(Fixed(), [pair(0.0)] * 9 + [pair(0.5)] * 9, 8) == []  # too few
 
 
 def blind(number: int, writers: tuple[int, int], choice: Any) -> Label:

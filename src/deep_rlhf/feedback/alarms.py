@@ -16,6 +16,7 @@ Action = Literal["warn", "stop", "roll_back"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 SMOOTHED = 5  # updates that a mean reward is averaged over before two of them are compared
 CALM = 0.1  # a figure must come back by this share of its limit before the same alarm can be raised again
+ENOUGH = 10  # pairs for an interval of their mean; of fewer nothing is said
 Z_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
 
@@ -53,7 +54,7 @@ class Limits:
     repetition: Limit = Limit(0.3)  # share of word triples that were there before
     kl: Limit = Limit(30.0)  # nats per answer
     win_rate_gap: Limit = Limit(0.1)  # by which the prediction is too high, beyond chance
-    reward_sign: Limit = Limit(0.0, "stop")  # mean advantage of what people preferred
+    reward_sign: Limit = Limit(0.0, "stop")  # the advantage of what people preferred, at best
 
     @classmethod
     def read(cls, settings: Iterable[str]) -> "Limits":
@@ -77,7 +78,7 @@ _SAYS = {
     "repetition": "Answers repeat themselves: {figure:.0%} of their word triples were there before",
     "kl": "The policy is {figure:.1f} nats away from the start",
     "win_rate_gap": "The reward model promises a win rate that is surely {figure:.2f} higher than what people say",
-    "reward_sign": "On labelled pairs the reward prefers what people did not: by {figure:.2f} on average",
+    "reward_sign": "On labelled pairs the reward prefers what people did not: the advantage is at best {figure:.2f}",
 }
 
 
@@ -179,30 +180,38 @@ def win_rate_gap(predicted: Sequence[float], answers: Sequence[float], *, label_
     predicted: P(the current policy's answer is better) of each pair that people compared; answers: 1, ½ or 0. A share
     `label_noise` of answers is random, so no prediction exceeds 1 − e/2. None below ten pairs.
     """
-    if len(answers) < 10:
+    if len(answers) < ENOUGH:
         return None
     pairs = zip(predicted, answers, strict=True)
     gaps = [(1 - label_noise) * p + label_noise / 2 - answer for p, answer in pairs]
-    mean = sum(gaps) / len(gaps)
-    variance = sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
-    return mean - Z_95 * math.sqrt(variance / len(gaps))
+    return _interval(gaps, [1.0] * len(gaps))[0]
 
 
 def sign_self_test(scorer: Scorer, preferences: Sequence[Preference]) -> float | None:
-    """Mean reward of what people preferred minus that of what they did not: below 0 the sign is wrong somewhere.
+    """Mean reward of what people preferred minus that of what they did not, at best: below 0 the sign is surely wrong.
 
-    Asks the scorer as PPO does, so a reward that is negated, or normalised by a negative number, between fit and use is
-    seen. Mean of the members; each pair counts by how decided people were, |2 mu − 1|, times its weight. None if
-    there is no decided pair.
+    "At best": the upper end of the 95 % interval, for the mean of a few pairs may well be negative by chance. Asks the
+    scorer as PPO does, so a reward that is negated, or normalised by a negative number, between fit and use is seen.
+    Mean of the members; each pair counts by how decided people were, |2 mu − 1|, times its weight. None below ten
+    decided pairs.
     """
     decided = [pair for pair in preferences if pair.mu != 0.5 and pair.weight > 0]
-    if not decided:
+    if len(decided) < ENOUGH:
         return None
     prompts = [pair.prompt for pair in decided]
     a, b = (scorer.score(prompts, [getattr(pair, side) for pair in decided]).mean(dim=1) for side in ("a", "b"))
-    signed = [pair.weight * (2 * pair.mu - 1) for pair in decided]
-    advantages = (a - b).tolist()
-    return sum(s * advantage for s, advantage in zip(signed, advantages, strict=True)) / sum(map(abs, signed))
+    signs = [1.0 if pair.mu > 0.5 else -1.0 for pair in decided]
+    advantages = [sign * advantage for sign, advantage in zip(signs, (a - b).tolist(), strict=True)]
+    return _interval(advantages, [pair.weight * abs(2 * pair.mu - 1) for pair in decided])[1]
+
+
+def _interval(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a weighted mean, by the normal approximation; of two values or more."""
+    total, count = sum(weights), len(values)
+    mean = sum(w * value for w, value in zip(weights, values, strict=True)) / total
+    squares = sum((w * (value - mean)) ** 2 for w, value in zip(weights, values, strict=True))
+    margin = Z_95 * math.sqrt(squares * count / (count - 1)) / total
+    return mean - margin, mean + margin
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

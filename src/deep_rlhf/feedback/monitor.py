@@ -1,7 +1,6 @@
 """What an update is told about: a row of metrics for the page, and the figures that may raise an alarm."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from deep_rlhf.feedback import alarms
@@ -13,7 +12,6 @@ from deep_rlhf.types import Preference, Rollout, Scorer
 
 Judge = Callable[[Sequence[str], Sequence[str]], float]  # mean score of answers to prompts, by somebody who knows
 SIGN_TEST_PAIRS = 200  # the newest ones
-ENOUGH_PAIRS = 30  # that a sign can stop the loop
 
 
 class Monitor:
@@ -38,15 +36,11 @@ class Monitor:
         self._start = state["start"]
 
     def new_reward(self, scorer: Scorer, preferences: Sequence[Preference], step: int) -> list[Alarm]:
-        """A reward model is about to be used: the alarms of its sign, tested on what people preferred.
-
-        Of few pairs a sign may be wrong by chance, so they only warn.
-        """
+        """A reward model is about to be used: the alarms of its sign, tested on the preferences it was fitted to."""
         self._rewards, self._watched = [], []
         pairs = [pair for pair in preferences if pair.mu != 0.5][-SIGN_TEST_PAIRS:]
         sign = alarms.sign_self_test(scorer, pairs)
-        raised = alarms.check({"reward_sign": sign}, self.watch.limits, step)  # each one anew
-        return raised if len(pairs) >= ENOUGH_PAIRS else [replace(alarm, action="warn") for alarm in raised]
+        return alarms.check({"reward_sign": sign}, self.watch.limits, step)  # each one anew
 
     def rolled_back(self) -> None:
         """The policy is another one: what its answers earned before says nothing of it."""

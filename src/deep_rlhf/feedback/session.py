@@ -271,8 +271,8 @@ class Session:
         """From here on the policy learns against this reward model, unless its sign is wrong."""
         scorer, watcher = open_rewards(refitted, self.trainer)
         self._refresh_labels()
-        preferences, _ = preferences_by_comparison(self._labels)
-        raised = self.monitor.new_reward(scorer, preferences, self.progress.step)
+        fitted, _ = preferences_by_comparison([one for one in self._labels if one.event_id <= refitted.last_event])
+        raised = self.monitor.new_reward(scorer, fitted, self.progress.step)
         is_new = refitted.number > self.progress.reward_version  # not so when a stopped session goes on
         if is_new:
             self.store.add_version(version_of(refitted, self.progress.step))
