@@ -1,0 +1,85 @@
+"""How often somebody may ask, and try passwords."""
+
+from typing import Any
+
+import pytest
+from page_client import Client
+from test_safety_accounts import PASSWORD, TOKEN, public_page
+
+from deep_rlhf.feedback.store import Store
+from deep_rlhf.web import gate, security
+from deep_rlhf.web.app import WebSettings, create_app
+from deep_rlhf.web.security import RateLimit
+
+
+@pytest.fixture
+def now(monkeypatch: Any) -> list[float]:
+    """The time by which rates are counted: it stands until a test moves it."""
+    moment = [0.0]
+    monkeypatch.setattr(security, "monotonic", lambda: moment[0])
+    return moment
+
+
+def test_rates_are_limited_per_client_and_recover(now: list[float]) -> None:
+    limit = RateLimit(per_second=2, burst=3)
+    assert [limit.wait("a") for _ in range(4)] == [0, 0, 0, 0.5]
+    assert limit.wait("b") == 0
+    now[0] = 0.5
+    assert limit.wait("a") == 0
+    assert limit.wait("a") == pytest.approx(0.5)
+    now[0] = 100
+    assert [limit.wait("a") for _ in range(4)] == [0, 0, 0, 0.5]
+
+
+def test_a_rate_limit_forgets_old_clients(now: list[float], monkeypatch: Any) -> None:
+    monkeypatch.setattr(RateLimit, "MOST_CLIENTS", 10)
+    limit = RateLimit(per_second=1, burst=1)
+    for i in range(50):
+        limit.wait(str(i))
+        now[0] += 0.01
+    assert len(limit._buckets) <= 10
+    assert limit.wait("49") > 0
+
+
+@pytest.fixture
+def few(monkeypatch: Any) -> None:
+    """Strangers may send five requests at once, then one per second."""
+    monkeypatch.setattr(gate, "STRANGERS", (1, 5))
+
+
+def test_too_many_requests_get_429_and_the_time_to_wait(few: None, store: Store, now: list[float]) -> None:
+    client = Client(create_app(store))
+    answers = [client.get("/login", headers={"accept": "application/json"}) for _ in range(7)]
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused == answers[5:]
+    assert refused[0].json() == {"error": "That is too much at once: wait a moment."}
+    assert refused[0].headers["retry-after"] == "1"
+    now[0] = 1.0
+    assert client.get("/login").status_code == 200
+
+
+def test_passwords_cannot_be_tried_at_will(store: Store, now: list[float]) -> None:
+    public = public_page(store)
+    codes = [public.log_in("anna", f"guess {i}").status_code for i in range(10)]
+    assert codes == [403] * 8 + [429] * 2
+    now[0] = 6.5
+    assert public.log_in("anna", PASSWORD).url.path == "/"
+
+
+def test_passwords_of_one_account_cannot_be_tried_from_many_addresses(store: Store, now: list[float]) -> None:
+    public = public_page(store)
+    clients = [Client(public.app, base_url="http://labels.example.org", client=(f"10.0.0.{i}", 1)) for i in range(4)]
+    codes = [client.log_in("anna", "guess").status_code for client in clients for _ in range(6)]
+    assert codes == [403] * 20 + [429] * 4
+
+
+def test_behind_a_proxy_each_client_has_a_rate_of_its_own(few: None, store: Store, now: list[float]) -> None:
+    app = create_app(store, WebSettings(public_url="https://a.example", token=TOKEN))
+    client = Client(app, base_url="https://a.example")
+    codes = {
+        address: [client.get("/login", headers={"x-forwarded-for": address}).status_code for _ in range(n)]
+        for address, n in (("203.0.113.7", 6), ("forged, 203.0.113.7", 2), ("203.0.113.8", 2))
+    }
+    assert codes["203.0.113.7"] == [200] * 5 + [429]
+    assert codes["forged, 203.0.113.7"] == [429] * 2
+    assert codes["203.0.113.8"] == [200] * 2
