@@ -11,7 +11,8 @@ from deep_rlhf.feedback.store import Store
 from deep_rlhf.types import UserError
 from deep_rlhf.web import auth
 from deep_rlhf.web.app import WebSettings, create_app
-from deep_rlhf.web.auth import add_account
+from deep_rlhf.web.auth import NO_PASSWORD, add_account
+from deep_rlhf.web.server import Server
 
 Add = Callable[..., list[int]]
 PASSWORD = "correct horse battery"
@@ -92,16 +93,55 @@ def test_login_and_logout(public: Client, store: Store, add: Add) -> None:
     assert public.get("/").url.path == "/login"
 
 
-def test_cookies_are_kept_from_scripts_and_other_sites(store: Store) -> None:
+def test_cookies_are_kept_from_scripts_and_the_forms_of_other_sites(store: Store) -> None:
     add_account(store, "anna", "annotator", PASSWORD)
     settings = WebSettings(public_url="https://labels.example.org")
     client = Client(create_app(store, settings), base_url="https://labels.example.org", follow_redirects=False)
     answers = [client.get("/login"), client.log_in("anna", PASSWORD)]
     for answer in answers:
         cookie = answer.headers["set-cookie"]
-        assert {"HttpOnly", "Secure", "SameSite=strict", "Path=/"} <= set(cookie.split("; "))
+        assert cookie.startswith("__Host-deep_rlhf_session=")
+        assert {"HttpOnly", "Secure", "SameSite=lax", "Path=/"} <= set(cookie.split("; "))
+        assert "Domain" not in cookie
         assert "max-age" in answer.headers["strict-transport-security"]
     assert answers[1].status_code == 303
+    assert client.get("/model").status_code == 200  # the cookie is known again
+    client.submit("/logout")
+    assert "__Host-deep_rlhf_session" not in client.cookies
+
+
+def test_a_form_of_another_site_does_not_log_anybody_out(public: Client) -> None:
+    """No cookie comes with it, and the answer must not bring a new one, which would replace the valid one."""
+    public.log_in("anna", PASSWORD)
+    other = Client(public.app, base_url="http://labels.example.org")
+    for path in ("/name", "/login", "/logout", "/answer", "/nothing"):
+        refused = other.post(path, data={"name": "x"}, headers={"sec-fetch-site": "cross-site", "origin": "null"})
+        assert refused.status_code in (401, 403, 404)
+        assert "set-cookie" not in refused.headers, path
+
+
+def test_a_link_on_another_site_leads_to_the_page_and_logs_nobody_out(store: Store, browser: Any) -> None:
+    """With a real browser: `localhost` and `127.0.0.1` are two sites, whatever the port."""
+    add_account(store, "anna", "annotator", PASSWORD)
+    with Server(create_app(store)) as ours, browser.new_context() as context:
+        tab = context.new_page()
+        tab.goto(ours.url)
+        tab.fill("[name=name]", "anna")
+        tab.fill("[name=password]", PASSWORD)
+        tab.click("button.primary")
+        tab.wait_for_url(f"{ours.url}/")
+        other = ours.url.replace("127.0.0.1", "localhost")
+        html = f"<a href='{ours.url}/'>labels</a><form method=post action='{ours.url}/logout'><button>x</button></form>"
+        tab.route(f"{other}/theirs", lambda route: route.fulfill(body=html, content_type="text/html"))
+        for what in ("a", "button"):
+            tab.goto(f"{other}/theirs")
+            with tab.expect_navigation():
+                tab.click(what)
+            tab.goto(f"{ours.url}/model")
+            assert tab.url == f"{ours.url}/model", what  # not /login
+        tab.goto(f"{other}/theirs")
+        with tab.expect_navigation(url=f"{ours.url}/"):
+            tab.click("a")
 
 
 def test_an_annotator_cannot_stop_the_trainer(public: Client, store: Store) -> None:
@@ -141,6 +181,21 @@ def test_the_access_token_lets_people_choose_a_name_but_not_one_with_a_password(
     assert eve.log_in("root", TOKEN).status_code == 403
     assert eve.log_in("anna", "!").status_code == 403
     assert eve.log_in("root", PASSWORD).url.path == "/"
+
+
+def test_it_takes_as_long_for_whoever_does_not_exist_or_has_no_password(
+    public: Client, store: Store, monkeypatch: Any
+) -> None:
+    """Else the time would tell the names of those who came with the access token."""
+    store.add_user("bert", "annotator", NO_PASSWORD)
+    public.log_in("nobody", "guess")  # makes the hash that stands in
+    checked = []
+    real = auth.is_password
+    monkeypatch.setattr(auth, "is_password", lambda *given: (checked.append(given[1]), real(*given))[1])
+    for name in ("anna", "bert", "nobody"):
+        assert public.log_in(name, "guess").status_code == 403
+    assert [known[:10] for known in checked] == ["$argon2id$"] * 3
+    assert checked[0] != checked[1] == checked[2]
 
 
 def test_a_first_account_closes_a_page_that_was_open(client: Client, store: Store) -> None:

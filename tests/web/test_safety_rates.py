@@ -1,5 +1,7 @@
 """How often somebody may ask, and try passwords."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ from page_client import Client
 from test_safety_accounts import PASSWORD, TOKEN, public_page
 
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web import gate, security
+from deep_rlhf.web import auth, gate, security
 from deep_rlhf.web.app import WebSettings, create_app
 from deep_rlhf.web.security import RateLimit
 
@@ -83,3 +85,42 @@ def test_behind_a_proxy_each_client_has_a_rate_of_its_own(few: None, store: Stor
     assert codes["203.0.113.7"] == [200] * 5 + [429]
     assert codes["forged, 203.0.113.7"] == [429] * 2
     assert codes["203.0.113.8"] == [200] * 2
+
+
+def test_behind_a_proxy_that_adds_a_line_of_its_own_a_forged_line_does_not_help(
+    few: None, store: Store, now: list[float]
+) -> None:
+    client = Client(create_app(store, WebSettings(public_url="https://a.example", token=TOKEN)))
+    codes = [
+        client.get("/login", headers=[("x-forwarded-for", f"10.0.0.{i}"), ("x-forwarded-for", "203.0.113.7")])
+        for i in range(6)
+    ]
+    assert [answer.status_code for answer in codes] == [200] * 5 + [429]
+
+
+def test_all_addresses_of_an_ipv6_network_share_a_rate(few: None, store: Store, now: list[float]) -> None:
+    app = create_app(store, WebSettings(public_url="https://a.example", token=TOKEN))
+    client = Client(app, base_url="https://a.example")
+    codes = {
+        prefix: [client.get("/login", headers={"x-forwarded-for": f"{prefix}{i}"}).status_code for i in range(1, 7)]
+        for prefix in ("2001:db8::", "2001:db8:0:1::", "::ffff:10.0.0.")
+    }
+    assert codes["2001:db8::"] == codes["2001:db8:0:1::"] == [200] * 5 + [429]
+    assert codes["::ffff:10.0.0."] == [200] * 6
+
+
+def test_logins_that_wait_for_each_other_leave_threads_for_labelling(store: Store, monkeypatch: Any) -> None:
+    tries = threading.Semaphore(1)
+    monkeypatch.setattr(auth, "_TRIES", tries)
+    public = public_page(store)
+    late = Client(public.app, base_url="http://labels.example.org")
+    began, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(auth, "is_password", lambda *_: (began.set(), go_on.wait(60))[1])
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(public.log_in, "anna", PASSWORD)
+        assert began.wait(60)
+        refused = late.log_in("root", PASSWORD)
+        go_on.set()
+        assert first.result(60).url.path == "/"
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
+    assert late.log_in("root", PASSWORD).url.path == "/"

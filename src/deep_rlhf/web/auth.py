@@ -24,6 +24,7 @@ from deep_rlhf.web.security import is_forwarded
 from deep_rlhf.web.settings import WebSettings, is_loopback
 
 SESSION_COOKIE, NAME_COOKIE = "deep_rlhf_session", "deep_rlhf_name"
+SAFE_METHODS = ("GET", "HEAD")
 LOGIN_LASTS = timedelta(days=7)
 NAME_LASTS = timedelta(days=365)
 SHORTEST_PASSWORD, LONGEST_PASSWORD = 8, 1000
@@ -31,6 +32,7 @@ NO_PASSWORD = "!"  # of accounts that the access token opens; no password has th
 DEFAULT_NAME = "me"
 _HASHER = PasswordHasher()
 _HASHING = threading.Semaphore(2)  # each takes 64 MiB for a moment
+_TRIES = threading.Semaphore(20)  # at once: each holds a thread, and labelling needs its share of the server's 40
 
 
 class Problem(Exception):
@@ -54,14 +56,14 @@ class Visitor:
     """A browser, and who uses it, if that is known."""
 
     session: str
-    is_new: bool
+    needs_cookie: bool
     person: Person | None
     has_account: bool  # can log out
     secure: bool
 
     def keep(self, response: Response) -> None:
         """Gives a new browser its cookie."""
-        if self.is_new:
+        if self.needs_cookie:
             set_cookie(response, SESSION_COOKIE, self.session, secure=self.secure)
 
 
@@ -84,29 +86,37 @@ class Accounts:
 
     def visitor(self, request: Request) -> Visitor:
         """Who sent a request. Raises Problem for one that came through a proxy to a page without logins."""
-        given = request.cookies.get(SESSION_COOKIE, "")
+        secure = self.settings.is_https
+        given = request.cookies.get(cookie_name(SESSION_COOKIE, secure=secure), "")
         known = given if given.isascii() and 20 <= len(given) <= 100 else ""
         if self.need_login():
             user = self.store.login(hash_of(known)) if known else None
             person = Person(name=user.name, role=user.role) if user else None
         else:
             self._refuse_strangers(request)
-            name = name_of(request.cookies.get(NAME_COOKIE, ""))
+            name = name_of(request.cookies.get(cookie_name(NAME_COOKIE, secure=secure), ""))
             person = Person(name=name, role="admin") if name else None
         return Visitor(
             session=known or new_token(),
-            is_new=not known,
+            # A form without our cookie is of another site, whose forms carry none; a new one would replace a valid one.
+            needs_cookie=not known and request.method in SAFE_METHODS,
             person=person,
             has_account=self.need_login(),
-            secure=self.settings.is_https,
+            secure=secure,
         )
 
     def log_in(self, visitor: Visitor, name: str, password: str, response: Response) -> bool:
         """Logs a browser in, with a new cookie; False if name and password, or token, do not belong together.
 
-        Whoever brings the access token gets an account of the name he chooses, unless that has a password.
+        Raises Problem where too many try at once. Whoever brings the access token gets an account of the name he
+        chooses, unless that has a password.
         """
-        user = self._user(name.strip(), password)
+        if not _TRIES.acquire(blocking=False):
+            raise Problem(429, "Too many people log in at once: try again in a moment.", {"Retry-After": "2"})
+        try:
+            user = self._user(name.strip(), password)
+        finally:
+            _TRIES.release()
         if user is None:
             return False
         session = new_token()
@@ -121,7 +131,7 @@ class Accounts:
             self.store.release(visitor.person.name)
         self.store.remove_login(hash_of(visitor.session))
         for cookie in (SESSION_COOKIE, NAME_COOKIE):
-            response.delete_cookie(cookie, path="/", secure=visitor.secure, httponly=True, samesite="strict")
+            set_cookie(response, cookie, "", secure=visitor.secure, lasts=timedelta())
 
     def _user(self, name: str, password: str) -> User | None:
         if not name or len(password) > LONGEST_PASSWORD:
@@ -136,8 +146,11 @@ class Accounts:
             if user is None:
                 self.store.add_user(name, "annotator", NO_PASSWORD)
             return self.store.user(name)
-        # A name that does not exist takes as long as a wrong password.
-        return user if is_password(password, user.password_hash if user else _nobody()) else None
+        # A name that does not exist, or has no password, takes as long as a wrong password.
+        if user is None or user.password_hash == NO_PASSWORD:
+            is_password(password, _nobody())
+            return None
+        return user if is_password(password, user.password_hash) else None
 
     def _some_can_log_in(self) -> bool:
         self._has_users = self._has_users or any(user.password_hash != NO_PASSWORD for user in self.store.users())
@@ -191,9 +204,18 @@ def remember_name(response: Response, name: str, *, secure: bool) -> None:
 
 
 def set_cookie(response: Response, name: str, value: str, *, secure: bool, lasts: timedelta | None = None) -> None:
-    """A cookie that no script reads and no other site sends."""
-    age = int(lasts.total_seconds()) if lasts else None
-    response.set_cookie(name, value, max_age=age, path="/", secure=secure, httponly=True, samesite="strict")
+    """A cookie that no script reads, and that comes with links from other sites but not with their forms.
+
+    SameSite=Strict would not come with links either: whoever followed one would seem to be a new browser.
+    """
+    age = None if lasts is None else int(lasts.total_seconds())
+    name = cookie_name(name, secure=secure)
+    response.set_cookie(name, value, max_age=age, path="/", secure=secure, httponly=True, samesite="lax")
+
+
+def cookie_name(name: str, *, secure: bool) -> str:
+    """A cookie's name: with HTTPS one that no other host of the domain, and no plain HTTP, can set."""
+    return f"__Host-{name}" if secure else name
 
 
 def new_token() -> str:

@@ -7,11 +7,10 @@ from fastapi import Depends
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from deep_rlhf.web.auth import Accounts, Person, Problem, Visitor
+from deep_rlhf.web.auth import SAFE_METHODS, Accounts, Person, Problem, Visitor
 from deep_rlhf.web.security import RateLimit, client_of, is_csrf_token, is_own_origin
 from deep_rlhf.web.settings import WebSettings
 
-SAFE_METHODS = ("GET", "HEAD")
 # Requests per second, and how many at once.
 PEOPLE = (20, 100)  # a fast one sends one or two
 STRANGERS = (20, 300)  # by address, which a whole office may share

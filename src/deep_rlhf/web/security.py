@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import threading
@@ -144,12 +145,19 @@ def is_csrf_token(token: object, session: str) -> bool:
 
 
 def client_of(request: Request, settings: WebSettings) -> str:
-    """The address of the other end; behind a proxy on this machine, the one that the proxy adds."""
-    peer = request.client.host if request.client else "unknown"
-    forwarded = request.headers.get("x-forwarded-for")
-    if settings.public_url is not None and forwarded and is_loopback(peer):
-        return forwarded.rpartition(",")[2].strip()[:64]
-    return peer
+    """The address of the other end; behind a proxy on this machine, the one that the proxy adds, which is the last.
+
+    Of IPv6 only the network: whoever has one address there has 2⁶⁴.
+    """
+    address = request.client.host if request.client else "unknown"
+    forwarded = request.headers.getlist("x-forwarded-for")
+    if settings.public_url is not None and forwarded and is_loopback(address):
+        address = forwarded[-1].rpartition(",")[2].strip()[:64]
+    try:
+        parsed = ipaddress.IPv6Address(address)
+    except ValueError:
+        return address
+    return str(parsed.ipv4_mapped or ipaddress.IPv6Address(int(parsed) >> 64 << 64))
 
 
 def is_forwarded(request: Request) -> bool:
