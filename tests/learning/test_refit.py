@@ -55,7 +55,7 @@ def test_it_goes_on_learning_from_refit_to_refit(new_fit):
         assert fitted.labels == count
     assert found[0] < 0.85
     assert found[-1] > 0.9
-    assert fitted.accuracy["all"] > 0.7  # of predictions before learning: 95 % of the answers are right
+    assert fitted.accuracy > 0.7  # of predictions before learning: 95 % of the answers are right
     assert len(fit.progress.history) == 3
     assert [known for known, _, _ in fit.progress.history] == [40, 80, 160]
     assert fitted.oob_accuracy == pytest.approx([0.9] * 3, abs=0.15)
@@ -145,10 +145,14 @@ def test_the_same_again_is_the_same_and_leaves_random_numbers_alone(new_fit):
 # ---- what is learned from, and told
 
 
+def bags_of(pair: Preference) -> str:
+    return bag_id(pair.prompt, (pair.a, pair.b), 0)
+
+
 def test_predictions_are_by_members_without_the_pair(new_fit):
     pairs = comparisons(60, seed=7)
-    weights = bootstrap_weights([bag_id(pair, 0) for pair in pairs], 3)
-    weights[[is_outside(bag_id(pair, 0)) for pair in pairs]] = 0.0
+    weights = bootstrap_weights([bags_of(pair) for pair in pairs], 3)
+    weights[[is_outside(bags_of(pair)) for pair in pairs]] = 0.0
     fit = new_fit()
     assert fit.fit(pairs[:40]).predictions.keys() == {pairs[row].id for row in range(40) if 0 in weights[row]}
     before = probabilities(fit, pairs).mean(dim=1)
@@ -171,8 +175,8 @@ def probabilities(fit: RewardFit, pairs: list[Preference]) -> torch.Tensor:
 
 def test_nobody_learns_from_a_pair_in_nobodys_bag(new_fit):
     pairs = comparisons(40, seed=7)
-    in_no_bag = bootstrap_weights([bag_id(pair, 0) for pair in pairs], 3).sum(dim=1) == 0
-    out = {pair.id for row, pair in enumerate(pairs) if in_no_bag[row] or is_outside(bag_id(pair, 0))}
+    in_no_bag = bootstrap_weights([bags_of(pair) for pair in pairs], 3).sum(dim=1) == 0
+    out = {pair.id for row, pair in enumerate(pairs) if in_no_bag[row] or is_outside(bags_of(pair))}
     assert 2 < len(out) < 20
     one, other = new_fit(), new_fit()
     fitted = one.fit(pairs)
@@ -183,15 +187,39 @@ def test_nobody_learns_from_a_pair_in_nobodys_bag(new_fit):
     assert [x + y for x, y in zip(fitted.oob_accuracy, flipped.oob_accuracy, strict=True)] == pytest.approx([1.0] * 3)
 
 
-def test_each_arm_has_its_accuracy(new_fit):
+def test_accuracy_is_of_what_was_predicted_before_anything_was_learned_of_it(new_fit):
     pairs = comparisons(50, seed=8)
-    arms = {pair.id: "variance" if i % 2 else "random" for i, pair in enumerate(pairs)}
+    others = [replace(pair, a=pair.b, b=pair.a, mu=1 - pair.mu, id=f"{pair.id} again") for pair in pairs[:10]]
     fit = new_fit()
-    assert fit.fit(pairs[:30], arms=arms).accuracy == {"all": None, "chosen": None, "random": None}
-    fitted = fit.fit(pairs, arms=arms)
-    right = {pair.id: float((fit.progress.predicted[pair.id] > 0.5) == (pair.mu == 1)) for pair in pairs[30:]}
-    for arm, rows in (("all", pairs[30:]), ("random", pairs[30::2]), ("chosen", pairs[31::2])):
-        assert fitted.accuracy[arm] == pytest.approx(sum(right[pair.id] for pair in rows) / len(rows))
+    assert fit.fit(pairs[:30]).accuracy is None
+    fitted = fit.fit([*pairs, *others])
+    predicted = fit.progress.predicted
+    assert {predicted[pair.id] for pair in [*pairs[:30], *others]} == {None}  # the first ones, and what repeats them
+    right = [float((predicted[pair.id] > 0.5) == (pair.mu == 1)) for pair in pairs[30:]]
+    assert fitted.accuracy == pytest.approx(sum(right) / 20)
+    assert fit.progress.history == [(30, pytest.approx(sum(right) / 20), 20)]
+
+
+def test_all_pairs_of_a_ranking_are_in_the_same_bags(new_fit):
+    texts = [f"good {i} " + "gold " * i for i in range(1, 5)]
+    groups = {number: [f"{text}{number}" for text in texts] for number in range(30)}
+    pairs = [
+        Preference(prompt="p", a=texts[i], b=texts[j], mu=0.0, weight=0.5, id=f"{number}-{i}-{j}")
+        for number, texts in groups.items()
+        for i in range(4)
+        for j in range(i)
+    ]
+    together = {pair.id: groups[int(pair.id.split("-")[0])] for pair in pairs}
+    fit = new_fit()
+    fitted = fit.fit(pairs, together=together)
+    out = {number for number, texts in groups.items() if is_outside(bag_id("p", texts, 0))}
+    assert out
+    known = {name for name in fitted.predictions if fitted.predictions[name] is not None}
+    for number in out:
+        assert {pair.id for pair in pairs if pair.id.startswith(f"{number}-")} <= known
+    by_member = fit.progress.outside
+    for number in groups:  # what is out of a member's bag is so with all of its pairs
+        assert len({pair.id in by_member for pair in pairs if pair.id.startswith(f"{number}-")}) == 1
 
 
 def test_only_the_newest_short_pairs_with_weight_are_kept(new_fit):
@@ -222,7 +250,7 @@ def test_a_few_of_many_pairs_are_measured_and_the_others_keep_their_prediction(n
 
 
 def test_without_a_pair_for_anybodys_bag_it_says_so(new_fit):
-    out = [pair for pair in comparisons(40, seed=7) if is_outside(bag_id(pair, 0))]
+    out = [pair for pair in comparisons(40, seed=7) if is_outside(bags_of(pair))]
     with pytest.raises(UserError, match="more labels"):
         new_fit().fit(out)
 

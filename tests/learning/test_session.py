@@ -90,7 +90,7 @@ def test_the_same_seed_is_the_same_session_and_it_can_be_stopped(
 
 
 def test_the_asynchronous_loop_learns_while_people_answer_and_another_process_refits(
-    policy: str, tmp_path: Path
+    policy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Store(tmp_path / "store.db") as store:
 
@@ -107,8 +107,9 @@ def test_the_asynchronous_loop_learns_while_people_answer_and_another_process_re
         versions = store.versions("reward")
         assert versions[-1].labels > versions[0].labels
         assert store.get("heartbeat")
+    assert "started again" not in caplog.text
     assert session.process is not None
-    assert (session.process.deaths, session.process.pid) == (0, None)
+    assert session.process._process is None  # and it is gone
 
 
 def test_the_red_button_stops_a_session_and_the_next_one_goes_on(policy: str, tmp_path: Path) -> None:
@@ -157,6 +158,8 @@ def test_after_a_kill_a_session_goes_on_from_its_checkpoint_and_no_label_is_lost
         assert again.run() == "done"
         assert [row["step"] for row in store.metrics()] == [1, 2, 3, 4, 5, 5, 6]
         assert [one.event_id for one in store.labels()][: len(labels)] == labels
+        asked = [(one.comparison.prompt, frozenset(one.comparison.answers)) for one in store.labels()]
+        assert len(set(asked)) == len(asked)  # what was asked after the checkpoint is not asked again
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
@@ -197,9 +200,13 @@ def test_a_reward_of_the_wrong_sign_stops_the_loop_before_it_is_used(
     policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = RewardModel.score
-    monkeypatch.setattr(RewardModel, "score", lambda self, prompts, answers: -right(self, prompts, answers))
     with Store(tmp_path / "store.db", seed=1) as store:
-        assert make_session(policy, tmp_path, store).run() == "stopped"
-        (alarm,) = store.alarms()
-        assert (alarm.name, alarm.step, alarm.action) == ("reward_sign", 0, "stop")
-        assert store.metrics() == []
+        with monkeypatch.context() as wrong:
+            wrong.setattr(RewardModel, "score", lambda self, prompts, answers: -right(self, prompts, answers))
+            assert make_session(policy, tmp_path, store).run() == "stopped"
+            (alarm,) = store.alarms()
+            assert (alarm.name, alarm.step, alarm.action) == ("reward_sign", 0, "stop")
+            assert store.metrics() == []
+            assert make_session(policy, tmp_path, store).run() == "stopped"
+            assert len(store.versions("reward")) == 2  # the same command waits for the next one, which is as wrong
+        assert make_session(policy, tmp_path, store, updates=1).run() == "done"

@@ -1,23 +1,19 @@
 """Which pairs nobody learns from, and the losses in and out of the bags, by hand."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from deep_rlhf.feedback.bags import OUTSIDE, accuracies, adapted, bag_id, bag_losses, is_outside, outside
-from deep_rlhf.types import Preference
 
 LN3 = math.log(3)  # σ(ln 3) = ¾
-PAIR = Preference(prompt="p", a="one", b="two", id="7", annotator="ann")
 
 
-def test_a_pair_is_in_the_same_bag_whoever_answers_it_and_from_whichever_side() -> None:
-    name = bag_id(PAIR, 3)
-    assert bag_id(replace(PAIR, id="8", annotator="bob", mu=0.0), 3) == name
-    assert bag_id(replace(PAIR, a="two", b="one"), 3) == name
-    others = {bag_id(replace(PAIR, prompt="q"), 3), bag_id(replace(PAIR, a="three"), 3), bag_id(PAIR, 4), name}
+def test_a_question_is_in_the_same_bags_from_whichever_side_it_is_seen() -> None:
+    name = bag_id("p", ("one", "two"), 3)
+    assert bag_id("p", ("two", "one"), 3) == name
+    others = {bag_id("q", ("one", "two"), 3), bag_id("p", ("one", "three"), 3), bag_id("p", ("one", "two"), 4), name}
     assert len(others) == 4
 
 

@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 
 from deep_rlhf.feedback import refit_process
+from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.refit_process import RefitProcess
 from deep_rlhf.feedback.refitting import (
     RefitJob,
     Refits,
     Refitted,
     newest_version,
+    preferences_for_training,
     start_answers,
     write_start_answers,
 )
+from deep_rlhf.feedback.store import Store
+from deep_rlhf.types import UserError
 
 JOB = RefitJob(policy="nowhere", first=20, after=8, growth=0.1, settings={}, watchers=0)
 
@@ -73,6 +77,27 @@ def test_start_answers_are_kept(tmp_path: Path) -> None:
     assert start_answers(tmp_path) == [("p", "é"), ("q", "b")]
 
 
+def test_each_answer_is_learned_once_and_what_measures_is_not_learned(tmp_path: Path) -> None:
+    pair = Comparison(prompt="p", answers=("x", "y"), overlap=2)
+    ranking = Comparison(prompt="p", answers=("x", "y", "z"))
+    blind = Comparison(prompt="p", answers=("now", "start"), why_selected="win_rate", writers=(1, 0))
+    gold = Comparison(prompt="p", answers=("good", "bad"), why_selected="gold", expected="a")
+    with Store(tmp_path / "labels.db", seed=1) as store:
+        both, ranked, *_ = store.add([pair, ranking, blind, gold])
+        for person in ("ann", "bob"):
+            for question in store.ask(person, count=4):
+                of_three = len(question.comparison.answers) == 3
+                given = {"ranks": (1, 2, 3)} if of_three else {"choice": "a" if person == "ann" else "b"}
+                store.answer(question.id, person, token=f"{person} {question.id}", **given)
+        preferences, source = preferences_for_training(store.labels())
+    assert [(one.a, one.b, one.mu) for one in preferences if source[one.id].comparison_id == both] == [
+        ("x", "y", 1.0),
+        ("x", "y", 0.0),
+    ]
+    assert [source[one.id].annotator for one in preferences if source[one.id].comparison_id == ranked] == ["ann"] * 3
+    assert len(preferences) == len({one.id for one in preferences}) == len(source) == 5
+
+
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """program(code): runs in the place of Python, with the arguments and the input that it would have got."""
@@ -99,17 +124,17 @@ def test_a_process_that_dies_is_started_again_and_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(refit_process, "PAUSES", (0.0, 0.0, 3600.0))
+    monkeypatch.setattr(refit_process, "PAUSES", (0.0, 0.0))
     program("print('out of luck', flush=True); sys.exit(3)")
     process = RefitProcess(JOB, tmp_path, "labels.db")
-    waited(lambda: process.poll() is None and process.deaths == 3)
-    assert process.pid is None  # the third pause is an hour
-    assert "ended with code 3" in caplog.text
+    with pytest.raises(UserError, match=r"ended 3 times in a row, with code 3 now: .*refits\.log' tells why"):
+        waited(lambda: process.poll(0))
+    assert caplog.text.count("ended with code 3 and is started again") == 2
     assert (tmp_path / "refits.log").read_text() == "out of luck\n" * 3
     process.stop()
 
 
-def test_each_version_is_given_once_and_the_process_ends_with_its_input(
+def test_a_version_is_given_until_it_is_used_and_the_process_ends_with_its_input(
     program: Callable[[str], None], tmp_path: Path
 ) -> None:
     program(
@@ -117,13 +142,14 @@ def test_each_version_is_given_once_and_the_process_ends_with_its_input(
         "sys.stdin.buffer.read(); open(f'{sys.argv[-1]}/ended', 'w').close()"
     )
     write_version(tmp_path, 1)
-    process = RefitProcess(JOB, tmp_path, "postgresql://ann:secret@host/db", seen=1)
-    assert process.poll() is None
+    process = RefitProcess(JOB, tmp_path, "postgresql://ann:secret@host/db")
+    assert process.poll(1) is None
     write_version(tmp_path, 2)
-    found = process.poll()
-    assert found is not None
-    assert found.number == 2
-    assert process.poll() is None
+    for _ in range(2):  # whoever uses it may be hindered
+        found = process.poll(1)
+        assert found is not None
+        assert found.number == 2
+    assert process.poll(2) is None
     waited(lambda: (tmp_path / "ready").exists())
     assert (tmp_path / "refits.log").read_text() == "postgresql://ann:secret@host/db\n"
     assert "secret" not in (tmp_path / "job.json").read_text()
@@ -132,4 +158,4 @@ def test_each_version_is_given_once_and_the_process_ends_with_its_input(
     process._process.stdin.close()  # as when whoever started it dies
     waited(lambda: (tmp_path / "ended").exists())
     process.stop()
-    assert process.pid is None
+    assert process._process is None

@@ -2,26 +2,26 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from deep_rlhf.algorithms.reward_trainer import Features, accuracy, label_noise_of, told_noise
 from deep_rlhf.ops.preference import bradley_terry_loss
-from deep_rlhf.types import Preference
 
 OUTSIDE = 1 / 6  # share of the pairs that are in nobody's bag
 LEAST_DECAY, MOST_DECAY = 1.0, 2000.0
 FASTEST = 3.0  # change of the weight decay from one refit to the next
 
 
-def bag_id(pair: Preference, seed: int) -> str:
-    """What the bags of a pair depend on: its texts, whoever answers it and from whichever side, and the seed.
+def bag_id(prompt: str, answers: Iterable[str], seed: int) -> str:
+    """What the bags of a question depend on: its texts, whoever answers it and from whichever side, and the seed.
 
-    So no duplicate of a pair leaks from a bag, and a second ensemble with another seed has other bags.
+    So no duplicate of a pair leaks from a bag, all pairs of a ranking are in the same bags, for two of them may tell
+    the third, and a second ensemble with another seed has other bags.
     """
-    return "\0".join([str(seed), pair.prompt, *sorted((pair.a, pair.b))])
+    return "\0".join([str(seed), prompt, *sorted(answers)])
 
 
 def is_outside(name: str) -> bool:

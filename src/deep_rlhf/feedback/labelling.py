@@ -8,7 +8,7 @@ from typing import Protocol
 
 from deep_rlhf.feedback.labelers import AnnotatorHabits, SimulatedAnnotators, Utility
 from deep_rlhf.feedback.records import Choice, Comparison
-from deep_rlhf.feedback.store import Refused, Store
+from deep_rlhf.feedback.store import Refused, Store, Unavailable
 
 CHOICES: dict[float | None, Choice] = {1.0: "a", 0.0: "b", 0.5: "tie", None: "cant_tell"}
 
@@ -98,6 +98,8 @@ class InBackground:
                 done = self._labeler.answer(self._store, 1)
             except Refused:
                 continue  # somebody else was faster
+            except Unavailable:
+                done = 0  # the database is away for a moment
             except Exception as error:
                 self.error = error
                 return

@@ -14,7 +14,7 @@ BEST = 0.98
 WIN_RATE_ANSWERS = 60  # the newest ones: older ones are about older policies
 
 
-def outlook(history: Sequence[tuple[int, float, int]], labels: int) -> dict[str, Any]:
+def outlook(history: Sequence[tuple[float, float, int]], labels: int) -> dict[str, Any]:
     """The accuracy of the reward model now and after the next hundred labels, by a line over log₂(labels).
 
     history: (labels learned from, accuracy on the answers that came next, how many those were), refit by refit. The
@@ -76,7 +76,7 @@ def win_rate(labels: Sequence[Label]) -> dict[str, float | int] | None:
 
 def won_by_newer(label: Label) -> float | None:
     """1, ½ or 0 of a blind pair: whether people liked the newer policy's answer better; None for any other label."""
-    if label.comparison.why_selected != "win_rate" or label.choice is None:
+    if label.comparison.why_selected != "win_rate" or label.choice is None or len(label.comparison.writers) != 2:
         return None
     mu = MU[label.choice]
     first, second = label.comparison.writers

@@ -2,14 +2,14 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deep_rlhf.data.readers import BadRow, read_table
-from deep_rlhf.feedback.records import MU, Choice, Comparison, Label, Reason
+from deep_rlhf.feedback.records import FOR_LABEL, MU, Choice, Comparison, Label, Reason
 from deep_rlhf.feedback.sampling import (
     Candidate,
     Prompts,
@@ -23,7 +23,7 @@ from deep_rlhf.feedback.session_config import SessionConfig
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.types import Scorer, UserError
 
-FOR_LABEL: tuple[Reason, ...] = ("initial", "random", "variance", "information")
+STATE = "questions"  # under which the store keeps how far prompts and draws have come
 BETWEEN_REPEATS = 10  # answers of a person before a question may come again
 PRESENT = 100  # the newest answers, whose annotators are taken to be there
 PER_PERSON = 3  # questions that wait for each of them
@@ -41,51 +41,40 @@ class Asker:
 
 
 class Questions:
-    """Keeps questions waiting in the store. What it has drawn so far is `state`, from which a continuation goes on."""
+    """Keeps questions waiting in the store, and there how far it has come."""
 
     def __init__(self, config: SessionConfig, store: Store, prompts: Sequence[str], held_out: Sequence[str]) -> None:
         self.config, self.store = config, store
         self._prompts = Prompts(prompts, seed=config.seed)
         self._held_out = Prompts(held_out, seed=config.seed + 1) if held_out else None
         self._gold = read_gold(config.gold_questions) if config.gold_questions else []
-        self._draws = 0
         self._labels: list[Label] = []
-        self._open = store.waiting()
-        self._event = store.last_event()
+        self._go_on(store.get(STATE))
 
-    @property
-    def state(self) -> dict[str, int]:
-        """How far prompts and draws have come."""
-        return {
-            "draws": self._draws,
-            "prompts": self._prompts.position,
-            "held_out": self._held_out.position if self._held_out else 0,
-        }
-
-    @state.setter
-    def state(self, state: dict[str, int]) -> None:
-        self._draws = state["draws"]
-        self._prompts.position = state["prompts"]
+    def _go_on(self, state: dict[str, int] | None) -> None:
+        """From where an earlier run was, so that nothing is asked twice."""
+        state = state or {}
+        self._draws = state.get("draws", 0)
+        self._golden = state.get("gold", 0)
+        self._prompts.position = state.get("prompts", 0)
         if self._held_out:
-            self._held_out.position = state["held_out"]
+            self._held_out.position = state.get("held_out", 0)
+
+    def _keep(self) -> None:
+        held_out = self._held_out.position if self._held_out else 0
+        state = {"draws": self._draws, "gold": self._golden, "prompts": self._prompts.position, "held_out": held_out}
+        self.store.put(STATE, state)
 
     def missing(self, wanted: int | None) -> int:
         """How many more questions should wait; `wanted`: the labels that are still wanted at all, None for any number.
 
-        Every event takes at most one question away, but what waits may be nothing for who is there: he has skipped it,
-        or answered it and it waits for a second person. So the smaller of both counts is what waits.
+        What waits may be nothing for who is there: he has skipped it, or answered it and it waits for a second person.
+        So only what nobody has seen counts.
         """
-        event = self.store.last_event()
-        self._open = max(0, self._open - (event - self._event))
-        self._event = event
         self._labels += self.store.labels(after=self._labels[-1].event_id if self._labels else 0)
         ahead = max(self.config.questions_ahead, PER_PERSON * len(self._present()))
         ahead = ahead if wanted is None else min(ahead, wanted)
-        return max(0, ahead - min(self._open, self.store.waiting()))
-
-    def withdraw(self, policy_version: int) -> None:
-        """What older policies wrote is not asked any more."""
-        self._open = max(0, self._open - self.store.withdraw(older_than_policy=policy_version))
+        return max(0, ahead - self.store.unseen())
 
     def ask(self, count: int, asker: Asker) -> list[int]:
         """Puts `count` questions into the store, or fewer where answers are all the same; returns their ids."""
@@ -94,17 +83,17 @@ class Questions:
         kinds = [self._kind(rng, asker) for _ in range(count)]
         asked = self._blind(kinds.count("win_rate"), asker, rng)
         asked += self._repeats(kinds.count("repeat"), asker)
-        asked += [self._gold.pop(0) for _ in range(kinds.count("gold")) if self._gold]
+        asked += self._known(kinds.count("gold"), asker)
         asked += self._for_labels(count - len(asked), asker, rng)
         rng.shuffle(asked)
-        self._open += len(asked)
+        self._keep()
         return self.store.add(asked)
 
     def _kind(self, rng: random.Random, asker: Asker) -> str:
         """By lot, so that the shares come out however few are asked at a time."""
         config, lot = self.config, rng.random()
         shares = {
-            "gold": config.gold_share if self._gold else 0.0,
+            "gold": config.gold_share if self._golden < len(self._gold) else 0.0,
             "repeat": config.repeat_share,
             "win_rate": config.win_rate_share if asker.policy_version > 0 and self._held_out else 0.0,
         }
@@ -180,6 +169,12 @@ class Questions:
                 )
             )
         return found
+
+    def _known(self, count: int, asker: Asker) -> list[Comparison]:
+        """The next gold questions, in the queue among those about the policy as it is."""
+        gold = self._gold[self._golden : self._golden + count]
+        self._golden += len(gold)
+        return [replace(question, priority=float(asker.policy_version)) for question in gold]
 
     def _repeats(self, count: int, asker: Asker) -> list[Comparison]:
         """Earlier questions of people who are there, with the answers the other way round."""

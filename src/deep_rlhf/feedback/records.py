@@ -7,8 +7,9 @@ from typing import Any, Literal
 from deep_rlhf.types import UserError
 
 Choice = Literal["a", "b", "tie", "cant_tell"]
-# Why a question is asked. All but the last three are asked for their label; "random" is also the permanent random arm.
+# Why a question is asked. The last three measure people or the policy; "random" is also the permanent random arm.
 Reason = Literal["initial", "random", "variance", "information", "gold", "repeat", "win_rate"]
+FOR_LABEL: tuple[Reason, ...] = ("initial", "random", "variance", "information")
 MU: dict[Choice, float | None] = {"a": 1.0, "b": 0.0, "tie": 0.5, "cant_tell": None}  # Christiano et al. 2017, §2.2.2
 MOST_ANSWERS = 9  # of a ranking: one key each
 STRENGTHS = (1, 2, 3, 4)  # slightly, clearly, much, far better

@@ -51,8 +51,7 @@ BASE = "base.safetensors"
 NORMALISATION_ANSWERS = 512
 VISITS = 4  # pairs that are gone over in a refit for each new one
 MOST_PASSES = 3
-RECENT_PREDICTIONS = 200  # of each arm, whose accuracy is told
-CHOSEN = ("variance", "information")  # reasons of a question that was chosen
+RECENT_PREDICTIONS = 200  # whose accuracy is told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +89,7 @@ class Fitted:
     ratio: float
     weight_decay: float  # of this refit
     oob_accuracy: list[float]  # of each member
-    accuracy: dict[str, float | None]  # of predictions before learning: "all", "chosen", "random"; None: none were made
+    accuracy: float | None  # of the newest predictions before learning, None before there are any
     predictions: dict[str, float]  # id of a preference -> P(a is better), by the members that did not learn from it
     seconds: float
 
@@ -101,7 +100,7 @@ class _Progress:
 
     weight_decay: float
     refits: int = 0
-    # id of a preference -> what was predicted before it was learned from, None at the first fit
+    # id of a preference -> what was predicted before it was learned from, None if its texts were known before
     predicted: dict[str, float | None] = field(default_factory=dict)
     outside: dict[str, float] = field(default_factory=dict)  # newest prediction by members out of whose bag it is
     # of each refit but the first: labels learned from before, accuracy on the new ones, and how many these were
@@ -171,19 +170,20 @@ class RewardFit:
         preferences: Sequence[Preference],
         *,
         noise: Mapping[str, float] | None = None,
-        arms: Mapping[str, str] | None = None,
+        together: Mapping[str, Sequence[str]] | None = None,
         recent: Sequence[tuple[str, str]] | None = None,
     ) -> Fitted:
         """Learns from all preferences so far, in the order in which they were given.
 
-        noise: error rate by annotator, where it is known; the floor otherwise. arms: by a preference's id, why it was
-        asked (`Comparison.why_selected`). recent: prompts and answers of the current policy, to normalise on; those of
-        the newest pairs otherwise. Raises UserError if no pair is left. The caller's random numbers are not touched.
+        noise: error rate by annotator, where it is known; the floor otherwise. together: by a preference's id all
+        answers of the ranking that it is from. recent: prompts and answers of the current policy, to normalise on;
+        those of the newest pairs otherwise. Raises UserError if no pair is left. The caller's random numbers are not
+        touched.
         """
         started = time.perf_counter()
         with TemporaryDirectory() as folder, _kept_randomness():
             config = self._config(folder)
-            pairs, features, left_out = self._features(preferences, noise or {}, config)
+            pairs, features, left_out = self._features(preferences, noise or {}, together or {}, config)
             new = [row for row, pair in enumerate(pairs) if pair.id not in self.progress.predicted]
             self._predict(pairs, features, new, config)
             trainer = self._trainer([features[row] for row in self._training_rows(features, new)], config)
@@ -209,7 +209,7 @@ class RewardFit:
             ratio=ratio,
             weight_decay=weight_decay,
             oob_accuracy=accuracies(rewards, measured),
-            accuracy=self._accuracy(pairs, arms or {}),
+            accuracy=self._accuracy(pairs),
             predictions=self._predictions(pairs),
             seconds=time.perf_counter() - started,
         )
@@ -244,13 +244,18 @@ class RewardFit:
         return trainer
 
     def _features(
-        self, preferences: Sequence[Preference], noise: Mapping[str, float], config: RewardConfig
+        self,
+        preferences: Sequence[Preference],
+        noise: Mapping[str, float],
+        together: Mapping[str, Sequence[str]],
+        config: RewardConfig,
     ) -> tuple[list[Preference], list[Features], int]:
         """The newest pairs that are short enough, as they are learned from."""
         kept, features, left_out = [], [], 0
         for pair in preferences[-self.settings.most_labels :]:
             rate = max(self.settings.label_noise, noise.get(pair.annotator, 0.0))
-            named = replace(pair, id=bag_id(pair, self.settings.seed), label_noise=rate)
+            texts = together.get(pair.id, (pair.a, pair.b))
+            named = replace(pair, id=bag_id(pair.prompt, texts, self.settings.seed), label_noise=rate)
             found, _ = pair_features([named], self.model.tokenizer, config, self.model.max_length)
             if found and is_outside(named.id):
                 found[0]["weight"] = torch.zeros(self.settings.members)
@@ -266,17 +271,17 @@ class RewardFit:
         return kept, features, left_out
 
     def _predict(self, pairs: list[Preference], features: list[Features], new: list[int], config: RewardConfig) -> None:
-        """What the ensemble as it is says of pairs that it has not learned from."""
+        """What the ensemble as it is says of pairs that it has not learned from, be it from another person's answer."""
         known = len(self.progress.predicted)
-        if not new:
+        seen = {_texts(pair) for pair in pairs if pair.id in self.progress.predicted}
+        unknown = [row for row in new if _texts(pairs[row]) not in seen] if self.progress.refits else []
+        self.progress.predicted |= dict.fromkeys(pairs[row].id for row in new)
+        if not unknown:
             return
-        if self.progress.refits == 0:
-            self.progress.predicted |= dict.fromkeys(pairs[row].id for row in new)
-            return
-        rewards = self._trainer(features, config).rewards([features[row] for row in new])
+        rewards = self._trainer(features, config).rewards([features[row] for row in unknown])
         p = preferred_probability(rewards).mean(dim=1)
-        self.progress.predicted |= {pairs[row].id: value for row, value in zip(new, p.tolist(), strict=True)}
-        mu = torch.tensor([pairs[row].mu for row in new])
+        self.progress.predicted |= {pairs[row].id: value for row, value in zip(unknown, p.tolist(), strict=True)}
+        mu = torch.tensor([pairs[row].mu for row in unknown])
         decided = int((mu != 0.5).sum())
         if decided:
             self.progress.history.append((known, accuracy(p - 0.5, mu), decided))
@@ -315,21 +320,13 @@ class RewardFit:
         self.model.mean = answers.mean(dim=0)
         self.model.std = answers.std(dim=0, correction=0).clamp(min=1e-6)
 
-    def _accuracy(self, pairs: list[Preference], arms: Mapping[str, str]) -> dict[str, float | None]:
-        """Of what was predicted before it was learned from: all, and each arm of the choice of questions."""
+    def _accuracy(self, pairs: list[Preference]) -> float | None:
+        """Of the newest predictions that were made before anything was learned from them."""
         made = [(pair, p) for pair in pairs if (p := self.progress.predicted[pair.id]) is not None and pair.mu != 0.5]
-        groups = {
-            "all": made,
-            "chosen": [(pair, p) for pair, p in made if arms.get(pair.id) in CHOSEN],
-            "random": [(pair, p) for pair, p in made if arms.get(pair.id) == "random"],
-        }
-        found: dict[str, float | None] = {}
-        for name, group in groups.items():
-            newest = group[-RECENT_PREDICTIONS:]
-            advantage = torch.tensor([p - 0.5 for _, p in newest])
-            mu = torch.tensor([pair.mu for pair, _ in newest])
-            found[name] = accuracy(advantage, mu) if newest else None
-        return found
+        newest = made[-RECENT_PREDICTIONS:]
+        if not newest:
+            return None
+        return accuracy(torch.tensor([p - 0.5 for _, p in newest]), torch.tensor([pair.mu for pair, _ in newest]))
 
     def _remember(self, kept: set[str], ids: list[str], features: list[Features], rewards: Tensor) -> None:
         """For each pair that was measured, the mean prediction of the members outside whose bag it is, if any are.
@@ -360,6 +357,11 @@ class _Pull(TrainerCallback):
         share = min(1.0, optimizer.param_groups[0]["lr"] * self.strength)
         for parameter, base in self.weights:
             parameter.lerp_(base.to(parameter.device), share)
+
+
+def _texts(pair: Preference) -> tuple[str, frozenset[str]]:
+    """What two answers to the same question have in common, whichever side each was on."""
+    return pair.prompt, frozenset((pair.a, pair.b))
 
 
 def classifier_of(policy: PreTrainedModel, members: int) -> PreTrainedModel:

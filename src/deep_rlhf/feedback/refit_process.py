@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from deep_rlhf.feedback.refitting import JOB, RefitJob, Refits, Refitted, newest_version
 from deep_rlhf.feedback.store import Store, Unavailable
 from deep_rlhf.runtime.run_directory import write_summary
+from deep_rlhf.types import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -30,29 +31,32 @@ PAUSES = (0.0, 5.0, 30.0)  # seconds before the process is started again, after 
 
 
 class RefitProcess:
-    """Keeps a process running that refits; `poll` gives each version once."""
+    """Keeps a process running that refits."""
 
-    def __init__(self, job: RefitJob, folder: Path, store_url: str, *, threads: int = 1, seen: int = 0) -> None:
-        """`seen`: number of the newest version that is known already."""
+    def __init__(self, job: RefitJob, folder: Path, store_url: str, *, threads: int = 1) -> None:
         self.folder, self._store_url = folder, store_url
-        self.deaths = 0
         self._threads = threads
-        self._seen = seen
         self._deaths_in_a_row = 0
         self._again_at = 0.0
         write_summary(folder / JOB, asdict(job))
         self._process: subprocess.Popen[bytes] | None = self._start()
 
-    def poll(self) -> Refitted | None:
-        """A new version, if there is one. A process that has died is started again, and a line in the log says so."""
+    def poll(self, seen: int) -> Refitted | None:
+        """The newest version, if its number is above `seen`.
+
+        A process that has died is started again, and a line in the log says so. Raises UserError when it always dies.
+        """
         found = newest_version(self.folder)
-        if found is not None and found.number > self._seen:
-            self._seen = found.number
+        if found is not None and found.number > seen:
             self._deaths_in_a_row = 0
             return found
         if self._process is not None and self._process.poll() is not None:
-            pause = PAUSES[min(self._deaths_in_a_row, len(PAUSES) - 1)]
-            self.deaths += 1
+            if self._deaths_in_a_row == len(PAUSES):
+                raise UserError(
+                    f"The process that refits the reward model ended {len(PAUSES) + 1} times in a row, with code"
+                    f" {self._process.returncode} now: '{self.folder / LOG}' tells why."
+                )
+            pause = PAUSES[self._deaths_in_a_row]
             self._deaths_in_a_row += 1
             self._again_at = time.monotonic() + pause
             logger.warning(
@@ -66,11 +70,6 @@ class RefitProcess:
         if self._process is None and time.monotonic() >= self._again_at:
             self._process = self._start()
         return None
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process, None between two."""
-        return self._process.pid if self._process else None
 
     def stop(self) -> None:
         """Ends the process at once: a version that is not whole is made again another time."""
@@ -104,14 +103,19 @@ def main(folder: Path, store_url: str) -> None:
     job = RefitJob(**json.loads((folder / JOB).read_text(encoding="utf-8")))
     with Store(store_url) as store:
         refits = Refits(job, folder, store)
+        event = failed = -1
         while True:
             try:
-                if refits.due():
+                event = store.last_event()
+                if event != failed and refits.due():
                     version = refits.run()
                     logger.info("Version %d, %d labels: %s.", version.number, version.labels, version.figures)
                     continue
             except Unavailable as error:
                 logger.warning("%s", error)
+            except UserError as error:
+                logger.warning("%s", error)
+                failed = event  # with other answers it may work
             time.sleep(LOOK_EVERY)
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.feedback import outlook, reliability
 from deep_rlhf.feedback.exchange import preferences_of
-from deep_rlhf.feedback.records import Label
+from deep_rlhf.feedback.records import FOR_LABEL, Label
 from deep_rlhf.feedback.refit import Fitted, RefitSettings, RewardFit, classifier_of
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.load import load_language_model, load_tokenizer
@@ -89,20 +89,19 @@ class Refits:
         labels = [label for label in self.store.labels() if label.event_id <= event]
         self._open()
         assert self._fit is not None
-        preferences, comparison = preferences_by_comparison(labels)
+        preferences, asked = preferences_for_training(labels)
         people = {one.name: one.error_rate for one in self.store.annotators()}
         told: dict[str, Any] = {
             "noise": people,
-            "arms": {name: label.comparison.why_selected for name, label in comparison.items()},
+            "together": {name: label.comparison.answers for name, label in asked.items()},
             "recent": start_answers(self.folder),
         }
         fitted = self._fit.fit(preferences, **told)
         watched = self._watcher.fit(preferences, **told) if self._watcher else None
-        number = self.newest.number + 1 if self.newest else 1
         figures = _figures(fitted, watched)
-        self.newest = self._write(Refitted(number=number, labels=count, last_event=event, figures=figures))
-        predicted = {comparison[name].comparison_id: p for name, p in fitted.predictions.items()}
-        self._tell(labels, predicted, count)
+        self.newest = self._write(Refitted(number=self._next_number(), labels=count, last_event=event, figures=figures))
+        predicted = {asked[name].comparison_id: p for name, p in fitted.predictions.items()}
+        self._tell(labels, predicted, count, pairs=len(preferences))
         return self.newest
 
     def _open(self) -> None:
@@ -120,6 +119,11 @@ class Refits:
         if self.job.watchers:
             other = replace(settings, members=self.job.watchers, seed=settings.seed + 1)
             self._watcher = RewardFit(classifier_of(model, other.members), tokenizer, other)
+
+    def _next_number(self) -> int:
+        """Above all that were there: in the folder, whole or not, and in the store, which another folder may have."""
+        known = [number for number, _ in _versions(self.folder)]
+        return 1 + max(known + [version.number for version in self.store.versions("reward")], default=0)
 
     def _write(self, version: Refitted) -> Refitted:
         assert self._fit is not None
@@ -140,23 +144,31 @@ class Refits:
             shutil.rmtree(path, ignore_errors=True)
         return replace(version, path=whole)
 
-    def _tell(self, labels: list[Label], predicted: Mapping[int, float], count: int) -> None:
+    def _tell(self, labels: list[Label], predicted: Mapping[int, float], count: int, *, pairs: int) -> None:
         """Puts the figures of people, of choosing and of what more labels will bring into the store."""
         assert self._fit is not None
         self.store.set_annotators(reliability.figures(labels, predicted))
         self.store.put("alpha", reliability.alpha(labels))
         self.store.put("choosing", outlook.choosing(labels, predicted))
-        self.store.put("outlook", outlook.outlook(self._fit.progress.history, count))
+        each = count / pairs  # a ranking is one answer and several pairs
+        history = [(known * each, share, told) for known, share, told in self._fit.progress.history]
+        self.store.put("outlook", outlook.outlook(history, count))
 
 
-def preferences_by_comparison(labels: list[Label]) -> tuple[list[Preference], dict[str, Label]]:
-    """The preferences that labels make, and by the id of each the label it is from."""
+def preferences_for_training(labels: list[Label]) -> tuple[list[Preference], dict[str, Label]]:
+    """The preferences that labels make, and by the id of each the label it is from.
+
+    An id is of one answer, for two people may be asked the same. Blind pairs are left out: what people say of them is
+    held against what the reward model says, which must not have learned it.
+    """
     preferences: list[Preference] = []
     source: dict[str, Label] = {}
     for label in labels:
-        made = preferences_of([label])
-        preferences += made
-        source |= dict.fromkeys((preference.id for preference in made), label)
+        if label.comparison.why_selected not in FOR_LABEL:
+            continue
+        for number, made in enumerate(preferences_of([label])):
+            preferences.append(replace(made, id=f"{label.event_id}-{number}"))
+            source[preferences[-1].id] = label
     return preferences, source
 
 
@@ -194,7 +206,7 @@ def _figures(fitted: Fitted, watched: Fitted | None) -> dict[str, float]:
         "ratio": fitted.ratio,
         "weight_decay": fitted.weight_decay,
         "oob_accuracy": sum(fitted.oob_accuracy) / len(fitted.oob_accuracy),
-        "accuracy": fitted.accuracy["all"],
+        "accuracy": fitted.accuracy,
         "seconds": fitted.seconds + (watched.seconds if watched else 0.0),
     }
     return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}

@@ -42,9 +42,12 @@ class Saved:
         return self._found
 
     def next_version(self) -> int:
-        """The number of the next version of the policy, where only the store remembers earlier ones."""
+        """The number of the next version of the policy, where only the store remembers earlier ones.
+
+        One that has not learned anything is made again under its number.
+        """
         versions = self._store.versions("policy")
-        return versions[-1].number + 1 if versions else 0
+        return versions[-1].number + (versions[-1].step > 0) if versions else 0
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Writes a checkpoint; raises UserError when the disk refuses it."""

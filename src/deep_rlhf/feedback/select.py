@@ -17,7 +17,6 @@ from deep_rlhf.types import UserError
 
 Way = Literal["random", "variance", "information"]
 WAYS: tuple[Way, ...] = get_args(Way)
-CANDIDATES = 10  # pairs to choose one question from (Christiano et al. 2017, §2.2.4)
 RANDOM_SHARE = 0.2
 
 

@@ -7,6 +7,7 @@ seed gives the same run. Where it departs from the paper: the reward is of a who
 all on the start policy's answers, and the policy is held near the start by a KL penalty.
 """
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from deep_rlhf.feedback.refitting import (
     Refits,
     Refitted,
     newest_version,
-    preferences_by_comparison,
+    preferences_for_training,
     start_answers,
     write_start_answers,
 )
@@ -36,6 +37,7 @@ from deep_rlhf.feedback.saving import Saved, fingerprint, replace_folder
 from deep_rlhf.feedback.session_config import SessionConfig
 from deep_rlhf.feedback.session_setup import (
     Schedule,
+    known_reward,
     label_schedule,
     make_trainer,
     open_rewards,
@@ -108,14 +110,15 @@ class Session:
         self._saved = Saved(self.output_dir, store, fingerprint(self.trainer))
         self.halter = Halter(store, self.trainer.sampler.policy.trunk)
         self.monitor = Monitor(config.limits, judge)
-        held_out = list(held_out_prompts) or list(prompts)
-        self.questions = Questions(config, store, self.trainer.prompts, held_out_prompts)
+        shown = list(held_out_prompts or prompts)[: config.fixed_prompts]
+        unshown = list(held_out_prompts)[config.fixed_prompts :] or list(held_out_prompts)
+        self.questions = Questions(config, store, self.trainer.prompts, unshown)
         self.versions = PolicyVersions(
             self.trainer,
             store,
             self.output_dir / "versions",
-            shown=held_out[: config.fixed_prompts],
-            judged=held_out[config.fixed_prompts :][:JUDGED_PROMPTS],
+            shown=shown,
+            judged=(unshown or list(prompts))[:JUDGED_PROMPTS],
         )
         self.rewards = self.output_dir / "rewards"
         self.rewards.mkdir(parents=True, exist_ok=True)
@@ -126,6 +129,7 @@ class Session:
         self._refitted: Refitted | None = None  # the reward model that the policy learns against
         self.process: RefitProcess | None = None  # of async mode
         self._labels: list[Label] = []
+        self._raised: list[Alarm] = []  # and not acted on yet
         self._told: str | None = None
 
     # ---- the loop
@@ -152,8 +156,7 @@ class Session:
         return ending
 
     def _run_async(self) -> None:
-        seen = self.progress.reward_version
-        process = RefitProcess(self.job, self.rewards, self._store_url, threads=self._threads, seen=seen)
+        process = RefitProcess(self.job, self.rewards, self._store_url, threads=self._threads)
         self.process = process
         annotators = (
             None if isinstance(self.labeler, People) else InBackground(self.labeler, self.store, pace=self._pace)
@@ -162,7 +165,8 @@ class Session:
             while self.progress.step < self.config.updates:
                 self.halter.check()
                 try:
-                    found = process.poll()
+                    self._act()
+                    found = process.poll(self.progress.reward_version)
                     if found is not None:
                         self._adopt(found)
                     if annotators is not None and annotators.error is not None:
@@ -192,6 +196,11 @@ class Session:
     def collect_labels(self, wanted: int) -> None:
         """Asks until so many more labels are there; "can't tell" is none, so it may take more than one round."""
         until = self.store.label_count() + wanted
+        if isinstance(self.labeler, People):
+            while (missing := until - self.store.label_count()) > 0:
+                self._ask(self.questions.missing(missing))
+                self._wait_for_labels()
+            return
         for _ in range(ROUNDS):
             missing = until - self.store.label_count()
             if missing <= 0:
@@ -200,12 +209,8 @@ class Session:
                 if self.labeler.answer(self.store, missing) == 0:
                     return  # the file is through
                 continue
-            self._ask(self.questions.missing(missing) if isinstance(self.labeler, People) else missing)
-            if isinstance(self.labeler, People):
-                while self.store.label_count() < until and self.store.waiting():
-                    self._wait_for_labels()
-            else:
-                self.labeler.answer(self.store, 2**31)
+            self._ask(missing)
+            self.labeler.answer(self.store, 2**31)
 
     def begin(self) -> None:
         """Goes on from the newest checkpoint, or makes version 0."""
@@ -217,12 +222,11 @@ class Session:
         else:
             self.trainer.restore(found["trainer"])
             self.progress = Progress(**found["progress"])
-            self.questions.state = found["questions"]
             self.monitor.state = found["monitor"]
-            self._refitted = self._known_reward(self.progress.reward_version)
+            self._refitted = known_reward(self.store, self.progress.reward_version)
             logger.info("Going on after update %d.", self.progress.step)
         self._refresh_labels()
-        self.questions.withdraw(self.progress.policy_version)
+        self.store.withdraw(older_than_policy=self.progress.policy_version)
         if self.config.mode == "async":
             self._top_up()  # people need not wait for what comes now
         if start_answers(self.rewards) is None:
@@ -231,11 +235,11 @@ class Session:
             write_start_answers(self.rewards, list(zip(prompts, texts, strict=True)))
         newest = newest_version(self.rewards)
         if newest is not None:
-            self._adopt(newest)
+            self._adopt(newest, again=True)
 
     def _end(self, ending: Ending) -> None:
-        self._tell("stopped", "All updates are done." if ending == "done" else f"The loop was {ending}.")
         self._checkpoint()
+        self._tell("stopped", "All updates are done." if ending == "done" else f"The loop was {ending}.")
         replace_folder(self.output_dir / "model", self.trainer.save)
         newest = newest_version(self.rewards)
         if newest is not None:
@@ -252,6 +256,7 @@ class Session:
         assert rollout is not None
         assert self._scorer is not None
         row, raised = self.monitor.update(metrics, rollout, self._watcher)
+        self._raised += raised
         self._refresh_labels()
         row |= {
             "step": self.progress.step,
@@ -261,23 +266,31 @@ class Session:
         }
         self.store.add_metrics([row])
         self._on_update(row)
+        self._act()
         if self.progress.step - self.progress.version_step >= self.config.version_every:
             self._new_version(self._scorer)
         if self.progress.step % self.config.save_every == 0:
             self._checkpoint()
-        self._act_on(raised)
 
-    def _adopt(self, refitted: Refitted) -> None:
-        """From here on the policy learns against this reward model, unless its sign is wrong."""
+    def _adopt(self, refitted: Refitted, *, again: bool = False) -> None:
+        """From here on the policy learns against this reward model, unless its sign is wrong.
+
+        `again`: it was there before, so a wrong sign has stopped the loop once. Now the next one is waited for.
+        """
         scorer, watcher = open_rewards(refitted, self.trainer)
         self._refresh_labels()
-        fitted, _ = preferences_by_comparison([one for one in self._labels if one.event_id <= refitted.last_event])
+        fitted, _ = preferences_for_training([one for one in self._labels if one.event_id <= refitted.last_event])
         raised = self.monitor.new_reward(scorer, fitted, self.progress.step)
         is_new = refitted.number > self.progress.reward_version  # not so when a stopped session goes on
         if is_new:
             self.store.add_version(version_of(refitted, self.progress.step))
-        if any(alarm.action == "stop" for alarm in raised):
-            self._act_on(raised)  # before anything learns from it
+        if any(alarm.action == "stop" for alarm in raised):  # nothing learns from it
+            self.progress.reward_version = refitted.number
+            if again:
+                logger.warning("The newest reward model still has the wrong sign: the next one is waited for.")
+                return
+            self._raised += raised
+            self._act()
         self._scorer = self.trainer.scorer = scorer
         self._watcher = watcher
         if is_new and self.progress.step > self.progress.version_step:
@@ -285,7 +298,8 @@ class Session:
         self.progress.reward_version = refitted.number
         self._refitted = refitted
         self.monitor.compare(self._labels, LogOdds(scorer), self.config.label_noise)
-        self._act_on(raised)
+        self._raised += raised
+        self._act()
 
     def _new_version(self, scorer: RewardModel | None) -> None:
         """The policy as it is becomes a version, and questions are about it from now on."""
@@ -302,26 +316,20 @@ class Session:
         judge = self._watcher or scorer
         self.versions.add(version, judge, self._labels)
         self.progress.policy_version, self.progress.version_step = number, self.progress.step
-        self.questions.withdraw(number)
+        self.store.withdraw(older_than_policy=number)
 
-    def _known_reward(self, number: int) -> Refitted | None:
-        """What the store says of a reward model that may not be on the disk any more."""
-        for version in self.store.versions("reward"):
-            if version.number == number:
-                return Refitted(number=number, labels=version.labels, last_event=version.last_event)
-        return None
-
-    def _act_on(self, raised: Sequence[Alarm]) -> None:
-        """Tells of alarms, and does what they ask for: the gravest alone."""
-        actions = {alarm.action for alarm in raised}
+    def _act(self) -> None:
+        """Tells of the alarms that were raised, and does what they ask for: the gravest alone."""
+        actions = {alarm.action for alarm in self._raised}
         back = "stop" not in actions and "roll_back" in actions and self._scorer is not None
         number = self._roll_back() if back else None
-        for alarm in raised:
+        for alarm in self._raised:
             if number is not None and alarm.action == "roll_back":
                 then = f"The policy is back at version {number}, and held twice as near the start."
                 alarm = dataclasses.replace(alarm, message=f"{alarm.message} {then}")
             logger.warning("Alarm after update %d, %s: %s", alarm.step, alarm.action.replace("_", " "), alarm.message)
             self.store.add_alarm(alarm)
+        self._raised = []
         if "stop" in actions:
             raise Halted("stopped")
 
@@ -330,10 +338,10 @@ class Session:
         assert self._scorer is not None
         number = self.versions.best(self._watcher or self._scorer, self._labels)
         self.versions.restore(number)
-        self.progress.rolled_back += 1
-        self.trainer.kl_coef = self.config.init_kl_coef * 2**self.progress.rolled_back
         self.monitor.rolled_back()
         self._new_version(self._scorer)
+        self.progress.rolled_back += 1
+        self.trainer.kl_coef = self.config.init_kl_coef * 2**self.progress.rolled_back
         self._checkpoint()
         return number
 
@@ -383,13 +391,14 @@ class Session:
             {
                 "trainer": self.trainer.snapshot(),
                 "progress": dataclasses.asdict(self.progress),
-                "questions": self.questions.state,
                 "monitor": self.monitor.state,
             },
         )
 
     def _tell(self, state: str, text: str) -> None:
-        if text != self._told:
+        if text == self._told:
+            return
+        with contextlib.suppress(Unavailable):  # the page is told the next time
             tell(self.store, state, self.progress.step, text)
             self._told = text
 

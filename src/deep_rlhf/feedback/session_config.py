@@ -109,9 +109,11 @@ class SessionConfig:
             raise UserError(f"choose_by must be one of {', '.join(WAYS)}, not {self.choose_by}.")
         if self.mode not in MODES:
             raise UserError(f"mode must be one of {', '.join(MODES)}, not {self.mode}.")
-        for name in ("random_share", "win_rate_share", "repeat_share", "overlap_share", "gold_share", "label_noise"):
+        for name in ("random_share", "win_rate_share", "repeat_share", "overlap_share", "gold_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is a share, from 0 to 1, not {getattr(self, name)}.")
+        if not 0 <= self.label_noise < 1:
+            raise UserError(f"label_noise is a share below 1, not {self.label_noise}.")
         if self.win_rate_share + self.repeat_share + (self.gold_share if self.gold_questions else 0.0) > 0.5:
             raise UserError("win_rate_share, repeat_share and gold_share leave too few labels: at most 0.5 in all.")
         for name in (

@@ -104,6 +104,14 @@ def version_of(refitted: Refitted, step: int) -> Version:
     )
 
 
+def known_reward(store: Store, number: int) -> Refitted | None:
+    """What the store says of a reward model that may not be on the disk any more."""
+    for version in store.versions("reward"):
+        if version.number == number:
+            return Refitted(number=number, labels=version.labels, last_event=version.last_event)
+    return None
+
+
 def label_schedule(config: SessionConfig) -> LabelSchedule | None:
     """When how many labels are wanted; None for as many as people give."""
     if config.labels is None:

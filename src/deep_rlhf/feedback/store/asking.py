@@ -92,19 +92,24 @@ def skip(db: Connection, number: int, person: str, token: str, terms: Terms) -> 
 
 
 def undo(db: Connection, person: str, token: str, terms: Terms) -> int | None:
-    """Takes back this person's newest answer that counts and lends him its question again, which keeps its slot.
+    """Takes back what this person did last, an answer or a skip, and lends him its question again.
 
-    Returns the comparison's id, None if there is no such answer. What came from a file is not taken back.
+    Returns the comparison's id, None if there is nothing to take back; what came from a file never is. Raises Refused
+    if somebody else has the skipped question now.
     """
     check_name(person)
     lock(db, number_of(f"person {person}"))
     known = _repeated(db, token, person, "undo", None)
     if known is not None:
         return known["comparison_id"]
-    last = db.execute(statements.NEWEST, {"person": person, "count": 1}).one_or_none()
+    last = db.execute(statements.LAST_DEED, {"person": person}).one_or_none()
     if last is None:
         return None
     row = lock_question(db, last.comparison_id)
+    if last.kind == "skip":  # which gave its slot back
+        if row["open_slots"] < 1:
+            raise Refused(f"Somebody else has question {row['id']} by now: it stays skipped.", "taken")
+        change_slots(db, [row["id"]], -1)
     db.execute(statements.HOLD_AGAIN, {"number": row["id"], "person": person, "until": terms.until})
     record(db, row, person, token, "undo", terms.now, undoes=last.id)
     return row["id"]

@@ -11,9 +11,6 @@ from sqlalchemy.dialects import postgresql, sqlite
 from deep_rlhf.feedback.records import Comparison, Label
 from deep_rlhf.feedback.store.statements import EFFECTIVE, C, E
 
-# Asked for their label; the other reasons measure people or the policy.
-LABEL_REASONS = ("initial", "random", "variance", "information")
-
 
 def comparison_values(comparison: Comparison, now: datetime) -> dict[str, Any]:
     """The columns of a new row."""
@@ -75,7 +72,7 @@ def effective_answers(db: Connection, after: int, until: int) -> Iterator[RowMap
     return iter(db.execute(query.order_by(E.c.id)).mappings())
 
 
-def for_label(reasons: Collection[str] = LABEL_REASONS) -> ColumnElement[bool]:
+def asked_for(reasons: Collection[str]) -> ColumnElement[bool]:
     """The condition on a comparison that it is asked for one of these reasons."""
     return C.c.why_selected.in_(list(reasons))
 

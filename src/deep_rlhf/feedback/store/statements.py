@@ -109,12 +109,19 @@ HOLD_AGAIN = (
 ANSWERED = select(func.count()).select_from(L).where(L.c.annotator == PERSON, L.c.state == "answered")
 
 _undo = E.alias()
-EFFECTIVE = and_(E.c.kind == "answer", ~exists().where(_undo.c.undoes == E.c.id))
+_STANDS = ~exists().where(_undo.c.undoes == E.c.id)
+EFFECTIVE = and_(E.c.kind == "answer", _STANDS)
 BY_TOKEN = select(E).where(E.c.token == bindparam("sent_token"))
 NEWEST = (
     select(E.c.id, E.c.comparison_id, E.c.seconds)
     .where(E.c.annotator == PERSON, E.c.imported.is_(False), EFFECTIVE)
     .order_by(E.c.id.desc())
     .limit(bindparam("count"))
+)
+LAST_DEED = (
+    select(E.c.id, E.c.comparison_id, E.c.kind)
+    .where(E.c.annotator == PERSON, E.c.imported.is_(False), E.c.kind.in_(("answer", "skip")), _STANDS)
+    .order_by(E.c.id.desc())
+    .limit(1)
 )
 RECORD = insert(E).returning(E.c.id)

@@ -3,7 +3,7 @@
 A thin front: each method is one transaction of a function in `trainer_side`, `asking` or `accounts`.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -75,12 +75,16 @@ class Store:
         return self._database.write(lambda db: trainer_side.add(db, comparisons, self._clock()))
 
     def withdraw(self, *, older_than_policy: int) -> int:
-        """Stops asking label questions of older policies that nobody answered or holds; returns how many."""
+        """Stops asking about older policies what nobody answered or holds; returns how many questions."""
         return self._database.write(lambda db: trainer_side.withdraw(db, older_than_policy, self._clock()))
 
-    def waiting(self, reasons: Collection[str] | None = None) -> int:
-        """Questions that somebody could be asked now; only those asked for one of `reasons`, if given."""
-        return self._database.read(lambda db: trainer_side.waiting(db, reasons, self._clock()))
+    def waiting(self) -> int:
+        """Questions that somebody could be asked now."""
+        return self._database.read(lambda db: trainer_side.waiting(db, self._clock()))
+
+    def unseen(self) -> int:
+        """Of these, the ones for anybody: nobody answered or skipped them, and they repeat no other."""
+        return self._database.read(lambda db: trainer_side.unseen(db, self._clock()))
 
     def labels(self, *, after: int = 0, until: int | None = None) -> list[Label]:
         """Answers that count with event id > `after` (and ≤ `until`), in order. What was undone since is left out."""
@@ -94,11 +98,6 @@ class Store:
     def last_event(self) -> int:
         """Id of the newest event of any kind, 0 if there is none. Nothing below it can still appear."""
         return self._database.read(trainer_side.last_event)
-
-    def undone(self, *, after: int, until: int | None = None) -> list[int]:
-        """Event ids of answers that were taken back by an undo with event id > `after` (and ≤ `until`)."""
-        last = self.last_event() if until is None else until
-        return self._database.read(lambda db: trainer_side.undone(db, after, last))
 
     def add_version(self, version: Version) -> None:
         """Adds a version; the same kind and number again replaces it."""

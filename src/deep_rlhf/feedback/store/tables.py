@@ -174,7 +174,7 @@ class LeaseRow(Base):
 
 
 class EventRow(Base):
-    """What a person did: an answer, a skip, or an undo of an answer. Triggers refuse to change or delete a row."""
+    """What a person did: an answer, a skip, or an undo of either. Triggers refuse to change or delete a row."""
 
     __tablename__ = "events"
 

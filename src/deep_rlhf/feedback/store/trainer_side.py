@@ -4,26 +4,26 @@ Every function runs inside one transaction.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, delete, exists, func, insert, or_, select, update
 
-from deep_rlhf.feedback.records import Alarm, AnnotatorFigures, Comparison, Label, Row, Version
+from deep_rlhf.feedback.records import FOR_LABEL, Alarm, AnnotatorFigures, Comparison, Label, Row, Version
 from deep_rlhf.feedback.store.asking import free_expired
 from deep_rlhf.feedback.store.database import EVENTS_LOCK, METRICS_LOCK, lock
 from deep_rlhf.feedback.store.errors import StoreError
 from deep_rlhf.feedback.store.rows import (
+    asked_for,
     comparison_values,
     effective_answers,
-    for_label,
     label_of,
     tells_something,
     upsert,
 )
-from deep_rlhf.feedback.store.statements import EFFECTIVE, RAN_OUT, C, E, table_of
+from deep_rlhf.feedback.store.statements import EFFECTIVE, RAN_OUT, C, E, L, table_of
 from deep_rlhf.feedback.store.tables import AlarmRow, MetricsRow, SampleRow, StateRow, VersionRow, may_be_asked
 
 VERSIONS, METRICS, SAMPLES = table_of(VersionRow), table_of(MetricsRow), table_of(SampleRow)
@@ -47,17 +47,24 @@ def add(db: Connection, comparisons: Sequence[Comparison], now: datetime) -> lis
 
 
 def withdraw(db: Connection, older_than_policy: int, now: datetime) -> int:
-    """Takes label questions of older policies, that nobody answered or holds, out of the queue; returns how many."""
+    """Takes questions about older policies, that nobody answered or holds, out of the queue; returns how many."""
     free_expired(db, now)
     untouched = may_be_asked() & (C.c.open_slots == C.c.overlap)
-    gone = update(C).where(untouched, C.c.policy_version < older_than_policy, for_label()).values(withdrawn=True)
-    return db.execute(gone).rowcount
+    old = (C.c.policy_version < older_than_policy) & asked_for((*FOR_LABEL, "win_rate"))
+    return db.execute(update(C).where(untouched, old).values(withdrawn=True)).rowcount
 
 
-def waiting(db: Connection, reasons: Collection[str] | None, now: datetime) -> int:
+def waiting(db: Connection, now: datetime) -> int:
     """Questions that somebody could be asked now, those whose lease ran out included."""
     query = select(func.count()).select_from(C).where(or_(may_be_asked(), C.c.id.in_(RAN_OUT)))
-    return db.execute(query if reasons is None else query.where(for_label(reasons)), {"now": now}).scalar_one()
+    return db.execute(query, {"now": now}).scalar_one()
+
+
+def unseen(db: Connection, now: datetime) -> int:
+    """Of the questions that wait, those for anybody: nobody answered or skipped them, and they repeat no other."""
+    had = exists().where(L.c.comparison_id == C.c.id, L.c.state.in_(("answered", "skipped")))
+    query = select(func.count()).select_from(C).where(or_(may_be_asked(), C.c.id.in_(RAN_OUT)))
+    return db.execute(query.where(C.c.repeat_of.is_(None), ~had), {"now": now}).scalar_one()
 
 
 def labels(db: Connection, after: int, until: int) -> list[Label]:
@@ -68,19 +75,13 @@ def labels(db: Connection, after: int, until: int) -> list[Label]:
 def label_count(db: Connection) -> int:
     """Answers that count and carry a label for training."""
     query = select(func.count(E.c.id)).join(C, C.c.id == E.c.comparison_id)
-    return db.execute(query.where(EFFECTIVE, tells_something(), for_label())).scalar_one()
+    return db.execute(query.where(EFFECTIVE, tells_something(), asked_for(FOR_LABEL))).scalar_one()
 
 
 def last_event(db: Connection) -> int:
     """The id of the newest event, 0 before the first; whatever has a smaller one is there."""
     lock(db, EVENTS_LOCK)
     return db.execute(select(func.max(E.c.id))).scalar_one() or 0
-
-
-def undone(db: Connection, after: int, until: int) -> list[int]:
-    """The ids of answers that an undo with an id above `after` up to `until` took back."""
-    query = select(E.c.undoes).where(E.c.kind == "undo", E.c.id > after, E.c.id <= until)
-    return sorted(db.execute(query).scalars())
 
 
 def add_version(db: Connection, version: Version, now: datetime) -> None:
