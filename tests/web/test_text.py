@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from payloads import PAYLOADS
 
-from deep_rlhf.web.text import LONGEST_MARKDOWN, TAGS, Turn, render, short, turns_of
+from deep_rlhf.web.text import LONGEST_KEPT, LONGEST_MARKDOWN, TAGS, Turn, _kept, render, short, turns_of
 
 
 class _Found(HTMLParser):
@@ -37,11 +37,41 @@ def test_nothing_but_harmless_tags_comes_out(payload: str) -> None:
     assert found.attributes <= {("p", "class", "heading"), ("span", "class", "address")}
 
 
-@pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))
-def test_every_letter_is_still_there_to_be_judged(payload: str) -> None:
-    shown = found_in(str(render(payload))).words
-    for letter in set(filter(str.isalpha, payload)):
+NUMBERS = [
+    "|a|b|\n|-|-|\n|x|10|9999|",
+    "| 1 | 2 |\n|-|-|\n| 3",
+    "1.\n2.",
+    "007. Bond",
+    "[a](1.html)",
+    "# 1\n\n2\n==",
+    "1) a\n- 2",
+]
+
+
+@pytest.mark.parametrize("payload", PAYLOADS + NUMBERS, ids=range(len(PAYLOADS + NUMBERS)))
+def test_every_letter_and_digit_is_still_there_to_be_judged(payload: str) -> None:
+    html = str(render(payload))
+    shown = found_in(html).words + " ".join(re.findall(r'<li value="(\d+)">', html))
+    for letter in set(filter(str.isalnum, payload)):
         assert shown.count(letter) >= payload.count(letter), letter
+
+
+def test_items_keep_the_numbers_that_were_written() -> None:
+    html = str(render("3. three\n2. two\n1. go"))
+    assert re.findall(r"<li value=\"(\d)\">(\w+)", html) == [("3", "three"), ("2", "two"), ("1", "go")]
+    assert "<li>dot" in render("- dot")
+    assert render("007. Bond") == "<pre>007. Bond</pre>"
+
+
+def test_only_the_html_of_short_texts_is_kept() -> None:
+    """Hostile text, of which there may be much, must not fill the memory."""
+    _kept.cache_clear()
+    for i in range(3):
+        render(f"{i} " + "|a" * 5000)
+        render(f"{i} short")
+    assert _kept.cache_info().currsize == 3
+    grows = ["#\n" * 1000, "- " * 1000, "|a" * 5 + "\n" + "|-" * 5 + "\n" + "a\n" * 1000]
+    assert max(len(render(text[:LONGEST_KEPT])) for text in grows) * _kept.cache_parameters()["maxsize"] < 10e6
 
 
 def test_markdown_is_shown_as_it_is_meant() -> None:
@@ -50,7 +80,7 @@ def test_markdown_is_shown_as_it_is_meant() -> None:
     )
     assert '<p class="heading">Bread</p>' in html
     assert "<strong>Mix</strong> and <em>wait</em>:<br>" in html
-    assert '<ol start="3">' in html
+    assert '<li value="3">knead' in html
     assert "<code>x &lt; 1" in html
     assert "<s>no</s> <code>code</code>" in html
     assert "<td>2</td>" in render("|a|b|\n|-|-|\n|1|2|")

@@ -2,7 +2,7 @@
 
 Markdown-it escapes all HTML (`html: False`), nothing becomes a link or an image, and nh3 passes only a handful of tags
 without addresses. The page's content security policy is the last line, should anything slip through. Nor may a text
-hide from who judges it: where Markdown would swallow a letter, it is shown as it was written.
+hide from who judges it: where Markdown would swallow a letter or a digit, it is shown as it was written.
 """
 
 import html
@@ -24,6 +24,7 @@ from deep_rlhf.data.templates import HH
 
 LONGEST_MARKDOWN = 6_000  # characters; longer text is shown as it was written
 LONGEST_SHOWN = 100_000
+LONGEST_KEPT = 2_000  # whose HTML is kept for the next time; hostile text could fill the memory
 MOST_CELLS = 2_000  # that a table could have: short rows are filled up, so a few letters could make megabytes
 TAGS = {
     *("p", "br", "hr", "em", "strong", "s", "code", "pre", "blockquote", "ul", "ol", "li", "span"),
@@ -31,6 +32,7 @@ TAGS = {
 }
 _CLASSES = {"p": {"heading"}, "span": {"address"}}
 _TAG = re.compile(r"<[^>]*>")
+_NUMBER = re.compile(r'<li value="(\d+)">')
 _OVERRIDES = dict.fromkeys((0x202D, 0x202E), "\N{REPLACEMENT CHARACTER}")  # would turn words round
 _MARKER = re.compile(rf"(?:^|{re.escape(HH.human[:2])})({HH.human.strip()}|{HH.assistant.strip()})[ \t]*")
 
@@ -61,20 +63,27 @@ def turns_of(prompt: str) -> list[Turn]:
     return turns
 
 
-@lru_cache(maxsize=1024)
 def render(text: str) -> Markup:
     """Safe HTML of a text in Markdown. Blank text is empty Markup."""
+    return _kept(text) if len(text) <= LONGEST_KEPT else _rendered(text)
+
+
+def _rendered(text: str) -> Markup:
     text = _readable(text)
     lines = text.split("\n")
     cells = len(lines) * max(line.count("|") for line in lines)
     if len(text) <= LONGEST_MARKDOWN and cells <= MOST_CELLS:
         written = _MARKDOWN.render(text)
-        clean = nh3.clean(written, tags=TAGS, attributes={"ol": {"start"}}, allowed_classes=_CLASSES, link_rel=None)
-        if not _letters(text) - _letters(html.unescape(_TAG.sub("", clean))):
+        clean = nh3.clean(written, tags=TAGS, attributes={"li": {"value"}}, allowed_classes=_CLASSES, link_rel=None)
+        shown = html.unescape(_TAG.sub("", _NUMBER.sub(r"\1 ", clean)))
+        if not _letters_and_digits(text) - _letters_and_digits(shown):
             return Markup(clean.strip())
     left = len(text) - LONGEST_SHOWN
     note = f"\n… and {left:,} more characters" if left > 0 else ""
     return Markup("<pre>{}</pre>").format(text[:LONGEST_SHOWN] + note)
+
+
+_kept = lru_cache(maxsize=256)(_rendered)
 
 
 def short(text: str, most: int = 120) -> str:
@@ -90,12 +99,15 @@ def _readable(text: str) -> str:
     return "".join(c for c in visible if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
-def _letters(text: str) -> Counter[str]:
-    return Counter(c for c in text if c.isalpha())
+def _letters_and_digits(text: str) -> Counter[str]:
+    return Counter(c for c in text if c.isalnum())
 
 
 class _Renderer(RendererHTML):
-    """Addresses are shown as text and lead nowhere; headings do not get among those of the page."""
+    """Addresses are shown as text and lead nowhere; headings do not get among those of the page.
+
+    Items have the numbers that were written: Markdown would count on from the first one.
+    """
 
     def link_open(self, tokens: Sequence[Token], index: int, *_: Any) -> str:
         return ""
@@ -117,6 +129,13 @@ class _Renderer(RendererHTML):
         return str(
             Markup("<pre>{}<code>{}</code></pre>\n").format(_address(token.info.strip(), form="{}\n"), token.content)
         )
+
+    def ordered_list_open(self, tokens: Sequence[Token], index: int, *_: Any) -> str:
+        return "<ol>\n"
+
+    def list_item_open(self, tokens: Sequence[Token], index: int, *_: Any) -> str:
+        number = tokens[index].info
+        return f'<li value="{int(number)}">' if number else "<li>"
 
     def heading_open(self, tokens: Sequence[Token], index: int, *_: Any) -> str:
         return '<p class="heading">'
