@@ -1,15 +1,17 @@
 """Who is let in: accounts, logins, the access token; and what is told about them."""
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from page_client import Client
 
-from deep_rlhf.feedback.store import Store
+from deep_rlhf.feedback.store import Store, Unavailable
 from deep_rlhf.types import UserError
-from deep_rlhf.web import auth
+from deep_rlhf.web import auth, events
 from deep_rlhf.web.app import WebSettings, create_app
 from deep_rlhf.web.auth import NO_PASSWORD, add_account
 from deep_rlhf.web.server import Server
@@ -91,6 +93,31 @@ def test_login_and_logout(public: Client, store: Store, add: Add) -> None:
     assert public.get("/").url.path == "/login"
     public.cookies.set("deep_rlhf_session", after)
     assert public.get("/").url.path == "/login"
+
+
+def test_a_stream_of_events_ends_with_the_login(store: Store, monkeypatch: Any) -> None:
+    """Though there is always news; and it goes on while the login lasts, or the database is away."""
+
+    def away(_: str) -> None:
+        raise Unavailable("away")
+
+    monkeypatch.setattr(events, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(events, "ALIVE_EVERY", 0.05)
+    numbers = itertools.count()
+    monkeypatch.setattr(store, "waiting", lambda: next(numbers))
+    add_account(store, "anna", "annotator", PASSWORD)
+    with Server(create_app(store)) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        form = {"csrf": Client.csrf_in(client.get("/login").text), "name": "anna", "password": PASSWORD}
+        client.post("/login", data=form)
+        with client.stream("GET", "/events") as stream:
+            lines = (line for line in stream.iter_lines() if line.startswith(":"))
+            next(lines)
+            with monkeypatch.context() as broken:
+                broken.setattr(store, "login", away)
+                next(lines)
+                next(lines)
+            store.remove_login(auth.hash_of(client.cookies["deep_rlhf_session"]))
+            assert len(list(itertools.islice(lines, 5))) < 5  # it ends
 
 
 def test_cookies_are_kept_from_scripts_and_the_forms_of_other_sites(store: Store) -> None:

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from time import monotonic
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,14 +12,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from deep_rlhf.feedback.store import Store
+from deep_rlhf.feedback.store import Store, Unavailable
 from deep_rlhf.web.auth import Problem
 from deep_rlhf.web.gate import Known
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 1.0  # seconds
-ALIVE_EVERY = 15.0  # seconds of silence, after which a comment shows that the connection is still there
+ALIVE_EVERY = 15.0  # seconds, after which it is asked who listens, and a comment shows that the connection is there
 RETRY = 2000  # milliseconds until a browser connects again
 MOST_LISTENERS, MOST_PER_PERSON = 300, 12
 STATE = ("status", "stop", "outlook", "alpha", "win_rate", "choosing")
@@ -80,15 +81,19 @@ class Hub:
         for listener in self._listeners:
             listener.wake.set()
 
-    async def stream(self, person: str) -> AsyncIterator[str]:
-        """What a connection is sent until it ends."""
+    async def stream(self, person: str, is_known: Callable[[], bool]) -> AsyncIterator[str]:
+        """What a connection is sent until it ends, or its person is not known any more."""
         listener = self.join(person)
         try:
             yield f"retry: {RETRY}\n\n"
+            ask_at = monotonic() + ALIVE_EVERY
             while not self._closed:
                 try:
-                    await asyncio.wait_for(listener.wake.wait(), ALIVE_EVERY)
+                    await asyncio.wait_for(listener.wake.wait(), ask_at - monotonic())
                 except TimeoutError:
+                    if not await run_in_threadpool(is_known):
+                        return
+                    ask_at = monotonic() + ALIVE_EVERY
                     yield ": still here\n\n"
                     continue
                 listener.wake.clear()
@@ -137,7 +142,15 @@ def event_routes(hub: Hub) -> APIRouter:
     @router.get("/events")
     async def events(request: Request, person: Known) -> Response:
         hub.check_room(person.name)
+
+        def is_known() -> bool:
+            """False after a logout, or once the login has run out."""
+            try:
+                return bool(request.state.accounts.visitor(request).person == person)
+            except Unavailable:
+                return True  # until the database answers again
+
         headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
-        return StreamingResponse(hub.stream(person.name), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(hub.stream(person.name, is_known), media_type="text/event-stream", headers=headers)
 
     return router

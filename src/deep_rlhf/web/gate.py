@@ -20,7 +20,7 @@ FORM = "application/x-www-form-urlencoded"
 
 
 class Gate:
-    """A dependency of every route, so that none can forget it; leaves `request.state.visitor`."""
+    """A dependency of every route, so that none can forget it; leaves `visitor` and `accounts` in `request.state`."""
 
     def __init__(self, accounts: Accounts, settings: WebSettings) -> None:
         self.accounts, self.settings = accounts, settings
@@ -30,7 +30,7 @@ class Gate:
     async def __call__(self, request: Request) -> None:
         """Raises Problem for a request that is not let in."""
         visitor = await run_in_threadpool(self.accounts.visitor, request)
-        request.state.visitor = visitor
+        request.state.visitor, request.state.accounts = visitor, self.accounts
         client = client_of(request, self.settings)
         if visitor.person is None:
             _refuse_if(self._strangers.wait(client))
