@@ -2,22 +2,25 @@
 
 import itertools
 import logging
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from page_client import Client
 
+from deep_rlhf.cli import label
 from deep_rlhf.feedback.store import Store, Unavailable
 from deep_rlhf.types import UserError
 from deep_rlhf.web import auth, events
-from deep_rlhf.web.app import WebSettings, create_app
+from deep_rlhf.web.app import STATIC, WebSettings, create_app
 from deep_rlhf.web.auth import NO_PASSWORD, add_account
 from deep_rlhf.web.server import Server
 
 Add = Callable[..., list[int]]
-PASSWORD = "correct horse battery"
+PASSWORD, NEW_PASSWORD = "correct horse battery", "another horse battery"
 TOKEN = "0123456789abcdef-token"
 
 
@@ -26,6 +29,18 @@ def public_page(store: Store) -> Client:
     add_account(store, "root", "admin", PASSWORD)
     add_account(store, "anna", "annotator", PASSWORD)
     return Client(create_app(store, WebSettings(host="0.0.0.0")), base_url="http://labels.example.org")
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: Any, capsys: Any) -> Callable[..., str]:
+    """`deep-rlhf label` on the store; what it says."""
+    monkeypatch.setenv("DEEP_RLHF_PASSWORD", NEW_PASSWORD)
+
+    def run(*flags: str) -> str:
+        label.main([f"--store={tmp_path / 'labels.db'}", *flags])
+        return str(capsys.readouterr().out)
+
+    return run
 
 
 @pytest.fixture
@@ -249,3 +264,54 @@ def test_no_secret_gets_into_a_log(public: Client, store: Store, caplog: Any, ca
     assert "ZeroDivisionError" in written  # what happened is there
     for secret in (PASSWORD, "a wrong password", session, csrf, "$argon2", "a-token-of-mine"):
         assert secret not in written
+
+
+# ---- the command line
+
+
+def test_a_new_password_ends_the_logins_of_the_old_one(
+    public: Client, store: Store, command: Callable[..., str]
+) -> None:
+    public.log_in("anna", PASSWORD)
+    root = Client(public.app, base_url="http://labels.example.org")
+    root.log_in("root", PASSWORD)
+    assert command("--set_password=anna") == "anna has a new password, and is logged out everywhere.\n"
+    assert public.get("/").url.path == "/login"
+    assert root.get("/").url.path == "/"
+    assert public.log_in("anna", PASSWORD).status_code == 403
+    assert public.log_in("anna", NEW_PASSWORD).url.path == "/"
+
+
+def test_a_removed_account_is_logged_out_and_gives_back_what_it_holds_but_its_answers_stay(
+    public: Client, store: Store, add: Add, command: Callable[..., str]
+) -> None:
+    add(3)
+    public.log_in("anna", PASSWORD)
+    assert public.submit("/answer", question=1, token="t", choice="a").status_code == 200
+    assert store.waiting() == 0
+    assert command("--remove_user=anna") == "anna cannot log in any more; the answers stay.\n"
+    assert public.get("/").url.path == "/login"
+    assert public.log_in("anna", PASSWORD).status_code == 403
+    assert store.waiting() == 2
+    assert [label.annotator for label in store.labels()] == ["anna"]
+    assert store.user("root") is not None
+
+
+def test_mistakes_about_accounts_are_one_sentence(store: Store, command: Callable[..., str], tmp_path: Any) -> None:
+    add_account(store, "anna", "annotator", PASSWORD)
+    for flags, match in (
+        (["--remove_user=bert"], "There is no user 'bert'"),
+        (["--set_password=bert"], "There is no user 'bert'"),
+        (["--set_password=anna", "--remove_user=anna"], "one of --add_user, --set_password and --remove_user"),
+        (["--remove_user=anna", f"--store={tmp_path / 'other.db'}"], "does not exist"),
+    ):
+        with pytest.raises(UserError, match=match):
+            command(*flags)
+    assert store.user("anna") is not None
+
+
+def test_a_lease_cannot_end_while_the_page_is_open() -> None:
+    scripts = "".join(path.read_text() for path in STATIC.glob("*.js"))
+    renewed = int(re.findall(r"RENEW_EVERY = (\d+)", scripts)[0]) / 1000
+    assert 2 * renewed + 30 <= label.SHORTEST_LEASE  # renewed in its second half, and a request may be slow
+    assert label.LabelConfig(lease_seconds=label.SHORTEST_LEASE)

@@ -174,7 +174,7 @@ def test_bad_flags_are_one_sentence(tmp_path: Path, monkeypatch: Any) -> None:
         (["--public_url=https://a.example"], "would be open to everybody"),
         (["--role=boss"], "role must be one of admin, annotator"),
         (["--port=70000"], "port must lie between"),
-        (["--lease_seconds=1"], "at least 10"),
+        (["--lease_seconds=179"], "at least 180, not 179"),
         (["--hots=x"], "Did you mean --host?"),
     ):
         with pytest.raises(UserError, match=match):

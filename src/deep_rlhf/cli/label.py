@@ -15,6 +15,7 @@ from deep_rlhf.types import UserError
 STORE_VARIABLE, TOKEN_VARIABLE, PASSWORD_VARIABLE = "DEEP_RLHF_STORE", "DEEP_RLHF_TOKEN", "DEEP_RLHF_PASSWORD"
 DEFAULT_STORE = "outputs/teach/labels.db"
 ROLES = ("admin", "annotator")
+SHORTEST_LEASE = 180.0  # seconds: the page renews each minute, and the store only what is half over
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -42,6 +43,12 @@ class LabelConfig:
         default=None,
         metadata={"help": f"adds this account and ends; its password is asked for, or read from ${PASSWORD_VARIABLE}"},
     )
+    set_password: str | None = field(
+        default=None, metadata={"help": "gives this account a new password, logs it out everywhere, and ends"}
+    )
+    remove_user: str | None = field(
+        default=None, metadata={"help": "removes this account, logs it out everywhere, and ends; its answers stay"}
+    )
     role: str = field(
         default="annotator", metadata={"help": "of the new account: annotator, or admin, who may stop the trainer"}
     )
@@ -49,8 +56,10 @@ class LabelConfig:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UserError(f"role must be one of {', '.join(ROLES)}, not {self.role}.")
-        if not 10 <= self.lease_seconds < 1e6:
-            raise UserError(f"lease_seconds must be at least 10, not {self.lease_seconds}.")
+        if sum(name is not None for name in (self.add_user, self.set_password, self.remove_user)) > 1:
+            raise UserError("Give one of --add_user, --set_password and --remove_user at a time.")
+        if not SHORTEST_LEASE <= self.lease_seconds < 1e6:
+            raise UserError(f"lease_seconds must be at least {SHORTEST_LEASE:g}, not {self.lease_seconds:g}.")
         if not 0 <= self.port < 65_536:
             raise UserError(f"port must lie between 0 and 65535, not {self.port}.")
 
@@ -61,10 +70,16 @@ class LabelConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serves the page until Ctrl-C, or adds an account."""
+    """Serves the page until Ctrl-C, or adds, changes or removes an account."""
     (config,) = parse_flags(argv, LabelConfig, prog="deep-rlhf label", description=__doc__.split("\n")[0])
     if config.add_user is not None:
         _add_user(config, config.add_user)
+        return
+    if config.set_password is not None:
+        _set_password(config, config.set_password)
+        return
+    if config.remove_user is not None:
+        _remove_user(config, config.remove_user)
         return
     from deep_rlhf.web.app import WebSettings, create_app
     from deep_rlhf.web.server import Server
@@ -88,6 +103,20 @@ def _add_user(config: LabelConfig, name: str) -> None:
     with Store(config.store_address) as store:
         add_account(store, name, "admin" if config.role == "admin" else "annotator", _password(name))
     console.print(f"{name} may log in now, as {config.role}.", markup=False)
+
+
+def _set_password(config: LabelConfig, name: str) -> None:
+    from deep_rlhf.web.auth import change_password
+
+    with Store(config.store_address, must_exist=True) as store:
+        change_password(store, name, _password(name))
+    console.print(f"{name} has a new password, and is logged out everywhere.", markup=False)
+
+
+def _remove_user(config: LabelConfig, name: str) -> None:
+    with Store(config.store_address, must_exist=True) as store:
+        store.remove_user(name)
+    console.print(f"{name} cannot log in any more; the answers stay.", markup=False)
 
 
 def _password(name: str) -> str:

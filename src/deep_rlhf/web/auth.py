@@ -165,11 +165,16 @@ class Accounts:
 
 def add_account(store: Store, name: str, role: Role, password: str) -> None:
     """A new account. Raises UserError for a bad password or name, or one that is taken."""
-    if not SHORTEST_PASSWORD <= len(password) <= LONGEST_PASSWORD:
-        raise UserError(f"A password has {SHORTEST_PASSWORD} to {LONGEST_PASSWORD} characters.")
+    _check_password(password)
     if name != name.strip():
         raise UserError("A name does not begin or end with a blank.")
     store.add_user(name, role, hash_password(password))
+
+
+def change_password(store: Store, name: str, password: str) -> None:
+    """Another password; whoever is logged in must log in again. Raises UserError for a bad one, or an unknown name."""
+    _check_password(password)
+    store.set_password(name, hash_password(password))
 
 
 def hash_password(password: str) -> str:
@@ -226,6 +231,11 @@ def new_token() -> str:
 def hash_of(token: str) -> str:
     """What is kept of a random token: nothing that could be guessed back, so a fast hash will do."""
     return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+
+
+def _check_password(password: str) -> None:
+    if not SHORTEST_PASSWORD <= len(password) <= LONGEST_PASSWORD:
+        raise UserError(f"A password has {SHORTEST_PASSWORD} to {LONGEST_PASSWORD} characters.")
 
 
 _dummy: list[str] = []

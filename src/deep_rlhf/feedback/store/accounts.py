@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, get_args
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, insert, select, update
 
-from deep_rlhf.feedback.store.asking import check_name
+from deep_rlhf.feedback.store.asking import check_name, release
 from deep_rlhf.feedback.store.errors import StoreError
 from deep_rlhf.feedback.store.statements import table_of
 from deep_rlhf.feedback.store.tables import LoginRow, UserRow
@@ -39,6 +39,20 @@ def add_user(db: Connection, name: str, role: str, password_hash: str, now: date
     db.execute(insert(USERS).values(name=name, role=role, password_hash=password_hash, created=now))
 
 
+def set_password(db: Connection, name: str, password_hash: str) -> None:
+    """Another password, with which all browsers must log in again. Raises StoreError if there is no such user."""
+    _check_exists(db, name)
+    db.execute(update(USERS).where(USERS.c.name == name).values(password_hash=password_hash))
+    db.execute(delete(LOGINS).where(LOGINS.c.name == name))
+
+
+def remove_user(db: Connection, name: str) -> None:
+    """An account goes, and its logins with it; what it holds is given back, and its answers stay. Raises StoreError."""
+    _check_exists(db, name)
+    release(db, name)
+    db.execute(delete(USERS).where(USERS.c.name == name))
+
+
 def user(db: Connection, name: str) -> User | None:
     """The account of this name."""
     if not name.isprintable():
@@ -54,8 +68,7 @@ def users(db: Connection) -> list[User]:
 
 def add_login(db: Connection, token_hash: str, name: str, expires: datetime, now: datetime) -> None:
     """A browser logs in; those whose time is over are forgotten. Raises StoreError if there is no such user."""
-    if user(db, name) is None:
-        raise StoreError(f"There is no user '{name}'.")
+    _check_exists(db, name)
     db.execute(delete(LOGINS).where(LOGINS.c.expires <= now))
     db.execute(insert(LOGINS).values(token_hash=token_hash, name=name, expires=expires))
 
@@ -70,3 +83,8 @@ def login(db: Connection, token_hash: str, now: datetime) -> User | None:
 def remove_login(db: Connection, token_hash: str) -> None:
     """A browser logs out."""
     db.execute(delete(LOGINS).where(LOGINS.c.token_hash == token_hash))
+
+
+def _check_exists(db: Connection, name: str) -> None:
+    if user(db, name) is None:
+        raise StoreError(f"There is no user '{name}'.")

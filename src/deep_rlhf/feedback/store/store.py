@@ -220,6 +220,14 @@ class Store:
         """Adds an account; raises StoreError if the name is taken."""
         self._database.write(lambda db: accounts.add_user(db, name, role, password_hash, self._clock()))
 
+    def set_password(self, name: str, password_hash: str) -> None:
+        """Replaces a user's password and ends his logins; raises StoreError if there is no such user."""
+        self._database.write(lambda db: accounts.set_password(db, name, password_hash))
+
+    def remove_user(self, name: str) -> None:
+        """Removes an account with its logins, and gives back what it holds; raises StoreError if there is none."""
+        self._database.write(lambda db: accounts.remove_user(db, name))
+
     def user(self, name: str) -> User | None:
         """The account of this name."""
         return self._database.read(lambda db: accounts.user(db, name))
