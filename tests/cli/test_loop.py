@@ -120,6 +120,8 @@ def test_the_line_on_the_terminal() -> None:
     row = {"step": 7, "reward": 0.5, "kl": 1.25, "policy_version": 2, "reward_version": 3}
     line = progress_line({"state": "training"}, row, 25)
     assert line == "training · 25 answers · update 7 · reward +0.50 · KL 1.2 · policy 2 · reward model 3"
+    line = progress_line({"state": "training"}, row | {"reward": None, "kl": None}, 25)  # what was no finite number
+    assert "update 7 · reward – · KL – · policy 2" in line
 
 
 def test_the_worlds_policy_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,9 @@ def test_options_of_an_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     arguments = ["import", str(tmp_path / "labels.db"), str(tmp_path / "pairs.jsonl")]
     with pytest.raises(UserError, match="line 2: column 'chosen' must be text"):
         main(arguments)
+    with pytest.raises(UserError, match="nothing"):
+        main(["import", str(tmp_path / "labels.db"), str(tmp_path / "nothing.jsonl")])
+    assert not (tmp_path / "labels.db").exists()
     main([*arguments, "--template=plain", "--on_bad_rows=skip"])
     assert "1 of 2 rows kept; dropped: 1 wrong type" in capsys.readouterr().out
     with Store(tmp_path / "labels.db") as store:

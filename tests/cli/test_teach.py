@@ -73,7 +73,7 @@ def waited(condition: Callable[[], Any], process: subprocess.Popen[bytes], folde
 def test_it_says_what_to_do_and_how_to_go_on(workplace: Path) -> None:
     words = " ".join(said(workplace).split())
     assert "and compare answers" in words
-    assert "To go on: deep-rlhf teach --output_dir=run --model=policy" in words
+    assert "To go on: deep-rlhf teach --config=run/config.yaml" in words
     assert "The policy: run/model" in words
     assert words.endswith("stopped")
     assert "Traceback" not in words
@@ -117,6 +117,10 @@ def test_a_trainer_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:
         teach._watch(trainer, tmp_path)
 
 
-def test_the_command_that_goes_on_has_no_more_flags_than_it_needs() -> None:
-    assert teach._command(TeachConfig()) == "deep-rlhf teach"
-    assert teach._command(TeachConfig(output_dir="x", store="y.db")) == "deep-rlhf teach --output_dir=x --store=y.db"
+def test_the_command_that_goes_on_has_no_more_flags_than_it_needs_and_no_password() -> None:
+    assert teach._command(TeachConfig(), Path("outputs/teach")) == "deep-rlhf teach"
+    goes_on = "deep-rlhf teach --config=run/config.yaml"
+    assert teach._command(TeachConfig(output_dir="run", taste="short"), Path("run")) == goes_on
+    assert teach._command(TeachConfig(store="y.db"), Path("run")) == f"{goes_on} --store=y.db"
+    address = "postgresql+psycopg://ann:secret@host/labels"
+    assert teach._command(TeachConfig(store=address), Path("run")) == f"{goes_on} --store=…"

@@ -14,12 +14,17 @@ from postgres import Server, postgres  # noqa: F401
 
 from deep_rlhf.cli.reward import RewardArguments, load_splits
 from deep_rlhf.data.preferences import load_preferences
-from deep_rlhf.feedback.exchange import export_labels, import_labels, preferences_of
+from deep_rlhf.feedback.exchange import export_labels, import_answers, preferences_of, read_answers
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.types import Preference, UserError
 
 TARGETS = ("labels.jsonl", "labels.jsonl.gz", "labels.parquet", "labels")
+
+
+def import_labels(store: Store, source: Any, **options: str) -> int:
+    """As `deep-rlhf store import` does it; returns how many answers are new."""
+    return import_answers(store, read_answers(source, **options)[0])
 
 
 @pytest.fixture
@@ -147,8 +152,8 @@ def test_export_import_export_is_the_same(
     first = tmp_path / "first" / target
     second = tmp_path / "second" / target
     export_labels(store, first, everything=everything)
-    taken = import_labels(other, first)
-    assert (taken.answers, taken.added) == ((9, 9) if everything else (6, 6))
+    answers, _ = read_answers(first)
+    assert (len(answers), import_answers(other, answers)) == ((9, 9) if everything else (6, 6))
     assert other.waiting() == 0
     export_labels(other, second, everything=everything)
     if first.is_dir():
@@ -175,8 +180,8 @@ def test_a_store_moves_to_postgresql_and_back(
     label_everything(store)
     export_labels(store, tmp_path / "a.jsonl", everything=True)
     with Store(postgres.store()) as there:
-        assert import_labels(there, tmp_path / "a.jsonl").added == 9
-        assert import_labels(there, tmp_path / "a.jsonl").added == 0
+        assert import_labels(there, tmp_path / "a.jsonl") == 9
+        assert import_labels(there, tmp_path / "a.jsonl") == 0
         export_labels(there, tmp_path / "b.jsonl", everything=True)
     import_labels(other, tmp_path / "b.jsonl")
     export_labels(other, tmp_path / "c.jsonl", everything=True)
@@ -186,9 +191,9 @@ def test_a_store_moves_to_postgresql_and_back(
 def test_a_repeated_import_adds_nothing(store: Store, other: Store, tmp_path: Path) -> None:
     label_everything(store)
     export_labels(store, tmp_path / "a.jsonl", everything=True)
-    assert import_labels(store, tmp_path / "a.jsonl").added == 0  # not even into the store it comes from
-    assert import_labels(other, tmp_path / "a.jsonl").added == 9
-    assert import_labels(other, tmp_path / "a.jsonl").added == 0
+    assert import_labels(store, tmp_path / "a.jsonl") == 0  # not even into the store it comes from
+    assert import_labels(other, tmp_path / "a.jsonl") == 9
+    assert import_labels(other, tmp_path / "a.jsonl") == 0
     assert len(other.labels()) == 9
     before = other.last_event()
     assert other.undo("anna", token="u") is None  # what came from a file is not the newest thing that anna did
@@ -201,10 +206,10 @@ def test_imported_answers_join_those_of_the_store(store: Store, other: Store, tm
     export_labels(store, tmp_path / "a.jsonl", everything=True)
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     (tmp_path / "some.jsonl").write_text("\n".join(line for line in lines if '"bert"' in line))
-    assert import_labels(other, tmp_path / "some.jsonl").added == 2
+    assert import_labels(other, tmp_path / "some.jsonl") == 2
     repeat = other.labels()[1].comparison
     assert (repeat.why_selected, repeat.repeat_of) == ("repeat", other.labels()[0].comparison_id)
-    assert import_labels(other, tmp_path / "a.jsonl").added == 7
+    assert import_labels(other, tmp_path / "a.jsonl") == 7
     both = [label for label in other.labels() if "Hi?" in label.comparison.prompt]
     assert [label.annotator for label in both] == ["bert", "anna"]
     assert len({label.comparison_id for label in both}) == 1
@@ -228,9 +233,10 @@ def test_any_preferences_are_imported(store: Store, tmp_path: Path) -> None:
         {"prompt": "q", "a": "x", "b": "x", "mu": 1},
     ]
     path = write(tmp_path / "foreign.jsonl", rows)
-    taken = import_labels(store, path, template="plain")
-    assert (taken.answers, taken.added, taken.rows.dropped) == (4, 4, {"chosen equals rejected": 1})
-    assert import_labels(store, path, template="plain").added == 0
+    answers, rows = read_answers(path, template="plain")
+    assert (len(answers), import_answers(store, answers)) == (4, 4)
+    assert rows.dropped == {"chosen equals rejected": 1}
+    assert import_labels(store, path, template="plain") == 0
     found = [(label.annotator, label.choice, label.comparison_id) for label in store.labels()]
     assert found == [("anna", "a", 1), ("bert", "b", 1), ("anna", "tie", 2), ("import", "a", 3)]
 
@@ -290,7 +296,7 @@ def test_a_malformed_row_of_an_export_is_named(
     with pytest.raises(UserError, match=message):
         import_labels(store, path)
     assert store.labels() == []
-    assert import_labels(store, path, on_bad_rows="skip").added == 1
+    assert import_labels(store, path, on_bad_rows="skip") == 1
 
 
 def test_one_row_that_stands_for_several_people_is_refused(store: Store, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -86,8 +87,20 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_two_loops_do_not_run_in_one_folder(tmp_path: Path) -> None:
-    with only_here(tmp_path), pytest.raises(UserError, match="Another loop is running"), only_here(tmp_path):
-        pass
-    with only_here(tmp_path):
-        pass
+def test_two_loops_do_not_run_in_one_folder_or_on_one_store(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    with Store(tmp_path / "labels.db") as store, Store(tmp_path / "other.db") as other:
+        with only_here(here, store):
+            with pytest.raises(UserError, match="Another loop is running"), only_here(here, other):
+                pass
+            store.put("heartbeat", datetime.now(UTC).isoformat(timespec="seconds"))
+            with pytest.raises(UserError, match=r"Another loop, in .*here on .*, works on .*labels\.db"):
+                only_here(there, store).__enter__()
+            store.put("heartbeat", (datetime.now(UTC) - timedelta(minutes=1)).isoformat(timespec="seconds"))
+            with only_here(there, store):  # the other one was killed long ago
+                pass
+        store.put("heartbeat", datetime.now(UTC).isoformat(timespec="seconds"))
+        with only_here(there, store):  # the other one has ended
+            pass

@@ -31,8 +31,9 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(config.threads_each)
     folder = output_folder(config.output_dir)
     address = config.store_address
-    with only_here(folder), Store(address) as store, Progress(store):
-        store.put("stop", None)
+    with Store(address) as store, only_here(folder, store), Progress(store):
+        if not os.environ.get(GUARDED):  # `teach` has released the button, and somebody may have pressed it since
+            store.put("stop", None)
         labeler = open_labeler(config)
         session = Session(
             config,

@@ -58,7 +58,9 @@ def progress_line(status: dict[str, Any], row: dict[str, Any], labels: int) -> s
     """What is known now, in one line."""
     parts = [status["state"], f"{labels} answers"]
     if row:
-        parts += [f"update {row['step']}", f"reward {row['reward']:+.2f}", f"KL {row['kl']:.1f}"]
+        reward, kl = row["reward"], row["kl"]  # None: not finite
+        parts += [f"update {row['step']}", f"reward {'–' if reward is None else f'{reward:+.2f}'}"]
+        parts.append(f"KL {'–' if kl is None else f'{kl:.1f}'}")
         parts += [f"policy {row['policy_version']}", f"reward model {row['reward_version']}"]
     else:
         parts.append(status.get("text", ""))

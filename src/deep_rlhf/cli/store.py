@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deep_rlhf.feedback.exchange import export_labels, import_labels
+from deep_rlhf.feedback.exchange import export_labels, import_answers, read_answers
 from deep_rlhf.feedback.records import Label
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.types import UserError
@@ -44,10 +44,11 @@ def main(argv: list[str] | None = None) -> None:
     given = _parser().parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
     if given.what == "import":
-        with Store(given.store) as store:
-            taken = import_labels(store, given.file, template=given.template, on_bad_rows=given.on_bad_rows)
-        console.print(escape(f"{taken.rows}"))
-        console.print(f"{taken.answers:,} answers, of which {taken.added:,} are new to the store.")
+        answers, rows = read_answers(given.file, template=given.template, on_bad_rows=given.on_bad_rows)
+        with Store(given.store) as store:  # not before the file is read: a mistyped name makes no store
+            added = import_answers(store, answers)
+        console.print(escape(f"{rows}"))
+        console.print(f"{len(answers):,} answers, of which {added:,} are new to the store.")
         return
     with Store(given.store, must_exist=True) as store:
         if given.what == "show":

@@ -24,6 +24,7 @@ from deep_rlhf.types import UserError
 
 HOST = "127.0.0.1"
 LOG = "loop.log"
+SETTINGS = "config.yaml"
 SECONDS_TO_SAVE = 60  # that the trainer gets after Ctrl-C
 
 console = Console(highlight=False, soft_wrap=True)
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
                     _watch(trainer, folder)
             except KeyboardInterrupt:
                 _stop(trainer)
-                console.print(f"\nStopped and saved. To go on: [bold]{_command(config)}[/bold]")
+                console.print(f"\nStopped and saved. To go on: [bold]{_command(config, folder)}[/bold]")
                 policy = f"The policy: {folder / 'model'}   " if (folder / "model").is_dir() else ""
                 console.print(f"{policy}The answers: {str(store).removeprefix('The store ')}", markup=False)
                 raise
@@ -73,7 +74,7 @@ def _start_trainer(config: TeachConfig, folder: Path) -> subprocess.Popen[bytes]
     """`deep-rlhf loop` with the same flags; it ends, saved, when this process does, however that comes about."""
     loop = LoopConfig(**{name: getattr(config, name) for name in LoopConfig.__dataclass_fields__})
     values: dict[str, Any] = {"store": None, "output_dir": str(folder)}
-    settings = folder / "config.yaml"
+    settings = folder / SETTINGS
     save_config(settings, LoopConfig(**{**vars(loop), **values}))
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(
@@ -123,9 +124,9 @@ def _greet(address: str, config: TeachConfig) -> None:
     console.print("Ctrl-C stops and saves; the same command goes on.\n")
 
 
-def _command(config: TeachConfig) -> str:
-    """The shortest command that goes on."""
-    shown = {"output_dir": config.output_dir, "model": config.model, "prompts": config.prompts, "store": config.store}
-    defaults = {"output_dir": TeachConfig.__dataclass_fields__["output_dir"].default}
-    flags = [f"--{name}={value}" for name, value in shown.items() if value not in (None, defaults.get(name))]
+def _command(config: TeachConfig, folder: Path) -> str:
+    """The shortest command that goes on. The address of a database stays unsaid: there may be a password in it."""
+    flags = [] if vars(config) == vars(TeachConfig()) else [f"--config={folder / SETTINGS}"]
+    if config.store:
+        flags.append(f"--store={'…' if '://' in config.store else config.store}")
     return " ".join(["deep-rlhf teach", *flags])

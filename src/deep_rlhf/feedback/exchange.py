@@ -37,15 +37,6 @@ class Exported:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Imported:
-    """What was read: rows, the answers in them, and how many of these the store did not have."""
-
-    rows: RowReport
-    answers: int
-    added: int
-
-
 def preferences_of(labels: Iterable[Label]) -> list[Preference]:
     """What answers say about which text is better, in order.
 
@@ -88,21 +79,26 @@ def export_labels(store: Store, target: str | Path, *, everything: bool = False)
     return Exported(len(answers), len(rows), dict(left_out))
 
 
-def import_labels(store: Store, source: str | Path, *, template: str = "hh", on_bad_rows: str = "error") -> Imported:
-    """Takes answers into the store: of an export, or of any preferences that `reward_modeling.py` reads.
+def read_answers(
+    source: str | Path, *, template: str = "hh", on_bad_rows: str = "error"
+) -> tuple[list[GivenAnswer], RowReport]:
+    """The answers in an export, or in any preferences that `reward_modeling.py` reads, and what became of the rows.
 
     All splits of the source are read. `template` renders prompts of a foreign file; an export has them as they were
-    shown. A row with `votes` is one answer for each vote. What the store has already is not added again, so an import
-    that was interrupted is simply repeated. Raises UserError for a malformed row, unless on_bad_rows="skip".
+    shown. A row with `votes` is one answer for each vote. Raises UserError for a malformed row, unless
+    on_bad_rows="skip".
     """
     name = str(source)
     tally = Tally(on_bad_rows)
     splits = split_names(name)
     rows = [row for split in splits for row in read_rows(name, split=split, tally=tally)]
     answers = _answers(rows, name, template, tally)
-    report = tally.report(name, "+".join(splits), tally.read - sum(tally.dropped.values()))
-    added = sum(store.take_in(answers[i : i + TOGETHER]) for i in range(0, len(answers), TOGETHER))
-    return Imported(report, len(answers), added)
+    return answers, tally.report(name, "+".join(splits), tally.read - sum(tally.dropped.values()))
+
+
+def import_answers(store: Store, answers: Sequence[GivenAnswer]) -> int:
+    """Takes answers into the store; returns how many it did not have: an import that was interrupted is repeated."""
+    return sum(store.take_in(answers[i : i + TOGETHER]) for i in range(0, len(answers), TOGETHER))
 
 
 def _answers(rows: Sequence[Row], name: str, template: str, tally: Tally) -> list[GivenAnswer]:

@@ -84,8 +84,11 @@ class SimulatedLabeler:
 class InBackground:
     """Lets a labeler answer in a thread of its own, `pace` seconds an answer, until `stop`; it never stops the loop."""
 
-    def __init__(self, labeler: Labeler, store: Store, *, pace: float = 0.0) -> None:
-        self._labeler, self._store, self._pace = labeler, store, pace
+    def __init__(
+        self, labeler: Labeler, store: Store, *, pace: float = 0.0, wanted: Callable[[], int | None] = lambda: None
+    ) -> None:
+        """`wanted`: labels that are still wanted by now, None for any number; a file would go on without an end."""
+        self._labeler, self._store, self._pace, self._wanted = labeler, store, pace, wanted
         self._stopped = threading.Event()
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="labeler", daemon=True)
@@ -95,7 +98,7 @@ class InBackground:
         while not self._stopped.is_set():
             start = time.monotonic()
             try:
-                done = self._labeler.answer(self._store, 1)
+                done = 0 if self._wanted() == 0 else self._labeler.answer(self._store, 1)
             except Refused:
                 continue  # somebody else was faster
             except Unavailable:

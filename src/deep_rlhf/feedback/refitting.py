@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 JOB, VERSION, WATCHER, START_ANSWERS = "job.json", "version.json", "watcher", "start_answers.json"
 KEPT = 3  # versions on the disk
+MAY_CHANGE = ("learning_rate", "batch_size", "label_noise")  # settings of a reward model that is there already
 _NAME = re.compile(r"version-(\d+)")
 
 
@@ -113,6 +114,9 @@ class Refits:
             self._fit = RewardFit.load(self.newest.path)
             if (self.newest.path / WATCHER).is_dir():
                 self._watcher = RewardFit.load(self.newest.path / WATCHER)
+            for fit in (self._fit, self._watcher):
+                if fit is not None:
+                    fit.settings = replace(fit.settings, **{name: self.job.settings[name] for name in MAY_CHANGE})
             return
         model, tokenizer = self._policy()
         self._fit = RewardFit(classifier_of(model, settings.members), tokenizer, settings)
@@ -180,6 +184,20 @@ def newest_version(folder: Path) -> Refitted | None:
         except (OSError, ValueError, TypeError) as error:
             logger.warning("The reward model in '%s' is skipped: it cannot be read (%s).", path, error)
     return None
+
+
+def check_settings(folder: Path, job: RefitJob) -> None:
+    """Raises UserError if the reward model of a folder was begun in a way that a job cannot go on with."""
+    newest = newest_version(folder)
+    if newest is None:
+        return
+    begun = RewardFit.load(newest.path).settings
+    for name in ("members", "template"):
+        if (was := getattr(begun, name)) != (now := job.settings[name]):
+            raise UserError(
+                f"The reward model in '{folder}' was begun with {name}={was}, not {now}: leave --{name} as it was, or"
+                " give another --output_dir and --store."
+            )
 
 
 def start_answers(folder: Path) -> list[tuple[str, str]] | None:

@@ -4,18 +4,21 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from deep_rlhf.algorithms.online import OnlineTrainer
 from deep_rlhf.algorithms.online_setup import trainable_tensors
-from deep_rlhf.feedback.store import Store
+from deep_rlhf.feedback.store import Store, StoreError
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
 from deep_rlhf.types import UserError
 
 LOCK = ".lock"
+SILENCE = timedelta(seconds=15)  # after which a loop that does not answer for itself is taken to be gone
 
 
 class Saved:
@@ -64,8 +67,8 @@ def fingerprint(trainer: OnlineTrainer) -> str:
 
 
 @contextmanager
-def only_here(folder: Path) -> Iterator[None]:
-    """While it lasts nobody else can enter for the same folder. Raises UserError if somebody has."""
+def only_here(folder: Path, store: Store) -> Iterator[None]:
+    """While it lasts nobody else can enter for the same folder or store. Raises UserError if somebody has."""
     with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,7 +76,20 @@ def only_here(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"Another loop is running in '{folder}': stop it first, or give another --output_dir."
             ) from error
-        yield
+        here = f"{folder.resolve()} on {socket.gethostname()}"
+        other, beat = store.get("loop"), store.get("heartbeat")
+        if other not in (None, here) and beat is not None and _age(beat) < SILENCE:
+            raise UserError(f"Another loop, in {other}, works on {store!r}: stop it first, or give another --store.")
+        store.put("loop", here)
+        try:
+            yield
+        finally:
+            with suppress(StoreError):  # the database may be away; then others wait until the heartbeat is old
+                store.put("loop", None)
+
+
+def _age(moment: str) -> timedelta:
+    return datetime.now(UTC) - datetime.fromisoformat(moment)
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

@@ -27,21 +27,22 @@ from deep_rlhf.feedback.refit_process import RefitProcess
 from deep_rlhf.feedback.refitting import (
     Refits,
     Refitted,
+    check_settings,
     newest_version,
     preferences_for_training,
-    start_answers,
-    write_start_answers,
 )
 from deep_rlhf.feedback.sampling import LogOdds
-from deep_rlhf.feedback.saving import Saved, fingerprint, replace_folder
+from deep_rlhf.feedback.saving import Saved, fingerprint
 from deep_rlhf.feedback.session_config import SessionConfig
 from deep_rlhf.feedback.session_setup import (
     Schedule,
+    have_start_answers,
     known_reward,
     label_schedule,
     make_trainer,
     open_rewards,
     refit_job,
+    save_models,
     tell,
     version_of,
     weights_of,
@@ -53,7 +54,6 @@ from deep_rlhf.runtime.allocator import kept_memory
 
 logger = logging.getLogger(__name__)
 
-START_ANSWERS = 128  # by which the scale of the reward is set
 JUDGED_PROMPTS = 24  # by whose answers versions are compared
 LOOK_EVERY = 0.2  # seconds between two looks into the store, where there is nothing else to do
 ROUNDS = 20  # of asking again in batched mode, where annotators cannot tell
@@ -106,6 +106,7 @@ class Session:
         self._pace, self._threads, self._store_url = pace, threads, store_url
         self.trainer = make_trainer(config, model, tokenizer, prompts)
         self.job = refit_job(config, model, weights_of(self.trainer.policy))
+        check_settings(self.output_dir / "rewards", self.job)
         self.progress = Progress()
         self._saved = Saved(self.output_dir, store, fingerprint(self.trainer))
         self.halter = Halter(store, self.trainer.sampler.policy.trunk)
@@ -156,18 +157,16 @@ class Session:
         return ending
 
     def _run_async(self) -> None:
-        process = RefitProcess(self.job, self.rewards, self._store_url, threads=self._threads)
-        self.process = process
-        annotators = (
-            None if isinstance(self.labeler, People) else InBackground(self.labeler, self.store, pace=self._pace)
-        )
+        process = self.process = RefitProcess(self.job, self.rewards, self._store_url, threads=self._threads)
+        annotators = None
+        if not isinstance(self.labeler, People):
+            annotators = InBackground(self.labeler, self.store, pace=self._pace, wanted=self._wanted)
         try:
             while self.progress.step < self.config.updates:
                 self.halter.check()
                 try:
                     self._act()
-                    found = process.poll(self.progress.reward_version)
-                    if found is not None:
+                    if (found := process.poll(self.progress.reward_version)) is not None:
                         self._adopt(found)
                     if annotators is not None and annotators.error is not None:
                         raise annotators.error
@@ -202,8 +201,7 @@ class Session:
                 self._wait_for_labels()
             return
         for _ in range(ROUNDS):
-            missing = until - self.store.label_count()
-            if missing <= 0:
+            if (missing := until - self.store.label_count()) <= 0:
                 return
             if self.labeler.brings_questions:
                 if self.labeler.answer(self.store, missing) == 0:
@@ -229,21 +227,14 @@ class Session:
         self.store.withdraw(older_than_policy=self.progress.policy_version)
         if self.config.mode == "async":
             self._top_up()  # people need not wait for what comes now
-        if start_answers(self.rewards) is None:
-            prompts = [self.trainer.prompts[i % len(self.trainer.prompts)] for i in range(START_ANSWERS)]
-            texts = self.trainer.generate(prompts, seed=self.config.seed, reference=True)
-            write_start_answers(self.rewards, list(zip(prompts, texts, strict=True)))
-        newest = newest_version(self.rewards)
-        if newest is not None:
+        have_start_answers(self.rewards, self.trainer)
+        if (newest := newest_version(self.rewards)) is not None:
             self._adopt(newest, again=True)
 
     def _end(self, ending: Ending) -> None:
         self._checkpoint()
         self._tell("stopped", "All updates are done." if ending == "done" else f"The loop was {ending}.")
-        replace_folder(self.output_dir / "model", self.trainer.save)
-        newest = newest_version(self.rewards)
-        if newest is not None:
-            replace_folder(self.output_dir / "reward_model", RewardModel.load(newest.path).save)
+        save_models(self.output_dir, self.rewards, self.trainer)
 
     # ---- its parts
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,12 +11,22 @@ from deep_rlhf.algorithms.online_setup import open_scorer
 from deep_rlhf.algorithms.ppo import PPOTrainer
 from deep_rlhf.algorithms.ppo_config import PPOConfig
 from deep_rlhf.feedback.records import Version
-from deep_rlhf.feedback.refitting import WATCHER, RefitJob, Refitted
+from deep_rlhf.feedback.refitting import (
+    WATCHER,
+    RefitJob,
+    Refitted,
+    newest_version,
+    start_answers,
+    write_start_answers,
+)
+from deep_rlhf.feedback.saving import replace_folder
 from deep_rlhf.feedback.schedule import LabelSchedule
 from deep_rlhf.feedback.session_config import SessionConfig
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.load import load_language_model
 from deep_rlhf.models.reward import RewardModel
+
+START_ANSWERS = 128  # by which the scale of the reward is set
 
 
 class Schedule(Protocol):
@@ -90,6 +101,22 @@ def open_rewards(refitted: Refitted, trainer: PPOTrainer) -> tuple[RewardModel, 
             assert isinstance(scorer, RewardModel)
             found.append(scorer)
     return found[0], found[1] if len(found) > 1 else None
+
+
+def have_start_answers(rewards: Path, trainer: PPOTrainer) -> None:
+    """Makes the answers of the start policy that the reward is scaled on, if they are not there yet."""
+    if start_answers(rewards) is None:
+        prompts = [trainer.prompts[i % len(trainer.prompts)] for i in range(START_ANSWERS)]
+        texts = trainer.generate(prompts, seed=trainer.config.seed, reference=True)
+        write_start_answers(rewards, list(zip(prompts, texts, strict=True)))
+
+
+def save_models(folder: Path, rewards: Path, trainer: PPOTrainer) -> None:
+    """The policy as it is and the newest reward model of `rewards`, in folders that transformers opens."""
+    replace_folder(folder / "model", trainer.save)
+    newest = newest_version(rewards)
+    if newest is not None:
+        replace_folder(folder / "reward_model", RewardModel.load(newest.path).save)
 
 
 def version_of(refitted: Refitted, step: int) -> Version:
