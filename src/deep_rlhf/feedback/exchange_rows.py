@@ -14,17 +14,15 @@ from datetime import UTC, datetime
 from itertools import combinations
 from typing import Any, cast, get_args
 
-from deep_rlhf.data.formats import Format, text_of, to_preference
+from deep_rlhf.data.formats import VOTES, Format, text_of, to_preference
 from deep_rlhf.data.readers import BadRow
 from deep_rlhf.data.sources import Row
 from deep_rlhf.data.templates import Template
-from deep_rlhf.feedback.records import MU, Choice, Comparison, Label, Reason
+from deep_rlhf.feedback.records import CHOICES, MU, Choice, Comparison, Label, Reason
 from deep_rlhf.feedback.store import GivenAnswer
 from deep_rlhf.types import Preference, UserError
 
-CHOICES: dict[float | None, Choice] = {mu: choice for choice, mu in MU.items()}
 MARKS = ("prompt", "a", "b", "mu", "question", "token")  # a file with all these columns is an export
-VOTES: dict[str, Choice] = {"a": "a", "a1": "a", "b": "b", "a2": "b", "equal": "tie", "tie": "tie"}
 NOBODY = "import"  # whose answer it is where the file does not say
 
 
@@ -182,7 +180,8 @@ class ForeignRows:
 
 def _vote(vote: Any, voter: str) -> tuple[str, Choice]:
     """Who voted, and how: `to_preference` has checked it."""
-    return (str(vote[0]), VOTES[vote[1]]) if isinstance(vote, list) else (voter, VOTES[vote])
+    who, said = (str(vote[0]), vote[1]) if isinstance(vote, list) else (voter, vote)
+    return who, CHOICES[VOTES[said]]
 
 
 def _clean(text: str) -> str:

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from deep_rlhf.feedback.labelers import AnnotatorHabits, SimulatedAnnotators, Utility
-from deep_rlhf.feedback.records import Choice, Comparison
+from deep_rlhf.feedback.records import CHOICES, Comparison
 from deep_rlhf.feedback.store import Refused, Store, Unavailable
-
-CHOICES: dict[float | None, Choice] = {1.0: "a", 0.0: "b", 0.5: "tie", None: "cant_tell"}
 
 
 class Labeler(Protocol):

@@ -11,6 +11,7 @@ Choice = Literal["a", "b", "tie", "cant_tell"]
 Reason = Literal["initial", "random", "variance", "information", "gold", "repeat", "win_rate"]
 FOR_LABEL: tuple[Reason, ...] = ("initial", "random", "variance", "information")
 MU: dict[Choice, float | None] = {"a": 1.0, "b": 0.0, "tie": 0.5, "cant_tell": None}  # Christiano et al. 2017, §2.2.2
+CHOICES: dict[float | None, Choice] = {mu: choice for choice, mu in MU.items()}
 MOST_ANSWERS = 9  # of a ranking: one key each
 STRENGTHS = (1, 2, 3, 4)  # slightly, clearly, much, far better
 

@@ -45,7 +45,6 @@ class RefitJob:
     growth: float  # … this share of all, whichever is more
     settings: dict[str, Any]
     watchers: int  # members of the second ensemble, 0 for none
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +71,7 @@ class Refits:
     ) -> None:
         """`policy` gives the language model whose trunk the first reward model starts from; default: `job.policy`."""
         self.job, self.folder, self.store = job, folder, store
-        self._policy = policy or (lambda: _opened(job))
+        self._policy = policy or (lambda: (load_language_model(job.policy), load_tokenizer(job.policy)))
         self.newest = newest_version(folder)
         self._fit: RewardFit | None = None
         self._watcher: RewardFit | None = None
@@ -234,11 +233,3 @@ def _versions(folder: Path) -> list[tuple[int, Path]]:
     """Numbers and folders, the newest first."""
     found = [(int(match[1]), path) for path in folder.glob("version-*") if (match := _NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
-
-
-def _opened(job: RefitJob) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    trusted = job.trust_remote_code
-    return (
-        load_language_model(job.policy, trust_remote_code=trusted),
-        load_tokenizer(job.policy, trust_remote_code=trusted),
-    )

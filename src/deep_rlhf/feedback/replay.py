@@ -16,8 +16,7 @@ from deep_rlhf.data.formats import VOTES
 from deep_rlhf.data.preferences import load_preferences
 from deep_rlhf.data.readers import BadRow, read_table
 from deep_rlhf.data.templates import Template, get_template
-from deep_rlhf.feedback.labelling import CHOICES
-from deep_rlhf.feedback.records import Choice, Comparison, Label
+from deep_rlhf.feedback.records import CHOICES, Choice, Comparison, Label
 from deep_rlhf.feedback.store import GivenAnswer, Store
 from deep_rlhf.types import UserError
 
