@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 from page_client import HH, Client
+from page_keys import TIMEOUT, Visit, enter, wait_ready
 
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web import auth
+from deep_rlhf.web import auth, events
 from deep_rlhf.web.app import WebSettings, create_app
+from deep_rlhf.web.server import Server
 
 CHROMIUM = Path("/usr/bin/chromium")
+FAILED = "Failed to load resource: "  # while the server is away, or refuses an answer
 CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -56,3 +59,47 @@ def browser() -> Iterator[Any]:
         launched = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGUMENTS)
         yield launched
         launched.close()
+
+
+@pytest.fixture
+def server(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(events, "LOOK_EVERY", 0.1)
+    with Server(create_app(store)) as running:
+        yield running
+
+
+@pytest.fixture
+def visit(browser: Any, server: Server) -> Iterator[Visit]:
+    """visit("anna"): her page in a browser of her own. Nothing may go wrong in any tab of it, unless it `may_fail`."""
+    problems: list[str] = []
+    contexts = []
+
+    def visit(
+        name: str,
+        *,
+        password: str | None = None,
+        size: tuple[int, int] = (1280, 800),
+        may_fail: bool = False,
+        **options: Any,
+    ) -> Any:
+        context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **options)
+        contexts.append(context)
+        context.set_default_timeout(TIMEOUT)
+        page = context.new_page()
+
+        def on_console(message: Any) -> None:
+            if message.type in ("error", "warning") and not (may_fail and message.text.startswith(FAILED)):
+                problems.append(message.text)
+
+        context.on("console", on_console)
+        context.on("weberror", lambda error: problems.append(str(error.error)))
+        page.goto(server.url)
+        enter(page, name, password)
+        if options.get("java_script_enabled", True):
+            wait_ready(page)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert problems == []

@@ -27,9 +27,10 @@ class Client(TestClient):
         return found[1]
 
     def submit(self, path: str, *, as_json: bool = True, **fields: Any) -> Any:
-        """Posts a form with the token of this browser."""
+        """Posts a form with the token of this browser and the store that it shows."""
         accept = "application/json" if as_json else "text/html"
-        return self.post(path, data={"csrf": self.csrf("/model"), **fields}, headers={"accept": accept})
+        hidden = {"csrf": self.csrf("/model"), "store_id": self.app.state.store_id}  # type: ignore[attr-defined]
+        return self.post(path, data=hidden | fields, headers={"accept": accept})
 
     def enter(self, name: str = "me") -> "Client":
         """Begins under a name, where nobody logs in."""

@@ -130,6 +130,41 @@ def test_a_database_that_is_away_is_said_in_a_sentence(
             assert "secret" not in reply.text
 
 
+@pytest.mark.parametrize("path", ["/answer", "/skip", "/undo"])
+def test_a_form_of_another_store_is_refused_in_a_sentence(client: Client, store: Store, add: Add, path: str) -> None:
+    add(1)
+    client.enter().get("/")
+    sentence = "This page belongs to another store than the one that is served now."
+    for as_json in (True, False):
+        refused = client.submit(path, as_json=as_json, question=1, token="t", choice="tie", store_id="other")
+        assert refused.status_code == 409
+        assert sentence in refused.text
+    assert store.last_event() == 0
+    assert client.get("/questions?store_id=other", headers={"accept": "application/json"}).json() == {"error": sentence}
+    missing = client.post(path, data={"csrf": client.csrf("/model"), "question": 1, "token": "t", "choice": "tie"})
+    assert missing.status_code == 422
+
+
+def test_every_server_of_a_store_calls_it_by_the_same_name(client: Client, store: Store, tmp_path: Path) -> None:
+    name = client.app.state.store_id  # type: ignore[attr-defined]
+    assert create_app(store).state.store_id == name
+    with Store(tmp_path / "other.db") as other:
+        assert create_app(other).state.store_id != name
+
+
+def test_a_page_that_was_opened_before_somebody_else_logged_in_gets_no_questions(client: Client, add: Add) -> None:
+    add(2)
+    before = client.enter("anna").csrf("/")
+    client.submit("/logout", as_json=False)
+    client.enter("bert")
+    headers = {"accept": "application/json", "x-csrf-token": before}
+    refused = client.get("/questions", headers=headers)
+    assert refused.status_code == 409
+    assert refused.json() == {"error": "Somebody logged in after this page was opened."}
+    assert refused.headers["x-page"] == "outdated"
+    assert client.get("/questions", headers=headers | {"x-csrf-token": client.csrf("/")}).status_code == 200
+
+
 def test_a_port_that_is_taken_is_a_users_mistake(store: Store) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -12,7 +12,7 @@ from starlette.staticfiles import StaticFiles
 
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.account_routes import account_routes
-from deep_rlhf.web.auth import Accounts
+from deep_rlhf.web.auth import Accounts, new_token
 from deep_rlhf.web.events import Hub, event_routes
 from deep_rlhf.web.gate import Gate
 from deep_rlhf.web.label_routes import label_routes
@@ -23,6 +23,7 @@ from deep_rlhf.web.settings import WebSettings
 
 __all__ = ["WebSettings", "create_app"]
 
+STORE_ID = "store_id"
 STATIC = Path(str(files("deep_rlhf.web") / "static"))
 
 
@@ -40,6 +41,7 @@ def create_app(store: Store, settings: WebSettings | None = None) -> FastAPI:
 
     app = FastAPI(title="Deep RLHF", openapi_url=None, lifespan=lifespan)
     app.state.hub = hub
+    app.state.store_id = id_of(store)
     for router in (account_routes(accounts, gate), label_routes(store), model_routes(store), event_routes(hub)):
         app.include_router(router, dependencies=[Depends(gate)])
 
@@ -52,3 +54,10 @@ def create_app(store: Store, settings: WebSettings | None = None) -> FastAPI:
     add_refusals(app)
     app.add_middleware(Guard, settings=settings)
     return app
+
+
+def id_of(store: Store) -> str:
+    """What tells this store from every other one, whose questions have the same numbers; made once."""
+    if store.get(STORE_ID) is None:
+        store.put(STORE_ID, new_token())
+    return str(store.get(STORE_ID))  # read again: another server may have put its own meanwhile

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, Query
+from fastapi import APIRouter, Depends, Form, Query
 from markupsafe import Markup
 from starlette.datastructures import FormData
 from starlette.requests import Request
@@ -16,16 +16,19 @@ from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.auth import Person, Problem, new_token
 from deep_rlhf.web.gate import Known
 from deep_rlhf.web.pages import fragment, page, see, wants_json
+from deep_rlhf.web.security import is_csrf_token
 from deep_rlhf.web.text import render
 
 AHEAD = 2  # questions that a person holds: the one on the screen, and the next
 MOST_HELD = 12
 LONGEST_ANSWER = 3600.0  # seconds; whoever takes longer was away
 LETTERS = "AB"
+OUTDATED = {"X-Page": "outdated"}  # tells the script that only a new page helps
 STRENGTH_WORDS = {1: "slightly", 2: "clearly", 3: "much", 4: "far"}
 
 Number = Annotated[int, Form(ge=1, le=2**62)]
 Token = Annotated[str, Form(min_length=1, max_length=200)]
+StoreId = Annotated[str, Form(max_length=100)]
 Have = Annotated[str, Form(max_length=400)]  # ids of the questions that the browser has already
 Want = Annotated[int, Form(ge=0, le=MOST_HELD)]  # how many it shall hold then
 
@@ -42,6 +45,17 @@ class ShownAnswer:
     def choice(self) -> Choice:
         """What it means in a pair to like this one better."""
         return "a" if self.index == 0 else "b"
+
+
+async def same_store(request: Request, store_id: StoreId) -> None:
+    """Raises Problem for a form of a page on another store: the same numbers are other questions there."""
+    check_store(request, store_id)
+
+
+def check_store(request: Request, store_id: str) -> None:
+    """Raises Problem where this is not the store that is served."""
+    if store_id != request.app.state.store_id:
+        raise Problem(409, "This page belongs to another store than the one that is served now.", OUTDATED)
 
 
 def label_routes(store: Store) -> APIRouter:
@@ -73,14 +87,29 @@ def label_routes(store: Store) -> APIRouter:
         person: Known,
         have: Annotated[str, Query(max_length=400)] = "",
         want: Annotated[int, Query(ge=1, le=MOST_HELD)] = AHEAD,
+        store_id: Annotated[str | None, Query(max_length=100)] = None,
     ) -> Response:
+        if store_id is not None:
+            check_store(request, store_id)
+        # Each login has a token of its own: a page that was opened before shows another person's name.
+        token = request.headers.get("x-csrf-token")
+        if token is not None and not is_csrf_token(token, request.state.visitor.session):
+            raise Problem(409, "Somebody logged in after this page was opened.", OUTDATED)
         return JSONResponse(_more(request, store, person, _numbers(have), want))
 
     @router.get("/progress")
     def progress(request: Request, person: Known) -> Response:
         return HTMLResponse(fragment(request, "progress.html", progress=progress_of(store, person.name)))
 
-    @router.post("/answer")
+    _add_answers(router, store)
+    return router
+
+
+def _add_answers(router: APIRouter, store: Store) -> None:
+    """The routes by which a person says something."""
+    of_this_store = [Depends(same_store)]
+
+    @router.post("/answer", dependencies=of_this_store)
     def answer(
         request: Request,
         person: Known,
@@ -105,14 +134,14 @@ def label_routes(store: Store) -> APIRouter:
         )
         return done(request, person, have, want, {"event": event})
 
-    @router.post("/skip")
+    @router.post("/skip", dependencies=of_this_store)
     def skip(
         request: Request, person: Known, question: Number, token: Token, have: Have = "", want: Want = AHEAD
     ) -> Response:
         event = store.skip(question, person.name, token=token)
         return done(request, person, have, want, {"event": event})
 
-    @router.post("/undo")
+    @router.post("/undo", dependencies=of_this_store)
     def undo(request: Request, person: Known, token: Token, have: Have = "", want: Want = AHEAD) -> Response:
         number = store.undo(person.name, token=token)
         return done(request, person, have, want, {"undone": number})
@@ -124,8 +153,6 @@ def label_routes(store: Store) -> APIRouter:
         if len(known) >= want:
             return JSONResponse(said | {"held": None, "questions": []})
         return JSONResponse(said | _more(request, store, person, known, want))
-
-    return router
 
 
 def ranks_of(form: FormData) -> list[int]:
@@ -143,13 +170,14 @@ def ranks_of(form: FormData) -> list[int]:
 
 def progress_of(store: Store, name: str) -> dict[str, Any]:
     """How a person is getting on."""
-    figures = next((one for one in store.annotators() if one.name == name), None)
+    annotators = store.annotators()
+    figures = next((one for one in annotators if one.name == name), None)
     return {
         "answered": store.answered(name),
         "waiting": store.waiting(),
         "pace": store.pace(name),
         "figures": figures,
-        "alone": len(store.annotators()) < 2,
+        "alone": len(annotators) < 2,
     }
 
 

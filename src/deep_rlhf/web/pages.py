@@ -66,10 +66,14 @@ _TEMPLATES = _environment()
 
 
 def fragment(request: Request, template: str, /, **values: Any) -> str:
-    """A part of a page as HTML; its forms carry the token of this browser."""
+    """A part of a page as HTML; its forms carry the token of this browser, and the store that they are about."""
     visitor: Visitor = request.state.visitor
     return _TEMPLATES.get_template(template).render(
-        csrf=csrf_token(visitor.session), person=visitor.person, accounts=visitor.has_account, **values
+        csrf=csrf_token(visitor.session),
+        store_id=request.app.state.store_id,
+        person=visitor.person,
+        accounts=visitor.has_account,
+        **values,
     )
 
 

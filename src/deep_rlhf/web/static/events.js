@@ -24,18 +24,30 @@
     return tell(kind, detail);
   }
 
+  let source = null;
+
+  // Only while the page is seen: a browser opens six connections to one host, for all tabs together.
   function connect() {
-    const source = new EventSource("/events");
+    if (source || document.hidden) return;
+    const opened = (source = new EventSource("/events"));
     for (const kind of Object.keys(EVERY)) {
-      source.addEventListener(kind, (event) => tellLater(kind, JSON.parse(event.data)));
+      opened.addEventListener(kind, (event) => tellLater(kind, JSON.parse(event.data)));
     }
-    source.addEventListener("open", () => tell("connected"));
-    source.addEventListener("error", () => {
+    opened.addEventListener("open", () => tell("connected"));
+    opened.addEventListener("error", () => {
       // A lost connection is taken up again by the browser; a refused one is not.
-      if (source.readyState === EventSource.CLOSED) setTimeout(connect, 3000);
+      if (opened.readyState !== EventSource.CLOSED || source !== opened) return;
+      source = null;
+      setTimeout(connect, 3000);
     });
-    addEventListener("pagehide", () => source.close(), { once: true });
+  }
+
+  function disconnect() {
+    source?.close();
+    source = null;
   }
 
   addEventListener("pageshow", connect);
+  addEventListener("pagehide", disconnect);
+  document.addEventListener("visibilitychange", () => (document.hidden ? disconnect() : connect()));
 })();

@@ -1,9 +1,8 @@
 "use strict";
 // The ranks of three and more answers, given by keys or by radio buttons; `place` holds the question.
 class Ranking {
-  constructor(place, say) {
+  constructor(place) {
     this.place = place;
-    this.say = say;
     this.clear();
     place.addEventListener("change", () => this.fieldsets.length && this.read());
   }
@@ -37,12 +36,14 @@ class Ranking {
   }
 
   rank(number) {
-    if (number > this.fieldsets.length || this.rankOf(number)) return;
+    if (number > this.fieldsets.length || this.rankOf(number)) return undefined;
     const last = this.given.length ? this.rankOf(this.given.at(-1)) : 0;
-    this.setRank(number, this.ties && last ? last : last + 1);
+    const rank = this.ties && last ? last : last + 1;
+    if (rank > this.fieldsets.length) return this.warnOfLast(); // the mouse gave the last rank already
+    this.setRank(number, rank);
     this.given.push(number);
     this.ties = false;
-    this.tell();
+    return this.tell();
   }
 
   tie() {
@@ -63,18 +64,26 @@ class Ranking {
     });
     const order = words.length ? `Best first: ${words.join("")}${this.ties ? " =" : ""}` : "1 is the best.";
     this.place.querySelector("[data-advice]").textContent = order;
-    this.say(order.replaceAll("=", "as good as").replaceAll(">", "then"));
+    say(order.replaceAll("=", "as good as").replaceAll(">", "then"));
   }
 
-  // The fields of an answer, the only answer that is left being the last; null if more are left.
-  fields(warn) {
+  warnOfLast() {
+    warn(`There is no rank after ${this.fieldsets.length}: take one back, or press the rank that you mean.`);
+  }
+
+  // The fields of an answer, the only answer that is left being the last; null if it is not clear which rank is meant.
+  fields() {
     const left = this.numbers.filter((number) => !this.rankOf(number));
     if (left.length > 1) {
       warn(`${left.length} answers have no rank yet.`);
       return null;
     }
     const lowest = Math.max(...this.numbers.map((number) => this.rankOf(number)));
-    for (const number of left) this.setRank(number, Math.min(lowest + 1, this.fieldsets.length));
+    if (left.length && lowest === this.fieldsets.length) {
+      warn(`Answer ${left[0]} has no rank yet.`);
+      return null;
+    }
+    for (const number of left) this.setRank(number, lowest + 1);
     const chosen = this.fieldsets.map((fieldset) => fieldset.querySelector("input:checked"));
     return Object.fromEntries(chosen.map((radio) => [radio.name, radio.value]));
   }

@@ -1,9 +1,11 @@
 "use strict";
 // What a person has said and the server has not acknowledged. It outlives a reload, in the browser's own storage,
-// under the person's name, so that nobody else who uses this browser sends it as his.
+// under the store and the person's name: nobody else who uses this browser sends it as his, and it never answers a
+// question of the same number in another store.
 class Unsent {
-  constructor(person) {
-    this.prefix = `deep-rlhf unsent ${person} `;
+  constructor(storeId, person) {
+    // Neither holds a blank, so that no prefix is the beginning of another one.
+    this.prefix = `deep-rlhf unsent ${storeId} ${encodeURIComponent(person)} `;
     this.memory = new Map(); // where the browser stores nothing
     this.count = 0;
   }
@@ -42,9 +44,4 @@ class Unsent {
       // nothing is stored here
     }
   }
-}
-
-// crypto.randomUUID is missing where a page is not encrypted.
-function randomToken() {
-  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }

@@ -1,0 +1,107 @@
+"use strict";
+// The question on the screen, and the next ones, held ready.
+class Questions {
+  // `unsent()` is how many answers the server does not have yet.
+  constructor(place, unsent) {
+    this.place = place;
+    this.unsent = unsent;
+    this.ranking = new Ranking(place);
+    this.current = null; // { id, html, seconds, since } of what is on the screen
+    this.ahead = []; // { id, html } of what comes next
+    this.done = new Set(); // ids that were answered or skipped here
+  }
+
+  // What the server has put on the page; `done` are those that are answered though it does not know it yet.
+  begin(done) {
+    this.done = new Set(done);
+    const rendered = [...document.querySelectorAll("template[data-ahead]")].map((template) => template.innerHTML);
+    if (one(".question", this.place)) rendered.unshift(this.place.innerHTML);
+    for (const html of rendered) {
+      const id = Number(/data-question="(\d+)"/.exec(html)[1]);
+      if (!this.done.has(id)) this.ahead.push({ id, html });
+    }
+    if (this.ahead.length && this.ahead[0].html === rendered[0]) {
+      this.current = { ...this.ahead.shift(), seconds: 0, since: performance.now() }; // it is on the screen already
+    } else if (rendered.length) this.next();
+  }
+
+  get ids() {
+    return [this.current?.id, ...this.ahead.map((question) => question.id)].filter(Boolean);
+  }
+
+  // Seconds for which the question was looked at.
+  get seconds() {
+    const { seconds, since } = this.current;
+    return (seconds + (document.hidden ? 0 : performance.now() - since)) / 1000;
+  }
+
+  // The page was hidden, or is seen again.
+  turn() {
+    if (!this.current) return;
+    if (document.hidden) this.current.seconds += performance.now() - this.current.since;
+    else {
+      this.current.since = performance.now();
+      this.refill();
+    }
+  }
+
+  show(question, empty = "[data-waiting-page]") {
+    this.current = question ? { ...question, seconds: 0, since: performance.now() } : null;
+    this.ranking.clear();
+    const page = document.createElement("template");
+    page.innerHTML = question ? question.html : one(empty).innerHTML;
+    this.place.replaceChildren(page.content);
+    this.place.removeAttribute("aria-busy");
+    one("h1", this.place).focus({ preventScroll: true });
+    scrollTo(0, 0);
+  }
+
+  // Shows a question before the one on the screen.
+  putBefore(question) {
+    if (this.current) this.ahead.unshift({ id: this.current.id, html: this.current.html });
+    this.show(question);
+  }
+
+  next() {
+    this.show(this.ahead.shift(), "[data-loading-page]");
+  }
+
+  take(data) {
+    const known = new Set(this.ids);
+    for (const question of data.questions) {
+      if (!known.has(question.id) && !this.done.has(question.id)) this.ahead.push(question);
+    }
+    if (!this.current && this.ahead.length) this.next();
+    else if (!this.current && !this.unsent() && !one(".waiting", this.place)) this.show(null);
+  }
+
+  // Asks what this browser holds, which also keeps it; what was lent to somebody else meanwhile goes.
+  async refill() {
+    const have = this.ids;
+    const want = Math.min(Math.max(AHEAD, have.length) + this.unsent(), MOST_HELD);
+    const { storeId, csrf } = this.place.dataset;
+    try {
+      const asked = new URLSearchParams({ have: have.join(","), want, store_id: storeId });
+      const response = await fetch(`/questions?${asked}`, {
+        headers: { Accept: "application/json", "X-CSRF-Token": csrf },
+        redirect: "error",
+        signal: AbortSignal.timeout(GIVE_UP_AFTER),
+      });
+      if (response.status === 401) location.assign("/login");
+      if (response.headers.get("X-Page") === "outdated") location.reload(); // of another person, or another store
+      if (response.ok) this.keep(await response.json(), have);
+    } catch {
+      // the next event or renewal asks again
+    }
+  }
+
+  keep(data, asked) {
+    this.ahead = this.ahead.filter((question) => data.held.includes(question.id));
+    const id = this.current?.id;
+    if (asked.includes(id) && !this.done.has(id) && !data.held.includes(id)) {
+      warn("You looked at that question for so long that somebody else has it now.");
+      this.next();
+    }
+    this.take(data);
+  }
+}

@@ -1,0 +1,256 @@
+"""What may go wrong while people label in a real browser: nothing is lost, nothing counts twice or for another."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page_keys import Add, Visit, another_tab, enter, number_on, press, wait_ready, wait_saved, wait_text
+
+from deep_rlhf.feedback.records import Comparison
+from deep_rlhf.feedback.store import Store
+from deep_rlhf.web.app import create_app
+from deep_rlhf.web.auth import SESSION_COOKIE, add_account, hash_of
+from deep_rlhf.web.server import Server
+
+PASSWORD = "correct horse battery"
+LOOK_AGAIN = "document.dispatchEvent(new Event('visibilitychange'))"
+
+
+def test_answers_wait_while_the_server_is_away_and_are_saved_once(
+    visit: Visit, store: Store, add: Add, server: Server
+) -> None:
+    add(4)
+    page = visit("anna", may_fail=True)
+    press(page, "ArrowUp")
+    wait_saved(page)
+    server.stop()
+    press(page, "ArrowUp")
+    wait_text(page, "[data-unsaved]", "1 answer is not saved yet")
+    page.keyboard.press("ArrowUp")
+    wait_text(page, "[data-unsaved]", "2 answers are not saved yet")
+    assert store.answered("anna") == 1
+    page.get_by_role("button", name="Change name").click()
+    wait_text(page, "[data-message]", "2 answers are not saved yet: wait before you leave.")
+    with Server(create_app(store), port=server.port):
+        wait_saved(page)
+        assert not page.locator("[data-unsaved]").is_visible()
+        page.locator('#question [data-question="4"]').wait_for()
+        page.close()
+    assert [label.comparison_id for label in store.labels()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("arrives", [False, True])
+def test_an_answer_that_was_lost_on_its_way_or_back_outlives_a_reload_and_counts_once(
+    visit: Visit, store: Store, add: Add, arrives: bool
+) -> None:
+    add(3)
+    page = visit("anna", may_fail=True)
+
+    def lose(route: Any) -> None:
+        if arrives:
+            route.fetch()  # the server takes it, but the browser never hears of it
+        route.abort("connectionreset")
+
+    page.route("**/answer", lose)
+    page.keyboard.press("ArrowUp")
+    wait_text(page, "[data-unsaved]", "1 answer is not saved yet")
+    assert store.answered("anna") == arrives
+    page.unroute_all(behavior="ignoreErrors")
+    page.reload()
+    wait_saved(page)
+    assert number_on(page) == 2
+    assert not page.locator("[data-message]").is_visible()
+    assert [label.comparison_id for label in store.labels()] == [1]
+    assert store.last_event() == 1
+
+
+def test_an_answer_that_comes_too_late_says_so(visit: Visit, store: Store, add: Add) -> None:
+    add(2)
+    page = visit("anna", may_fail=True)
+    store.release("anna")
+    question = store.ask("bert")[0]
+    store.answer(question.id, "bert", token="t", choice="tie")
+    assert question.id == number_on(page)
+    press(page, "ArrowUp")
+    wait_text(page, "[data-message]", "Somebody else has question 1 by now")
+    assert [label.annotator for label in store.labels()] == ["bert"]
+
+
+def test_a_refused_question_can_be_put_to_the_same_person_again(visit: Visit, store: Store, add: Add) -> None:
+    add(2)
+    page = visit("anna", may_fail=True)
+    store.release("anna")
+    store.ask("bert")
+    press(page, "ArrowUp")
+    wait_text(page, "[data-message]", "Somebody else has question 1 by now")
+    store.release("bert")
+    assert number_on(page) == 2
+    press(page, "ArrowUp")
+    assert number_on(page) == 1
+    press(page, "ArrowUp")
+    wait_saved(page)
+    assert [label.annotator for label in store.labels()] == ["anna", "anna"]
+
+
+def test_a_question_that_was_lent_to_somebody_else_meanwhile_goes(visit: Visit, store: Store, add: Add) -> None:
+    add(3)
+    page = visit("anna")
+    store.release("anna")
+    store.ask("bert")
+    page.evaluate(LOOK_AGAIN)
+    wait_text(page, "[data-message]", "somebody else has it now")
+    assert number_on(page) == 2
+    press(page, "ArrowUp")
+    wait_saved(page)
+    assert [label.comparison_id for label in store.labels()] == [2]
+
+
+def test_an_answer_never_gets_into_another_store(
+    visit: Visit, store: Store, add: Add, server: Server, tmp_path: Path
+) -> None:
+    """It waits for its own one, which may be served again."""
+    add(3)
+    page = visit("anna", may_fail=True)
+    press(page, "ArrowUp")
+    wait_saved(page)
+    server.stop()
+    press(page, "ArrowLeft")
+    wait_text(page, "[data-unsaved]", "1 answer is not saved yet")
+    with Store(tmp_path / "other.db", seed=1) as other:
+        other.add([Comparison(prompt=f"Other {i}", answers=("x", "y")) for i in range(3)])
+        with Server(create_app(other), port=server.port):
+            wait_text(page, "[data-message]", "This page belongs to another store than the one that is served now.")
+            page.get_by_role("link", name="Load it again.").click()
+            page.get_by_text("Other 0").wait_for()
+            wait_ready(page)
+            press(page, "ArrowDown")
+            wait_saved(page)
+            stale = another_tab(page)
+            assert number_on(stale) == 2
+        assert [(label.comparison_id, label.choice) for label in other.labels()] == [(1, "cant_tell")]
+    with Server(create_app(store), port=server.port):
+        stale.evaluate(LOOK_AGAIN)  # finds out by itself
+        stale.get_by_text("Question 2?").wait_for()
+        wait_saved(stale)
+        stale.close()
+        page.close()
+    assert [label.comparison_id for label in store.labels()] == [1, 2]
+
+
+def test_a_name_that_begins_like_another_one_does_not_send_his_answers(visit: Visit, store: Store, add: Add) -> None:
+    add(4)
+    page = visit("anna b", may_fail=True)
+    address = page.url
+    page.route("**/answer", lambda route: route.abort("connectionreset"))
+    page.keyboard.press("ArrowUp")
+    wait_text(page, "[data-unsaved]", "1 answer is not saved yet")
+    page.unroute_all(behavior="ignoreErrors")
+    for name, answered in (("anna", 0), ("anna b", 1)):
+        page.goto("about:blank")
+        page.context.clear_cookies()
+        page.goto(address)
+        enter(page, name)
+        wait_ready(page)
+        wait_saved(page)
+        assert store.answered("anna b") == answered
+    assert [(label.comparison_id, label.annotator) for label in store.labels()] == [(1, "anna b")]
+
+
+def test_two_tabs_of_one_person(visit: Visit, store: Store, add: Add) -> None:
+    add(4)
+    first = visit("anna", may_fail=True)
+    second = another_tab(first)
+    assert number_on(first) == number_on(second) == 1
+    press(first, "ArrowUp")
+    wait_saved(first)
+    press(second, "ArrowDown")
+    wait_text(second, "[data-message]", "anna has answered question 1 already.")
+    press(second, "ArrowDown")
+    wait_saved(second)
+    assert [(label.comparison_id, label.choice) for label in store.labels()] == [(1, "tie"), (2, "cant_tell")]
+
+
+def test_an_undo_that_another_tab_sends_is_over_for_both(visit: Visit, store: Store, add: Add) -> None:
+    add(4)
+    first = visit("anna", may_fail=True)
+    press(first, "ArrowUp")
+    wait_saved(first)
+    first.context.route("**/undo", lambda route: route.abort("connectionreset"))
+    first.keyboard.press("u")
+    wait_text(first, "[data-unsaved]", "1 answer is not saved yet")
+    second = another_tab(first)
+    wait_text(second, "[data-unsaved]", "1 answer is not saved yet")
+    second.route("**/undo", lambda route: route.abort("connectionreset"))
+    first.context.unroute_all(behavior="ignoreErrors")
+    wait_saved(first)
+    wait_saved(second)
+    assert store.answered("anna") == 0
+    press(second, "ArrowDown")
+    wait_saved(second)
+    assert store.answered("anna") == 1
+
+
+def test_a_page_of_one_person_never_shows_the_questions_of_the_next(visit: Visit, store: Store, add: Add) -> None:
+    add(4)
+    page = visit("anna", may_fail=True)
+    tab = another_tab(page)
+    tab.get_by_role("button", name="Change name").click()
+    enter(tab, "bert")
+    wait_ready(tab)
+    page.evaluate(LOOK_AGAIN)
+    wait_text(page, ".who .name", "bert")
+    press(page, "ArrowUp")
+    wait_saved(page)
+    assert [label.annotator for label in store.labels()] == ["bert"]
+
+
+def test_an_answer_waits_for_the_next_login(visit: Visit, store: Store, add: Add) -> None:
+    add_account(store, "anna", "annotator", PASSWORD)
+    add(3)
+    page = visit("anna", password=PASSWORD, may_fail=True)
+    press(page, "ArrowUp")
+    wait_saved(page)
+    (session,) = (cookie["value"] for cookie in page.context.cookies() if cookie["name"] == SESSION_COOKIE)
+    store.remove_login(hash_of(session))
+    press(page, "ArrowUp")
+    wait_text(page, "[data-message]", "1 answer is not saved yet. Log in to save it.")
+    page.get_by_role("link", name="Log in to save it.").click()
+    enter(page, "anna", PASSWORD)
+    wait_ready(page)
+    wait_saved(page)
+    assert number_on(page) == 3
+    assert [label.comparison_id for label in store.labels()] == [1, 2]
+
+
+def test_whoever_answers_and_leaves_at_once_has_answered(visit: Visit, add: Add) -> None:
+    """The browser goes on sending after the page is gone, if it is asked to."""
+    add(2)
+    page = visit("anna")
+    page.evaluate("""() => {
+      window.kept = [];
+      const send = fetch;
+      window.fetch = (path, options) => (kept.push([path, options.keepalive]), send(path, options));
+    }""")
+    press(page, "ArrowUp")
+    wait_saved(page)
+    assert ["/answer", True] in page.evaluate("kept")
+
+
+def test_more_tabs_can_be_open_than_a_browser_has_connections(visit: Visit, store: Store, add: Add) -> None:
+    """Chromium opens six to one host; a tab that nobody sees keeps none."""
+    hide = """(hidden) => {
+      Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+      document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    page = visit("anna")
+    tabs = [page]
+    for _ in range(6):
+        tabs[-1].evaluate(hide, True)
+        tabs.append(another_tab(page))
+    wait_text(page, "#question h1", "No question just now")
+    for tab in tabs[1:]:
+        tab.evaluate(hide, True)
+    add(1)
+    assert page.locator("#question .question").count() == 0
+    page.evaluate(hide, False)
+    page.locator("#question .question").wait_for()
