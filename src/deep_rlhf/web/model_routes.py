@@ -1,7 +1,7 @@
 """The second tab: how the model changes, and the red button."""
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Query
 from starlette.requests import Request
@@ -9,7 +9,7 @@ from starlette.responses import HTMLResponse, Response
 
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web import model_view
-from deep_rlhf.web.auth import Person
+from deep_rlhf.web.auth import Person, Visitor
 from deep_rlhf.web.gate import Admin, Known
 from deep_rlhf.web.pages import fragment, page, see
 
@@ -27,16 +27,20 @@ def model_routes(store: Store) -> APIRouter:
         if person is None:
             return see(request, "/login")
         versions = model_view.compared(store, _number(first), _number(second))
-        live = model_view.now(store, metrics) | model_view.history(store)
+        live = model_view.now(store) | model_view.figures(store, metrics) | _history(request, store)
         return page(request, "model.html", tab="model", live=live, versions=versions)
 
     @router.get("/model/now")
     def now(request: Request, person: Known) -> Response:
-        return HTMLResponse(fragment(request, "now.html", live=model_view.now(store, metrics)))
+        return HTMLResponse(fragment(request, "now.html", live=model_view.now(store)))
+
+    @router.get("/model/figures")
+    def figures(request: Request, person: Known) -> Response:
+        return HTMLResponse(fragment(request, "figures.html", live=model_view.figures(store, metrics)))
 
     @router.get("/model/history")
     def history(request: Request, person: Known) -> Response:
-        return HTMLResponse(fragment(request, "history.html", live=model_view.history(store)))
+        return HTMLResponse(fragment(request, "history.html", live=_history(request, store)))
 
     @router.get("/model/versions")
     def versions(request: Request, person: Known, first: Version = "", second: Version = "") -> Response:
@@ -50,6 +54,12 @@ def model_routes(store: Store) -> APIRouter:
         return see(request, "/model")
 
     return router
+
+
+def _history(request: Request, store: Store) -> dict[str, Any]:
+    visitor: Visitor = request.state.visitor
+    admin = visitor.person is not None and visitor.person.role == "admin"
+    return model_view.history(store, admin=admin, accounts=visitor.has_account)
 
 
 def _number(version: str) -> int | None:

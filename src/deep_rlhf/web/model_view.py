@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from markupsafe import Markup
@@ -13,6 +14,7 @@ from deep_rlhf.web.charts import Chart, Line, chart, interval
 from deep_rlhf.web.text import short
 
 SHOWN_ALARMS, SHOWN_REWARDS, SHOWN_LABELS = 10, 12, 12
+LONGEST_SILENCE = timedelta(minutes=1)  # a trainer gives a sign of life every few seconds
 ENOUGH = 10  # answers of each arm, before the page says which taught more
 DRAWN = ("step", "reward", "gold", "held_out_reward", "sqrt_kl")  # figures of an update
 ICONS = {"warn": "⚠", "stop": "■", "roll_back": "↶"}
@@ -111,15 +113,35 @@ def win_rate_bar(win_rate: dict[str, Any] | None) -> Markup | None:
     return interval(*known) if len(known) == 3 else None
 
 
-def now(store: Store, metrics: Metrics) -> dict[str, Any]:
-    """How the loop stands: its state, alarms, headline figures and curves."""
-    rewards = store.versions("reward")
-    win_rate = store.get("win_rate")
+def now(store: Store) -> dict[str, Any]:
+    """How the loop stands: its state and alarms."""
+    status = store.get("status") or {}
     return {
-        "status": store.get("status") or {},
+        "status": status,
+        "runs": status.get("state") not in (None, "stopped"),
+        "silent_since": silent_since(status, store.get("heartbeat"), datetime.now(UTC)),
         "stop": store.get("stop"),
         "alarms": store.alarms()[-SHOWN_ALARMS:][::-1],
         "icons": ICONS,
+    }
+
+
+def silent_since(status: dict[str, Any], heartbeat: Any, now: datetime) -> datetime | None:
+    """When a trainer that should be running gave its last sign of life, if that was too long ago."""
+    if status.get("state") in (None, "stopped", "pretraining"):  # while it pretrains, nothing beats yet
+        return None
+    moments = [_moment(heartbeat), _moment(status.get("at"))]
+    if moments[0] is None:
+        return None
+    last = max(moment for moment in moments if moment is not None)
+    return last if now - last > LONGEST_SILENCE else None
+
+
+def figures(store: Store, metrics: Metrics) -> dict[str, Any]:
+    """The headline figures and curves."""
+    rewards = store.versions("reward")
+    win_rate = store.get("win_rate")
+    return {
         "labels": store.label_count(),
         "waiting": store.waiting(),
         "win_rate": win_rate,
@@ -131,11 +153,20 @@ def now(store: Store, metrics: Metrics) -> dict[str, Any]:
     }
 
 
-def history(store: Store) -> dict[str, Any]:
-    """What became of the answers: which question pays, what was used when, and how well people do."""
+def history(store: Store, *, admin: bool, accounts: bool) -> dict[str, Any]:
+    """What became of the answers: which question pays, what was used when, and how well people do.
+
+    Whoever labels sees no answer before a reward model learned from it, nor why its question was asked: he could undo
+    his own, or read what a colleague said about a question that he will get. Without `accounts` everybody is an
+    administrator and labels, so the reasons wait there, too.
+    """
     uses = uses_of(store.versions("reward"), store.versions("policy"))
-    last = store.last_event()
-    newest = store.labels(after=max(0, last - 4 * SHOWN_LABELS))[-SHOWN_LABELS:][::-1]
+    last = store.last_event() if admin else max((use.events[1] for use in uses), default=0)
+    newest = store.labels(after=max(0, last - 4 * SHOWN_LABELS), until=last)[-SHOWN_LABELS:][::-1]
+    recent = []
+    for label in newest:
+        use = use_of(label, uses)
+        recent.append((label, said(label), use, label.comparison.why_selected if accounts or use else None))
     choosing = store.get("choosing")
     return {
         "choosing": choosing,
@@ -143,7 +174,8 @@ def history(store: Store) -> dict[str, Any]:
         "annotators": store.annotators(),
         "uses": uses[:SHOWN_REWARDS],
         "more_uses": max(0, len(uses) - SHOWN_REWARDS),
-        "recent": [(label, said(label), use_of(label, uses)) for label in newest],
+        "recent": recent,
+        "reasons": admin,
     }
 
 
@@ -171,6 +203,14 @@ def compared(store: Store, first: int | None, second: int | None) -> dict[str, A
         "follows": shown[1] is None,
         "rows": [(prompt, answers[left].get(prompt), answers[right].get(prompt)) for prompt in prompts],
     }
+
+
+def _moment(value: Any) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return None
+    return moment if moment.tzinfo else None
 
 
 def _figure(value: Any) -> float | None:

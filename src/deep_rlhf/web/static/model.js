@@ -4,14 +4,18 @@
   const stale = new Set(); // parts that were not replaced
   let open = [];
   let scrolled = [];
+  let now = null; // the newest state and alarms
+
+  // Whether a request that nobody asked for would take the focus from somebody.
+  function disturbs({ requestConfig, target }) {
+    const byItself = !["change", "submit"].includes(requestConfig.triggeringEvent?.type);
+    return byItself && target.contains(document.activeElement);
+  }
 
   document.body.addEventListener("htmx:beforeRequest", (event) => {
-    const part = event.detail.elt;
-    const byItself = !["change", "submit"].includes(event.detail.requestConfig.triggeringEvent?.type);
-    if (byItself && part.contains(document.activeElement)) {
-      stale.add(part);
-      event.preventDefault();
-    }
+    if (!disturbs(event.detail)) return;
+    stale.add(event.detail.elt);
+    event.preventDefault();
   });
   document.body.addEventListener("focusout", () => {
     setTimeout(() => {
@@ -23,8 +27,16 @@
     });
   });
   document.body.addEventListener("htmx:beforeSwap", (event) => {
-    open = [...event.detail.target.querySelectorAll("details[open][id]")].map((details) => details.id);
-    scrolled = [...event.detail.target.querySelectorAll(".table")].map((table) => table.scrollLeft);
+    const { target, serverResponse, requestConfig } = event.detail;
+    if (disturbs(event.detail)) {
+      stale.add(requestConfig.elt); // the focus came while the request was under way
+      event.detail.shouldSwap = false;
+    } else if (target.id === "now" && event.detail.shouldSwap) {
+      event.detail.shouldSwap = serverResponse !== now; // what has not changed is not read aloud again
+      now = serverResponse;
+    }
+    open = [...target.querySelectorAll("details[open][id]")].map((details) => details.id);
+    scrolled = [...target.querySelectorAll(".table")].map((table) => table.scrollLeft);
   });
   document.body.addEventListener("htmx:afterSwap", (event) => {
     for (const id of open) document.getElementById(id)?.setAttribute("open", "");

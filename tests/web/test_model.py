@@ -1,0 +1,125 @@
+"""The second tab without a browser: who sees which answers, and whether the trainer lives."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from page_client import HH, Client
+
+from deep_rlhf.feedback.records import Comparison, Version
+from deep_rlhf.feedback.store import Store
+from deep_rlhf.web.app import WebSettings, create_app
+from deep_rlhf.web.auth import add_account
+from deep_rlhf.web.model_view import silent_since
+
+PASSWORD = "correct horse battery"
+NOW = datetime(2026, 3, 4, 12, 0, tzinfo=UTC)
+TOLD_LATER = "told once it is used"
+
+
+@pytest.fixture
+def answered(store: Store) -> Callable[..., None]:
+    """answered(1, 2): the answers to these of three questions; the third is a gold question."""
+    gold = Comparison(prompt=HH.format("Gold?"), answers=("right", "wrong"), why_selected="gold", expected="a")
+    store.add([Comparison(prompt=HH.format(f"Question {i}?"), answers=("first", "second")) for i in (1, 2)] + [gold])
+
+    def answered(*numbers: int) -> None:
+        for question in store.ask("bert", count=3):
+            if question.id in numbers:
+                store.answer(question.id, "bert", token=f"t{question.id}", choice="a")
+
+    return answered
+
+
+def learn(store: Store, number: int) -> None:
+    """A reward model learns from all answers."""
+    last = store.last_event()
+    store.add_version(Version(kind="reward", number=number, step=0, labels=last, last_event=last))
+
+
+def test_an_annotator_sees_no_answer_before_a_reward_model_learned_from_it(
+    store: Store, answered: Callable[..., None]
+) -> None:
+    for name, role in (("root", "admin"), ("anna", "annotator")):
+        add_account(store, name, role, PASSWORD)  # type: ignore[arg-type]
+    app = create_app(store, WebSettings(host="0.0.0.0"))
+    anna, root = (Client(app, base_url="http://labels.example.org") for _ in range(2))
+    anna.log_in("anna", PASSWORD)
+    root.log_in("root", PASSWORD)
+    for name in ("anna", "root"):
+        store.release(name)
+    answered(1, 3)
+    for path in ("/model", "/model/history"):
+        assert "Question 1?" not in anna.get(path).text
+        page = root.get(path).text
+        assert "Question 1?" in page
+        assert ">gold<" in page
+    learn(store, 1)
+    answered(2)
+    for path in ("/model", "/model/history"):
+        page = anna.get(path).text
+        assert "Question 1?" in page
+        assert "Question 2?" not in page
+        assert ">gold<" not in page
+        assert "Asked because" not in page
+        assert "Question 2?" in root.get(path).text
+
+
+def test_without_accounts_reasons_are_told_once_the_answer_is_used(
+    client: Client, store: Store, answered: Callable[..., None]
+) -> None:
+    client.enter()
+    answered(3)
+    page = client.get("/model").text
+    assert "Gold?" in page
+    assert ">gold<" not in page
+    assert TOLD_LATER in page
+    learn(store, 1)
+    page = client.get("/model").text
+    assert ">gold<" in page
+    assert TOLD_LATER not in page
+
+
+@pytest.mark.parametrize(
+    ("state", "beat", "told", "silent"),
+    [
+        ("training", 61, 90, 61),
+        ("training", 59, 90, None),
+        ("training", 300, 5, None),  # it has just begun, after a run that ended long ago
+        ("training", 90, 70, 70),
+        ("waiting for labels", 61, 90, 61),
+        ("stopped", 300, 300, None),
+        ("pretraining", 300, 100, None),
+        (None, 300, None, None),
+        ("training", None, 300, None),
+    ],
+)
+def test_a_trainer_is_missed_after_a_minute(
+    state: str | None, beat: int | None, told: int | None, silent: int | None
+) -> None:
+    def ago(seconds: int | None) -> str | None:
+        return None if seconds is None else (NOW - timedelta(seconds=seconds)).isoformat(timespec="seconds")
+
+    status = {} if state is None else {"state": state, "at": ago(told)}
+    found = silent_since(status, ago(beat), NOW)
+    assert found == (None if silent is None else NOW - timedelta(seconds=silent))
+    assert silent_since(status, "no time", NOW) is None
+
+
+def test_a_stop_is_only_asked_for_until_the_trainer_says_that_it_stopped(client: Client, store: Store) -> None:
+    client.enter("anna")
+    store.put("status", {"state": "training", "step": 3, "text": "Update 4.", "at": "2026-03-04T05:06:07+00:00"})
+    store.put("stop", {"by": "anna", "at": "2026-03-04T05:06:09+00:00"})
+    page = client.get("/model/now").text
+    assert "Stop asked for by anna" in page
+    assert "Stopped by" not in page
+    assert "no sign of life" not in page
+    store.put("heartbeat", "2026-03-04T05:06:11+00:00")
+    page = client.get("/model/now").text
+    assert "Training: no sign of life since 04 Mar 2026, 05:06 UTC" in page
+    assert "hears it within seconds" not in page
+    store.put("status", {"state": "stopped", "step": 3, "text": "The loop was stopped.", "at": None})
+    page = client.get("/model/now").text
+    assert "Stopped by anna" in page
+    assert "Stop asked for" not in page
+    assert "no sign of life" not in page
