@@ -6,10 +6,11 @@ Numbers of people, answers and requests are fixed, and everything ends by a dead
 import math
 import multiprocessing
 import random
+import re
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
 
 SECONDS = 60.0  # after which something hangs
-MOST_REQUESTS = 60  # of one person
+MOST_REQUESTS = 150  # of one person
 
 
 class Page:
@@ -61,55 +62,102 @@ class Page:
 
 
 class Annotator(threading.Thread):
-    """Answers whatever it is asked, as the page's script does: sends again, with the same token, what got no reply."""
+    """Does what the page's script does: sends again, with the same token, what got no reply.
+
+    `wavers` is how likely it skips a question, and takes an answer back.
+    """
 
     def __init__(
-        self, page: Page, name: str, told: threading.Condition, *, most: int = 10**9, think: Any = None
+        self,
+        page: Page,
+        name: str,
+        told: threading.Condition,
+        until: Callable[["Annotator"], bool],
+        *,
+        wavers: float = 0.0,
+        think: Callable[[], float] | None = None,
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self.page, self.told, self.most, self.think = page, told, most, think
-        self.acknowledged: dict[int, int] = {}  # question -> event
+        self.page, self.told, self.until, self.wavers, self.think = page, told, until, wavers, think
+        self.rng = random.Random(name)
+        self.heard: list[tuple[str, int, int | None]] = []  # kind, question, event (which an undo is not told)
+        self.acknowledged: dict[int, int] = {}  # question -> event, of what counts
+        self.hidden: dict[str, str] = {}  # fields of each form
         self.refused: list[str] = []
         self.seconds: list[float] = []
-        self.requests = 0
+        self.requests = self.looks = 0
         self.error: BaseException | None = None
         self.client = httpx.Client(base_url=page.url, timeout=10, headers={"accept": "application/json"})
+        self.listener = httpx.Client(base_url=page.url, timeout=SECONDS)  # made before time counts, for it takes long
 
     def run(self) -> None:
-        """Until nothing is asked any more."""
+        """Until there is enough."""
         try:
             with self.client:
                 csrf = Client.csrf_in(self.send("GET", "/login", headers={"accept": "text/html"}).text)
                 self.send("POST", "/name", data={"csrf": csrf, "name": self.name})
-                self.client.headers["x-csrf-token"] = csrf
-                ahead = self.send("GET", "/questions").json()["questions"]
-                while ahead and len(self.acknowledged) < self.most:
-                    question = ahead.pop(0)
-                    ahead += self.answer(question["id"], [other["id"] for other in ahead])
+                shown = self.send("GET", "/", headers={"accept": "text/html"}).text
+                self.hidden = dict(re.findall(r'name="(csrf|store_id)" value="([\w-]+)"', shown))
+                ahead: list[Any] = []
+                while not self.until(self):
                     ahead = ahead or self.send("GET", "/questions").json()["questions"]
+                    if ahead:
+                        ahead = self.decide(ahead)
+                    else:
+                        threading.Event().wait(0.2)  # somebody may give one back
         except BaseException as error:
             self.error = error
         finally:
             with self.told:
                 self.told.notify_all()
 
-    def answer(self, number: int, have: list[int]) -> list[Any]:
-        """Answers a question and returns what comes after those that it has."""
+    def decide(self, ahead: list[Any]) -> list[Any]:
+        """Answers or skips the first question, and perhaps takes the answer back; returns what comes then."""
+        number, ahead = ahead[0]["id"], ahead[1:]
+        # Never what it answered once: everybody else may have gone by then.
+        if self.rng.random() < self.wavers and all(number != other for _, other, _ in self.heard):
+            return ahead + self.say("skip", ahead, question=number)
         if self.think is not None:
             threading.Event().wait(self.think())
         choice = "a" if number % 3 else "tie"
-        fields = {"question": number, "token": f"{self.name}/{number}", "choice": choice, "seconds": "1"}
         began = time.perf_counter()
-        reply = self.send("POST", "/answer", data={**fields, "have": ",".join(map(str, have))})
+        ahead = ahead + self.say("answer", ahead, question=number, choice=choice, seconds=1)
         self.seconds.append(time.perf_counter() - began)
+        if self.rng.random() < self.wavers and number in self.acknowledged:
+            ahead = self.say("undo", ahead, want=len(ahead) + 1) + ahead
+        return ahead
+
+    def say(self, kind: str, ahead: list[Any], **fields: Any) -> list[Any]:
+        """Sends it, notes what it is told, and returns the questions that come back beside those it has."""
+        token = f"{self.name}/{len(self.heard)}"
+        have = ",".join(str(question["id"]) for question in ahead)
+        reply = self.send("POST", f"/{kind}", data={**self.hidden, "token": token, "have": have, **fields})
         if reply.status_code == 409:
             self.refused.append(reply.json()["error"])
             return []
         assert reply.status_code == 200, reply.text
+        said = reply.json()
         with self.told:
-            self.acknowledged[number] = reply.json()["event"]
+            number = said["undone"] if kind == "undo" else fields["question"]
+            self.heard.append((kind, number, said.get("event")))
+            if kind == "answer":
+                self.acknowledged[number] = said["event"]
+            elif kind == "undo":
+                del self.acknowledged[number]
             self.told.notify_all()
-        return list(reply.json()["questions"])
+        return list(said["questions"])
+
+    def listen(self) -> None:
+        """Listens until the server ends, and looks how it is getting on soon after somebody answered."""
+        self.listener.cookies = self.client.cookies
+        try:
+            with self.listener, self.listener.stream("GET", "/events") as stream:
+                for line in stream.iter_lines():
+                    if line == "event: people":
+                        threading.Event().wait(self.rng.uniform(0.5, 2))
+                        self.looks += self.listener.get("/progress").status_code == 200
+        except httpx.TransportError:
+            pass
 
     def send(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Sends until there is a reply."""
@@ -142,12 +190,17 @@ def page(address: str) -> Iterator[Page]:
 
 @pytest.mark.alone
 def test_nothing_is_lost_or_doubled_while_the_server_is_killed(page: Page) -> None:
-    """Fifty people, three hundred questions, five times kill -9."""
+    """Fifty people, who also skip and undo, three hundred questions, five times kill -9."""
     rng = random.Random(11)
     told = threading.Condition()
     with Store(page.address) as store:
         ids = store.add([Comparison(prompt=f"Question {i}", answers=("x", "y")) for i in range(300)])
-    people = [Annotator(page, f"p{i}", told) for i in range(50)]
+    people: list[Annotator] = []
+
+    def is_over(_: Annotator) -> bool:
+        return sum(len(person.acknowledged) for person in people) == len(ids)
+
+    people += [Annotator(page, f"p{i}", told, is_over, wavers=0.12) for i in range(50)]
     for person in people:
         person.start()
     for kill in range(5):
@@ -163,17 +216,27 @@ def test_nothing_is_lost_or_doubled_while_the_server_is_killed(page: Page) -> No
     with Store(page.address) as store:
         labels = store.labels()
         with store._database.engine.connect() as connection:
-            answers = connection.execute(text("SELECT count(*) FROM events WHERE kind = 'answer'")).scalar()
-    assert answers == len(labels) == len(ids)
+            columns = "id, annotator, kind, comparison_id, undoes"
+            events = connection.execute(text(f"SELECT {columns} FROM events ORDER BY id")).all()
     assert sorted(label.comparison_id for label in labels) == ids
-    said = {(label.annotator, label.comparison_id): label.event_id for label in labels}
-    acknowledged = {(p.name, number): event for p in people for number, event in p.acknowledged.items()}
-    assert acknowledged == said
+    assert {event.kind for event in events} == {"answer", "skip", "undo"}
+    for person in people:
+        own = [event for event in events if event.annotator == person.name]
+        kept = [(event.kind, event.comparison_id, None if event.kind == "undo" else event.id) for event in own]
+        assert kept == person.heard
+        counting: list[int] = []
+        for event in own:
+            if event.kind == "answer":
+                counting.append(event.id)
+            elif event.kind == "undo":
+                assert counting.pop() == event.undoes
+        assert counting == [label.event_id for label in labels if label.annotator == person.name]
+        assert sorted(counting) == sorted(person.acknowledged.values())
 
 
 @pytest.mark.alone
 def test_an_answer_takes_less_than_a_tenth_of_a_second_with_twenty_people(page: Page) -> None:
-    """The 95th percentile, where people are: with the next question in the reply."""
+    """The 95th percentile, where people are, whose pages listen and look: with the next question in the reply."""
     each, people = 8, 20
     with Store(page.address) as store:
         store.add([Comparison(prompt=f"Question {i}", answers=("*x*", "y\n\n- z")) for i in range(people * (each + 2))])
@@ -181,13 +244,19 @@ def test_an_answer_takes_less_than_a_tenth_of_a_second_with_twenty_people(page: 
     annotators = []
     for i in range(people):
         rng = random.Random(i)
-        annotators.append(Annotator(page, f"p{i}", told, most=each, think=lambda rng=rng: rng.uniform(0.4, 1.6)))
+        think = lambda rng=rng: rng.uniform(0.4, 1.6)  # noqa: E731
+        annotators.append(Annotator(page, f"p{i}", told, lambda one: len(one.acknowledged) >= each, think=think))
     for one in annotators:
         one.start()
+    with told:
+        assert told.wait_for(lambda: all(one.heard for one in annotators), SECONDS)
+    for one in annotators:
+        threading.Thread(target=one.listen, daemon=True).start()
     for one in annotators:
         one.join(SECONDS)
         assert one.error is None
         assert len(one.acknowledged) == each
+        assert one.looks > 1
     seconds = sorted(second for one in annotators for second in one.seconds[1:])  # the first ones warm the server
     p95 = seconds[math.ceil(0.95 * len(seconds)) - 1]
     print(f"p50 {statistics.median(seconds) * 1000:.0f} ms, p95 {p95 * 1000:.0f} ms of {len(seconds)} answers")  # noqa: T201
