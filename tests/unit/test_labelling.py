@@ -1,0 +1,57 @@
+"""A labeler that answers beside the loop: what stops it, and what does not."""
+
+import threading
+from typing import Any
+
+from deep_rlhf.feedback.labelling import InBackground
+from deep_rlhf.feedback.store import Refused, Unavailable
+
+
+class Clumsy:
+    """Answers one question at a time; its `troubles` come first."""
+
+    brings_questions = True
+
+    def __init__(self, troubles: list[Exception]) -> None:
+        self.troubles = troubles
+        self.answered = 0
+        self.done = threading.Event()
+
+    def answer(self, store: Any, most: int) -> int:
+        if self.troubles:
+            raise self.troubles.pop()
+        self.answered += 1
+        if self.answered == 3:
+            self.done.set()
+        return 1
+
+
+def test_a_database_that_is_away_and_a_faster_person_do_not_end_it() -> None:
+    labeler = Clumsy([Unavailable("away"), Refused("taken", "taken")])
+    background = InBackground(labeler, None)  # type: ignore[arg-type]
+    assert labeler.done.wait(30)
+    background.stop()
+    assert background.error is None
+
+
+def test_a_mistake_ends_it_and_is_told() -> None:
+    mistake = ZeroDivisionError()
+    background = InBackground(Clumsy([mistake]), None)  # type: ignore[arg-type]
+    background._thread.join(30)
+    assert background.error is mistake
+    background.stop()
+
+
+def test_it_gives_no_more_than_what_is_wanted() -> None:
+    asked = threading.Event()
+    labeler = Clumsy([])
+
+    def wanted() -> int:
+        if labeler.answered == 3:
+            asked.set()
+        return 3 - labeler.answered
+
+    background = InBackground(labeler, None, wanted=wanted)  # type: ignore[arg-type]
+    assert asked.wait(30)
+    background.stop()
+    assert labeler.answered == 3
