@@ -1,5 +1,6 @@
 """The whole loop on a tiny policy: people's taste, which nothing but their answers tells, is learned."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from session_world import make_session, policy_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from deep_rlhf.feedback.labelling import People
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.types import UserError
@@ -64,6 +66,30 @@ def test_the_store_tells_the_whole_story(batched: tuple[Path, Store]) -> None:
     assert store.get("outlook")["labels"] >= 64
     assert set(store.get("choosing")) == {"chosen", "random"}
     assert store.get("status")["state"] == "stopped"
+
+
+def test_a_batched_session_waits_for_people_and_asks_on_where_they_skip(policy: str, tmp_path: Path) -> None:
+    with Store(tmp_path / "store.db", seed=1) as store:
+        session = make_session(policy, tmp_path, store, labeler=People(), initial_labels=12, labels=12, updates=1)
+        stopped = threading.Event()
+
+        def ann() -> None:
+            while not stopped.wait(0.01):
+                for question in store.ask("ann"):
+                    if question.id % 2:
+                        store.skip(question.id, "ann", token=f"{question.id}")
+                    else:
+                        store.answer(question.id, "ann", token=f"{question.id}", choice="a")
+
+        person = threading.Thread(target=ann)
+        person.start()
+        try:
+            assert session.run() == "done"
+        finally:
+            stopped.set()
+            person.join()
+        assert len([one for one in store.labels() if one.event_id <= store.versions("reward")[0].last_event]) >= 12
+        assert store.metrics()[0]["labels"] >= 12
 
 
 def test_a_session_leaves_models_that_transformers_opens(batched: tuple[Path, Store]) -> None:

@@ -166,13 +166,3 @@ def test_in_the_background_annotators_answer_until_they_are_stopped(store: Store
     add(store, 1)
     assert not background._thread.is_alive()
     assert len(store.labels()) == 5
-
-
-def test_an_annotator_that_fails_is_heard_of(store: Store) -> None:
-    class Failing(SimulatedLabeler):
-        def answer(self, store: Store, most: int) -> int:
-            raise ValueError("no opinion")
-
-    background = InBackground(Failing(longer), store)
-    background._thread.join(5)
-    assert isinstance(background.error, ValueError)

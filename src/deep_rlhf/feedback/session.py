@@ -198,7 +198,8 @@ class Session:
         if isinstance(self.labeler, People):
             while (missing := until - self.store.label_count()) > 0:
                 self._ask(self.questions.missing(missing))
-                self._wait_for_labels()
+                self._tell("waiting for labels", f"The reward model is fitted after {missing} more answers.")
+                self.halter.wait(LOOK_EVERY)
             return
         for _ in range(ROUNDS):
             if (missing := until - self.store.label_count()) <= 0:
