@@ -1,4 +1,4 @@
-"""How many labels it takes: `make curves` (half an hour on two cores; stopped, it goes on where it was).
+"""How many labels it takes: `make curves` (45 minutes on two cores; stopped, it goes on where it was).
 
 In the demo's world, with its simulated annotators, the policy of `deep-rlhf teach` learns from 50 to 800 labels.
 Online, questions are about the policy as it is, chosen at random, by variance or by information gain; offline, all are
