@@ -13,6 +13,10 @@ from deep_rlhf.web.auth import SESSION_COOKIE, add_account, hash_of
 from deep_rlhf.web.server import Server
 
 PASSWORD = "correct horse battery"
+HIDE = """(hidden) => {
+  Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+  document.dispatchEvent(new Event("visibilitychange"));
+}"""
 LOOK_AGAIN = "document.dispatchEvent(new Event('visibilitychange'))"
 
 
@@ -194,10 +198,11 @@ def test_a_page_of_one_person_never_shows_the_questions_of_the_next(visit: Visit
     add(4)
     page = visit("anna", may_fail=True)
     tab = another_tab(page)
+    page.evaluate(HIDE, True)  # as whatever is behind another tab
     tab.get_by_role("button", name="Change name").click()
     enter(tab, "bert")
     wait_ready(tab)
-    page.evaluate(LOOK_AGAIN)
+    page.evaluate(HIDE, False)
     wait_text(page, ".who .name", "bert")
     press(page, "ArrowUp")
     wait_saved(page)
@@ -238,19 +243,15 @@ def test_whoever_answers_and_leaves_at_once_has_answered(visit: Visit, add: Add)
 
 def test_more_tabs_can_be_open_than_a_browser_has_connections(visit: Visit, store: Store, add: Add) -> None:
     """Chromium opens six to one host; a tab that nobody sees keeps none."""
-    hide = """(hidden) => {
-      Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
-      document.dispatchEvent(new Event("visibilitychange"));
-    }"""
     page = visit("anna")
     tabs = [page]
     for _ in range(6):
-        tabs[-1].evaluate(hide, True)
+        tabs[-1].evaluate(HIDE, True)
         tabs.append(another_tab(page))
     wait_text(page, "#question h1", "No question just now")
     for tab in tabs[1:]:
-        tab.evaluate(hide, True)
+        tab.evaluate(HIDE, True)
     add(1)
     assert page.locator("#question .question").count() == 0
-    page.evaluate(hide, False)
+    page.evaluate(HIDE, False)
     page.locator("#question .question").wait_for()
