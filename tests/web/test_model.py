@@ -62,7 +62,10 @@ def test_an_annotator_sees_no_answer_before_a_reward_model_learned_from_it(
         assert "Question 2?" not in page
         assert ">gold<" not in page
         assert "Asked because" not in page
-        assert "Question 2?" in root.get(path).text
+        assert "measures only" not in page
+        page = root.get(path).text
+        assert "Question 2?" in page
+        assert page.count("measures only") == 1  # no reward model learns from the gold question
 
 
 def test_without_accounts_reasons_are_told_once_the_answer_is_used(
