@@ -98,6 +98,8 @@ class Annotator(threading.Thread):
                 self.send("POST", "/name", data={"csrf": csrf, "name": self.name})
                 shown = self.send("GET", "/", headers={"accept": "text/html"}).text
                 self.hidden = dict(re.findall(r'name="(csrf|store_id)" value="([\w-]+)"', shown))
+                if self.think is not None:  # a person, whose page listens as soon as it is there
+                    threading.Thread(target=self.listen, daemon=True).start()
                 ahead: list[Any] = []
                 while not self.until(self):
                     ahead = ahead or self.send("GET", "/questions").json()["questions"]
@@ -248,17 +250,12 @@ def test_an_answer_takes_less_than_a_tenth_of_a_second_with_twenty_people(page: 
         annotators.append(Annotator(page, f"p{i}", told, lambda one: len(one.acknowledged) >= each, think=think))
     for one in annotators:
         one.start()
-    with told:
-        assert told.wait_for(lambda: all(one.heard for one in annotators), SECONDS)
-    for one in annotators:
-        threading.Thread(target=one.listen, daemon=True).start()
     for one in annotators:
         one.join(SECONDS)
         assert one.error is None
         assert len(one.acknowledged) == each
         assert one.looks > 1
-    # The first answers warm the server, and the next ones meet twenty pages that are opened in the same instant.
-    seconds = sorted(second for one in annotators for second in one.seconds[3:])
+    seconds = sorted(second for one in annotators for second in one.seconds[1:])  # the first ones warm the server
     p95 = seconds[math.ceil(0.95 * len(seconds)) - 1]
     print(f"p50 {statistics.median(seconds) * 1000:.0f} ms, p95 {p95 * 1000:.0f} ms of {len(seconds)} answers")  # noqa: T201
     assert p95 < 0.1
