@@ -15,7 +15,8 @@ from deep_rlhf.web.app import WebSettings, create_app
 from deep_rlhf.web.server import Server
 
 CHROMIUM = Path("/usr/bin/chromium")
-FAILED = "Failed to load resource: "  # while the server is away, or refuses an answer
+# What Chromium and htmx write while the server is away, or refuses an answer.
+FAILED = ("Failed to load resource: ", "htmx:sendError, ", "htmx:responseError, ", "htmx:afterRequest, ")
 CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
