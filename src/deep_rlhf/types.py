@@ -4,11 +4,14 @@ B prompts; N samples; P, R prompt and response length in tokens; K members of a 
 real tokens, and EOS is a real token of its response.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # the page and the help start without torch, in a second instead of several
+    from torch import Tensor
 
 CriticKind = Literal["shared", "separate", "reward"]
 

@@ -39,6 +39,22 @@ def test_a_mistake_ends_a_process_with_one_line_and_code_2(tmp_path: Path) -> No
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize("command", ["teach", "label", "store"])
+def test_what_only_serves_or_copies_starts_without_the_trainers_libraries(command: str) -> None:
+    heavy = "{'torch', 'transformers.trainer', 'transformers.modeling_utils', 'datasets', 'peft', 'accelerate'}"
+    program = f"""
+import sys
+from deep_rlhf.cli.main import run
+try:
+    run("{command}", ["--help"])
+except SystemExit:
+    pass
+print({heavy} & set(sys.modules))
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert finished.stdout.splitlines()[-1] == "set()"
+
+
 def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(command: str, argv: list[str] | None) -> None:
         raise KeyboardInterrupt

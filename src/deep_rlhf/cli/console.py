@@ -3,10 +3,8 @@
 import logging
 import os
 import warnings
-from typing import Any
 
 from huggingface_hub.utils.tqdm import enable_progress_bars
-from transformers import ProgressCallback, trainer
 from transformers.utils import logging as transformers_logging
 
 
@@ -22,28 +20,7 @@ def calm_libraries() -> None:
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true", category=UserWarning)
     # With bitsandbytes installed peft imports it, and it misses an optional package on CPUs that multiply bf16.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    trainer.DEFAULT_PROGRESS_CALLBACK = TrainingBar
 
 
 def _is_no_load_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
-
-
-class TrainingBar(ProgressCallback):
-    """The Trainer's bar with the latest figures beside it, where transformers writes a line of them each time."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description("training")
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_prediction_step(args, state, control, **kwargs)
-        if self.prediction_bar is not None and not self.prediction_bar.desc:
-            self.prediction_bar.leave = False
-            self.prediction_bar.set_description("evaluation")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            shown = {name: f"{logs[name]:.4g}" for name in ("loss", "eval_loss", "eval_accuracy") if name in logs}
-            self.training_bar.set_postfix(shown) if shown else None

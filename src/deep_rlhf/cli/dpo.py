@@ -11,6 +11,7 @@ from rich.table import Table
 from deep_rlhf.algorithms.dpo import DPOConfig, DPOResult, train_dpo
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
 from deep_rlhf.cli.reward import RewardArguments, after_training, load_splits
+from deep_rlhf.cli.training_bar import show_training_bar
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
 from deep_rlhf.runtime.trackers import usable_trackers
 from deep_rlhf.types import RowReport
@@ -25,6 +26,7 @@ class DPOArguments(RewardArguments):
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, evaluates and saves; raises UserError for a user's mistake."""
+    show_training_bar()
     start = time.perf_counter()
     arguments, config = parse_flags(
         argv, DPOArguments, DPOConfig, prog="deep-rlhf dpo", description=__doc__.split("\n")[0]

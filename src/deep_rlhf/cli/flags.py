@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArgumentParser
 
 from deep_rlhf.types import UserError
 
@@ -135,8 +135,9 @@ def _shorten_help(parser: HfArgumentParser, dataclass_types: Sequence[Any]) -> N
     inherited = {
         name
         for kind in dataclass_types
-        if issubclass(kind, TrainingArguments)
-        for name in TrainingArguments.__dataclass_fields__.keys() - vars(kind).get("__annotations__", {}).keys()
+        for base in kind.__mro__
+        if base.__module__.startswith("transformers.")
+        for name in base.__dataclass_fields__.keys() - vars(kind).get("__annotations__", {}).keys()
     }
     for action in parser._actions:
         if action.dest in inherited or action.option_strings[0].startswith("--no_"):

@@ -16,6 +16,7 @@ from deep_rlhf.feedback.session_config import SessionConfig
 from deep_rlhf.types import UserError
 
 STORE_VARIABLE = "DEEP_RLHF_STORE"  # a password in an address is neither for the command line nor for a file
+GUARDED = "DEEP_RLHF_GUARDED"  # set by `teach`: the end of standard input is the end of the loop
 MOST_HELD_OUT = 64
 ROOM = 50  # words
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from deep_rlhf.algorithms.reward import RewardConfig, RewardResult, train_reward_model
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
+from deep_rlhf.cli.training_bar import show_training_bar
 from deep_rlhf.data.preferences import load_preferences
 from deep_rlhf.data.sources import split_names
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
@@ -47,6 +48,7 @@ class RewardArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, evaluates and saves; raises UserError for a user's mistake."""
+    show_training_bar()
     start = time.perf_counter()
     arguments, config = parse_flags(
         argv, RewardArguments, RewardConfig, prog="reward_modeling.py", description=__doc__.split("\n")[0]

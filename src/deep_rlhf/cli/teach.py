@@ -16,8 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
-from deep_rlhf.cli.loop import GUARDED
-from deep_rlhf.cli.loop_config import STORE_VARIABLE, LoopConfig
+from deep_rlhf.cli.loop_config import GUARDED, STORE_VARIABLE, LoopConfig
 from deep_rlhf.cli.loop_progress import Progress
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.types import UserError

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deep_rlhf.evaluation.comparison import wilson_interval
-from deep_rlhf.feedback.records import MU, Label
-from deep_rlhf.feedback.select import WAYS
+from deep_rlhf.feedback.records import MU, WAYS, Label
 
 NEXT = 100  # labels looked ahead
 SLOPE, SLOPE_PRECISION = 0.03, 400.0  # accuracy per doubling that is expected, and how many answers that is worth

@@ -6,17 +6,14 @@ is learned from the two arms can be compared at any time.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from deep_rlhf.feedback.records import Reason
+from deep_rlhf.feedback.records import WAYS, Reason, Way
 from deep_rlhf.ops.queries import information_gain, preference_variance, preferred_probability
 from deep_rlhf.types import UserError
 
-Way = Literal["random", "variance", "information"]
-WAYS: tuple[Way, ...] = get_args(Way)
 RANDOM_SHARE = 0.2
 
 

@@ -2,11 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import get_args
 
 from deep_rlhf.data.templates import get_template
 from deep_rlhf.feedback.alarms import Limits
-from deep_rlhf.feedback.select import WAYS, Way
+from deep_rlhf.feedback.records import WAYS, Way
 from deep_rlhf.types import UserError, check_seed
 
 MODES = ("async", "batched")
@@ -105,7 +104,7 @@ class SessionConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if self.choose_by not in get_args(Way):
+        if self.choose_by not in WAYS:
             raise UserError(f"choose_by must be one of {', '.join(WAYS)}, not {self.choose_by}.")
         if self.mode not in MODES:
             raise UserError(f"mode must be one of {', '.join(MODES)}, not {self.mode}.")
