@@ -1,5 +1,6 @@
 """What is told about labels: the outlook, whether choosing pays, and how often the policy wins."""
 
+import dataclasses
 from datetime import UTC, datetime
 from typing import Any
 
@@ -76,6 +77,17 @@ def test_the_win_rate_is_of_the_newer_policy_whatever_its_side() -> None:
     assert (told["rate"], told["answers"]) == (0.625, 4)
     assert 0 < told["low"] < 0.625 < told["high"] < 1
     assert win_rate(labels[-1:]) is None
+
+
+def test_answers_of_another_run_say_nothing_about_this_one() -> None:
+    """Its version 3 is another policy, and its predictions are of another reward model."""
+    own = [
+        label(1, "a", why_selected="win_rate", writers=(3, 0)),
+        label(2, "a", why_selected="variance", predicted=0.8),
+    ]
+    foreign = [dataclasses.replace(one, imported=True, choice="b") for one in own]
+    assert win_rate(own + foreign) == win_rate(own)
+    assert choosing(own + foreign, {}) == choosing(own, {})
 
 
 def test_old_blind_pairs_do_not_count_for_the_policy_of_today() -> None:

@@ -41,7 +41,7 @@ def outlook(history: Sequence[tuple[float, float, int]], labels: int) -> dict[st
 
 
 def choosing(labels: Sequence[Label], predicted: Mapping[int, float]) -> dict[str, dict[str, float | int | None]]:
-    """Of the chosen questions and of the random ones: answers, how many the reward model foresaw, what it learned.
+    """Of the questions chosen here and of the random ones: answers, how many the reward model foresaw, what it learned.
 
     predicted: P(a is better) by comparison id, by the newest reward model but for the members that learned from that
     answer. "informative" is the mean of how many bits less such an answer surprises it than when it was asked.
@@ -49,7 +49,8 @@ def choosing(labels: Sequence[Label], predicted: Mapping[int, float]) -> dict[st
     arms: dict[str, list[Label]] = {"chosen": [], "random": []}
     for label in labels:
         reason = label.comparison.why_selected
-        if label.choice in ("a", "b") and label.comparison.predicted is not None and reason in WAYS:
+        is_own = not label.imported and label.comparison.predicted is not None
+        if is_own and label.choice in ("a", "b") and reason in WAYS:
             arms["random" if reason == "random" else "chosen"].append(label)
     found: dict[str, dict[str, float | int | None]] = {}
     for arm, own in arms.items():
@@ -75,7 +76,9 @@ def win_rate(labels: Sequence[Label]) -> dict[str, float | int] | None:
 
 def won_by_newer(label: Label) -> float | None:
     """1, ½ or 0 of a blind pair: whether people liked the newer policy's answer better; None for any other label."""
-    if label.comparison.why_selected != "win_rate" or label.choice is None or len(label.comparison.writers) != 2:
+    if label.imported or label.comparison.why_selected != "win_rate":
+        return None
+    if label.choice is None or len(label.comparison.writers) != 2:
         return None
     mu = MU[label.choice]
     first, second = label.comparison.writers

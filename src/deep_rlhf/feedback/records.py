@@ -69,6 +69,7 @@ class Label:
     shown_order: tuple[int, ...]
     seconds: float
     created: datetime
+    imported: bool = False  # from a file: to learn from, but no answer about this store's policies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

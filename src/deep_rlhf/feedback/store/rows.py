@@ -63,6 +63,7 @@ def label_of(row: RowMapping) -> Label:
         shown_order=tuple(row[E.c.shown_order]),
         seconds=row[E.c.seconds],
         created=row[E.c.created],
+        imported=row[E.c.imported],
     )
 
 
