@@ -6,7 +6,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,11 @@ def test_the_optimum_is_the_reference_times_the_exponential_of_the_reward(
     assert kl_to_optimum(reached) < bound
 
 
-PAIRS = [  # of unlike lengths, with a tie and a share of votes
+PAIRS = [  # of unlike lengths, with a tie, a share of votes, and one from somebody who errs
     Preference(prompt="the cat", a="sees two fish", b="red", mu=1.0, weight=2.0),
     Preference(prompt="a very old dog finds the house", a="and", b="not good not bad", mu=0.0),
     Preference(prompt="moon", a="sun", b="tree and house", mu=0.5),
-    Preference(prompt="one bird eats", a="one", b="big black dog", mu=0.7, weight=0.5),
+    Preference(prompt="one bird eats", a="one", b="big black dog", mu=0.7, weight=0.5, label_noise=0.4),
     Preference(prompt="red", a="small", b="small cat", mu=0.0),
 ]
 
@@ -124,7 +125,8 @@ def by_hand(model: Any, reference: Any, tokenizer: Any, beta: float) -> dict[str
             )
             for side, text in (("a", pair.a), ("b", pair.b))
         }
-        p = 1 / (1 + math.exp(reward["b"] - reward["a"]))
+        noise = pair.label_noise or 0.0
+        p = (1 - noise) / (1 + math.exp(reward["b"] - reward["a"])) + noise / 2
         losses.append(-pair.mu * math.log(p) - (1 - pair.mu) * math.log(1 - p))
         if pair.mu != 0.5:
             better, worse = ("a", "b") if pair.mu > 0.5 else ("b", "a")
@@ -155,10 +157,12 @@ def test_the_figures_are_those_of_plain_forwards(
     assert expected["margin"] > 0.02  # it has moved
 
 
-def weights_after(model: Any, tokenizer: Any, folder: Path, **flags: Any) -> tuple[Tensor, list[float]]:
-    """All weights after training on PAIRS, and the logged losses."""
+def weights_after(
+    model: Any, tokenizer: Any, folder: Path, pairs: Sequence[Preference] = PAIRS, **flags: Any
+) -> tuple[Tensor, list[float]]:
+    """All weights after training, and the logged losses."""
     settings = FEW | {"logging_steps": 1} | flags
-    result = train_dpo(config(folder, **settings), model, tokenizer, PAIRS, PAIRS)
+    result = train_dpo(config(folder, **settings), model, tokenizer, pairs, pairs)
     losses = [row["loss"] for row in result.history if "loss" in row]
     return torch.cat([weight.detach().flatten() for weight in result.model.parameters()]), losses
 
@@ -175,6 +179,20 @@ def test_the_cut_into_batches_changes_nothing(make_model: Callable[..., Any], to
     for weights, other_losses in others:
         torch.testing.assert_close(weights, whole, rtol=0, atol=1e-5)
         assert other_losses == pytest.approx(losses, abs=1e-4)
+
+
+def test_pairs_that_tell_their_noise_are_learned_as_under_that_flag(
+    make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    told = [replace(pair, label_noise=0.6) for pair in PAIRS]
+    untold = [replace(pair, label_noise=None) for pair in PAIRS]
+    flags = {"optim": "sgd", "learning_rate": 0.1}
+    by_pair, losses = weights_after(make_model("gpt2"), tokenizer, tmp_path, told, **flags)
+    by_flag, other_losses = weights_after(make_model("gpt2"), tokenizer, tmp_path, untold, label_noise=0.6, **flags)
+    plain, _ = weights_after(make_model("gpt2"), tokenizer, tmp_path, untold, **flags)
+    torch.testing.assert_close(by_pair, by_flag, rtol=0, atol=1e-6)
+    assert losses == pytest.approx(other_losses, abs=1e-6)
+    assert (by_pair - plain).abs().max() > 1e-4
 
 
 def test_the_first_loss_is_ln_2_times_the_mean_weight(

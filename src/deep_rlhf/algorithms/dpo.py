@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from deep_rlhf.algorithms.reward_trainer import label_noise_of, told_noise
 from deep_rlhf.data.templates import get_template
 from deep_rlhf.models.adapters import add_lora
 from deep_rlhf.models.load import load_language_model, load_tokenizer
@@ -137,7 +138,7 @@ class DPOTrainer(Trainer):
             **options,
         )
         self.model_accepts_loss_kwargs = True  # so that the pairs of all micro-batches and processes are counted
-        self.label_names = ["labels", "ref_logprobs"]
+        self.label_names = ["labels", "ref_logprobs", "label_noise"]
 
     def compute_loss(
         self,
@@ -150,9 +151,8 @@ class DPOTrainer(Trainer):
         logprobs = model(
             inputs["prompt_ids"], inputs["prompt_mask"], inputs["answer_ids"], inputs["answer_mask"]
         )  # [B, 2]
-        losses, _, _ = _losses(
-            logprobs, inputs["ref_logprobs"], inputs["labels"], self.args.beta, self.args.label_noise
-        )
+        noise = label_noise_of(inputs["label_noise"], self.args.label_noise)
+        losses, _, _ = _losses(logprobs, inputs["ref_logprobs"], inputs["labels"], self.args.beta, noise)
         total = (inputs["weight"] * losses).sum()
         if num_items_in_batch is None:
             mean = total / len(losses)
@@ -241,9 +241,8 @@ def train_dpo(
 
     ref_logprobs = torch.stack([pair["ref_logprobs"] for pair in held_out])
     mu = torch.tensor([pair["labels"] for pair in held_out])
-    metrics = dpo_metrics(
-        trainer.logprobs(held_out), ref_logprobs, mu, beta=config.beta, label_noise=config.label_noise
-    )
+    noise = label_noise_of(told_noise(held_out), config.label_noise)
+    metrics = dpo_metrics(trainer.logprobs(held_out), ref_logprobs, mu, beta=config.beta, label_noise=noise)
     trainer.log({f"eval_{name}": value for name, value in metrics.items()})
     return DPOResult(
         model=policy.plain_model(),
@@ -275,13 +274,15 @@ def pair_features(
             else:
                 ids = [torch.tensor(tokens, dtype=torch.int32) for tokens in (prompt, a, b)]
                 numbers = {"labels": float(pair.mu), "weight": float(pair.weight)}
+                if pair.label_noise is not None:
+                    numbers["label_noise"] = float(pair.label_noise)
                 features.append({"ids": ids, "ref_logprobs": torch.zeros(2), **numbers})
     reasons = {reason: count for reason, count in dropped.items() if count}
     return features, RowReport(len(preferences), len(features), reasons)
 
 
 def collate(features: Sequence[Features], *, prompts_left: bool) -> dict[str, Tensor]:
-    """One batch of B pairs: `prompt_*` [B, P], `answer_*` [B, 2, R], `ref_logprobs` [B, 2], `labels`, `weight` [B].
+    """One batch of B pairs: `prompt_*` [B, P], `answer_*` [B, 2, R], `ref_logprobs` [B, 2], the others [B].
 
     Prompts are padded on the left for a decoder, whose answers must follow directly, and on the right for an encoder.
     """
@@ -295,11 +296,12 @@ def collate(features: Sequence[Features], *, prompts_left: bool) -> dict[str, Te
         "ref_logprobs": torch.stack([pair["ref_logprobs"] for pair in features]),
         "labels": torch.tensor([pair["labels"] for pair in features]),
         "weight": torch.tensor([pair["weight"] for pair in features]),
+        "label_noise": told_noise(features),
     }
 
 
 def dpo_metrics(
-    logprobs: Tensor, ref_logprobs: Tensor, mu: Tensor, *, beta: float, label_noise: float = 0.0
+    logprobs: Tensor, ref_logprobs: Tensor, mu: Tensor, *, beta: float, label_noise: Tensor | float = 0.0
 ) -> dict[str, float]:
     """How well the implicit reward, from log-probabilities [N, 2] of answers a and b, predicts mu [N].
 
@@ -319,15 +321,15 @@ def dpo_metrics(
 
 
 def _losses(
-    logprobs: Tensor, ref_logprobs: Tensor, mu: Tensor, beta: float, label_noise: float
+    logprobs: Tensor, ref_logprobs: Tensor, mu: Tensor, beta: float, label_noise: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
     (a, b), (ref_a, ref_b) = logprobs.unbind(1), ref_logprobs.unbind(1)
     return dpo_loss(a, b, ref_a, ref_b, mu, beta=beta, label_noise=label_noise)
 
 
 def _metrics_of_prediction(prediction: EvalPrediction, *, beta: float, label_noise: float) -> dict[str, float]:
-    mu, ref_logprobs = map(torch.from_numpy, prediction.label_ids)
-    return dpo_metrics(torch.from_numpy(prediction.predictions), ref_logprobs, mu, beta=beta, label_noise=label_noise)
+    logprobs, mu, ref_logprobs, told = map(torch.from_numpy, (prediction.predictions, *prediction.label_ids))
+    return dpo_metrics(logprobs, ref_logprobs, mu, beta=beta, label_noise=label_noise_of(told, label_noise))
 
 
 def _with_adapters(model: PreTrainedModel, config: DPOConfig) -> Any:

@@ -45,7 +45,7 @@ def dpo_loss(
     mu: Tensor,
     *,
     beta: float,
-    label_noise: float = 0.0,
+    label_noise: Tensor | float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Bradley–Terry loss of the implicit rewards r = β log(π/π_ref), per pair (Rafailov et al. 2023, eq. 7).
 
