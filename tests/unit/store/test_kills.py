@@ -10,7 +10,7 @@ from typing import Any
 
 import killed_people
 import pytest
-from postgres import Server, postgres, server  # noqa: F401
+from postgres import Server, server
 from sqlalchemy import text
 
 from deep_rlhf.feedback.records import Comparison
