@@ -84,7 +84,9 @@ def test_limits_are_read() -> None:
     assert [alarm.action for alarm in check({"kl": 21.0, "repetition": 0.9}, limits, 1)] == ["stop"]
 
 
-@pytest.mark.parametrize("setting", ["kl", "lk=3", "kl=", "kl=much", "kl=nan", "kl=3:panic", "kl=off:stop"])
+@pytest.mark.parametrize(
+    "setting", ["reward_sign=0:roll_back", "kl", "lk=3", "kl=", "kl=much", "kl=nan", "kl=3:panic", "kl=off:stop"]
+)
 def test_settings_that_are_refused(setting: str) -> None:
     with pytest.raises(UserError, match="alarm"):
         Limits.read([setting])

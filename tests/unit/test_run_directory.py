@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
-from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
+from deep_rlhf.runtime.run_directory import RunDirectory, replace_folder, write_summary
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -69,3 +70,50 @@ def test_summary_is_replaced_whole(tmp_path: Path) -> None:
     write_summary(path, {"seconds": 2})
     assert path.read_text(encoding="utf-8") == '{\n  "seconds": 2\n}\n'
     assert [file.name for file in path.parent.iterdir()] == ["summary.json"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    def writer(text: str, fails: bool = False) -> None:
+        def write(folder: Path) -> None:
+            folder.mkdir()
+            (folder / text).write_text(text)
+            if fails:
+                raise OSError("no room")
+
+        replace_folder(tmp_path / "model", write)
+
+    writer("first")
+    with pytest.raises(OSError, match="no room"):
+        writer("second", fails=True)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["first"]
+    writer("third")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["third"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (tmp_path / "model").rename(tmp_path / ".model.old")  # as a kill between the two renames leaves it
+    with pytest.raises(OSError, match="no room"):
+        writer("fourth", fails=True)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["third"]
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    named: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def write(folder: Path) -> None:
+        (folder / "watcher").mkdir(parents=True)
+        (folder / "watcher" / "weights").write_text("w")
+
+    def note(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def check(source: Path, target: Path) -> None:
+        assert {path.stat().st_ino for path in (source, *source.rglob("*"))} <= synced
+        named.append(target.name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "rename", check)
+    replace_folder(tmp_path / "version-1", write)
+    assert named == ["version-1"]

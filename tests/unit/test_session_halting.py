@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deep_rlhf.feedback.halting import Halted, Halter
-from deep_rlhf.feedback.saving import only_here, replace_folder
+from deep_rlhf.feedback.saving import only_here
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.types import UserError
 
@@ -66,25 +66,6 @@ def test_a_sign_of_life_is_in_the_store(store: Store) -> None:
                 break
             threading.Event().wait(0.05)
     assert store.get("heartbeat")
-
-
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    def writer(text: str, fails: bool = False) -> None:
-        def write(folder: Path) -> None:
-            folder.mkdir()
-            (folder / text).write_text(text)
-            if fails:
-                raise OSError("no room")
-
-        replace_folder(tmp_path / "model", write)
-
-    writer("first")
-    with pytest.raises(OSError, match="no room"):
-        writer("second", fails=True)
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["first"]
-    writer("third")
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["third"]
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_two_loops_do_not_run_in_one_folder_or_on_one_store(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deep_rlhf.feedback.exchange import export_labels, import_answers, read_answers
 from deep_rlhf.feedback.questions import Asker, Questions, read_gold
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.session_config import SessionConfig
@@ -149,6 +150,33 @@ def test_a_repeat_has_the_answers_the_other_way_round_and_comes_to_the_same_pers
         assert originals[one.answers[::-1]].prompt == one.prompt
         assert one.repeat_of is not None
     assert len({one.repeat_of for one in repeats}) == len(repeats)
+
+
+def test_what_waits_to_be_repeated_is_not_repeated_once_more(store: Store) -> None:
+    found = questions(store, repeat_share=0.5, win_rate_share=0.0)
+    found.ask(20, asker())
+    answer_all(store, "ann")
+    found.missing(None)
+    for _ in range(4):
+        found.ask(10, asker())
+    repeats = [one.repeat_of for one in answer_all(store, "ann") if one.why_selected == "repeat"]
+    assert len(repeats) == len(set(repeats)) == 10  # all but the ten newest
+
+
+def test_whose_answers_came_from_a_file_is_not_there(store: Store, tmp_path: Path) -> None:
+    with Store(tmp_path / "other.db", seed=1) as other:
+        other.add([Comparison(prompt=f"{i}", answers=("x", "y")) for i in range(30)])
+        for i in range(30):
+            (question,) = other.ask(f"person {i}")
+            other.answer(question.id, f"person {i}", token=f"{i}", choice="a")
+        export_labels(other, tmp_path / "labels.jsonl")
+    import_answers(store, read_answers(tmp_path / "labels.jsonl")[0])
+    found = questions(store, repeat_share=0.5, win_rate_share=0.0, overlap_share=1.0, questions_ahead=10)
+    assert found.missing(None) == 10
+    found.ask(20, asker())
+    asked = answer_all(store, "ann")
+    assert {one.why_selected for one in asked} == {"variance", "random"}
+    assert {one.overlap for one in asked} == {1}
 
 
 def test_a_few_questions_go_to_two_people_where_there_are_two(store: Store) -> None:

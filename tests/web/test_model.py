@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from page_client import HH, Client
 
-from deep_rlhf.feedback.records import Comparison, Version
+from deep_rlhf.feedback.records import AnnotatorFigures, Comparison, Version
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.app import WebSettings, create_app
 from deep_rlhf.web.auth import add_account
@@ -35,6 +35,18 @@ def learn(store: Store, number: int) -> None:
     """A reward model learns from all answers."""
     last = store.last_event()
     store.add_version(Version(kind="reward", number=number, step=0, labels=last, last_event=last))
+    store.set_annotators([AnnotatorFigures(name="bert", answers=2, error_rate=0.1, error_rate_interval=(0.0, 0.2))])
+
+
+def test_no_reward_model_learns_from_cant_tell(client: Client, store: Store) -> None:
+    client.enter()
+    store.add([Comparison(prompt=HH.format("Question?"), answers=("first", "second"))])
+    (question,) = store.ask("bert")
+    store.answer(question.id, "bert", token="t", choice="cant_tell")
+    learn(store, 1)
+    page = client.get("/model").text
+    assert "never: it says nothing" in page
+    assert "reward 1, update 1" not in page
 
 
 def test_an_annotator_sees_no_answer_before_a_reward_model_learned_from_it(
@@ -63,8 +75,10 @@ def test_an_annotator_sees_no_answer_before_a_reward_model_learned_from_it(
         assert ">gold<" not in page
         assert "Asked because" not in page
         assert "measures only" not in page
+        assert "Gold right" not in page  # after each answer it would tell which question was gold
         page = root.get(path).text
         assert "Question 2?" in page
+        assert "Gold right" in page
         assert page.count("measures only") == 1  # no reward model learns from the gold question
 
 

@@ -65,6 +65,10 @@ class Limits:
             if name not in NAMES or not equals:
                 raise UserError(f"An alarm is set as in kl=20:stop, with one of {', '.join(NAMES)}; not {setting!r}.")
             changed[name] = Limit.read(text)
+            if name == "reward_sign" and changed[name].action == "roll_back":
+                raise UserError(
+                    "The alarm reward_sign cannot roll_back, for the reward is wrong, not the policy: give warn or stop."
+                )
         return replace(cls(), **changed)
 
 

@@ -49,6 +49,7 @@ class Questions:
         self._held_out = Prompts(held_out, seed=config.seed + 1) if held_out else None
         self._gold = read_gold(config.gold_questions) if config.gold_questions else []
         self._labels: list[Label] = []
+        self._repeated: set[int] = set()  # questions that were asked again
         self._go_on(store.get(STATE))
 
     def _go_on(self, state: dict[str, int] | None) -> None:
@@ -178,16 +179,18 @@ class Questions:
 
     def _repeats(self, count: int, asker: Asker) -> list[Comparison]:
         """Earlier questions of people who are there, with the answers the other way round."""
-        repeated = {label.comparison.repeat_of for label in self._labels}
+        self._repeated |= {label.comparison.repeat_of for label in self._labels if label.comparison.repeat_of}
         people = self._present()
         known = [
             label
-            for label in self._labels[:-BETWEEN_REPEATS]
+            for label in self._own()[:-BETWEEN_REPEATS]
             if label.choice in ("a", "b", "tie")
             and label.annotator in people
             and label.comparison.why_selected in FOR_LABEL
-            and label.comparison_id not in repeated
+            and label.comparison_id not in self._repeated
         ]
+        chosen = random.Random(self._seed()).sample(known, min(count, len(known)))
+        self._repeated |= {label.comparison_id for label in chosen}
         return [
             Comparison(
                 prompt=label.comparison.prompt,
@@ -198,11 +201,15 @@ class Questions:
                 priority=float(asker.policy_version),
                 repeat_of=label.comparison_id,
             )
-            for label in random.Random(self._seed()).sample(known, min(count, len(known)))
+            for label in chosen
         ]
 
     def _present(self) -> set[str]:
-        return {label.annotator for label in self._labels[-PRESENT:]}
+        return {label.annotator for label in self._own()[-PRESENT:]}
+
+    def _own(self) -> list[Label]:
+        """Without those from files: who gave them is not there."""
+        return [label for label in self._labels if not label.imported]
 
     def _seed(self) -> int:
         """Another one for each use, far from the seeds of the updates."""

@@ -150,8 +150,8 @@ class RewardFit:
     @classmethod
     def load(cls, folder: str | Path) -> "RewardFit":
         """As it was saved. Raises UserError if it cannot be read."""
-        model = RewardModel.load(folder)
         try:
+            model = RewardModel.load(folder)
             card = json.loads((Path(folder) / CARD).read_text(encoding="utf-8"))
             settings = RefitSettings(**card["settings"] | {"ratio": tuple(card["settings"]["ratio"])})
             history = [(int(labels), float(share), int(pairs)) for labels, share, pairs in card["progress"]["history"]]

@@ -8,7 +8,6 @@ version, so the process that refits may die at any moment.
 import json
 import logging
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from deep_rlhf.feedback.records import FOR_LABEL, Label
 from deep_rlhf.feedback.refit import Fitted, RefitSettings, RewardFit, classifier_of
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.load import load_language_model, load_tokenizer
-from deep_rlhf.runtime.run_directory import write_summary
+from deep_rlhf.runtime.run_directory import replace_folder, write_summary
 from deep_rlhf.types import Preference, UserError
 
 logger = logging.getLogger(__name__)
@@ -129,18 +128,19 @@ class Refits:
         return 1 + max(known + [version.number for version in self.store.versions("reward")], default=0)
 
     def _write(self, version: Refitted) -> Refitted:
-        assert self._fit is not None
-        whole, temporary = self.folder / f"version-{version.number}", self.folder / f".version-{version.number}.tmp"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            self._fit.save(temporary)
+        fit, whole = self._fit, self.folder / f"version-{version.number}"
+        assert fit is not None
+
+        def write(folder: Path) -> None:
+            fit.save(folder)
             if self._watcher is not None:
-                self._watcher.save(temporary / WATCHER)
+                self._watcher.save(folder / WATCHER)
             written = {name: value for name, value in asdict(version).items() if name != "path"}
-            write_summary(temporary / VERSION, written)
-            os.rename(temporary, whole)
+            write_summary(folder / VERSION, written)
+
+        try:
+            replace_folder(whole, write)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"The reward model could not be written to '{whole}': {error.strerror}.") from error
         for number, path in _versions(self.folder)[KEPT:]:
             logger.debug("Version %d of the reward model is removed.", number)

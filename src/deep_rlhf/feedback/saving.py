@@ -2,10 +2,8 @@
 
 import fcntl
 import hashlib
-import os
-import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -90,15 +88,3 @@ def only_here(folder: Path, store: Store) -> Iterator[None]:
 
 def _age(moment: str) -> timedelta:
     return datetime.now(UTC) - datetime.fromisoformat(moment)
-
-
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a folder under another name and puts it in the place of `folder` when it is whole."""
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    for rest in (temporary, old):
-        shutil.rmtree(rest, ignore_errors=True)
-    write(temporary)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -19,12 +19,12 @@ from deep_rlhf.feedback.refitting import (
     start_answers,
     write_start_answers,
 )
-from deep_rlhf.feedback.saving import replace_folder
 from deep_rlhf.feedback.schedule import LabelSchedule
 from deep_rlhf.feedback.session_config import SessionConfig
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.load import load_language_model
 from deep_rlhf.models.reward import RewardModel
+from deep_rlhf.runtime.run_directory import replace_folder
 
 START_ANSWERS = 128  # by which the scale of the reward is set
 

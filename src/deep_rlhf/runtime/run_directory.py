@@ -3,8 +3,12 @@
 import json
 import math
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from deep_rlhf.runtime.checkpoint import sync
 
 
 class RunDirectory:
@@ -42,6 +46,29 @@ def write_summary(path: str | Path, summary: dict[str, Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, json.dumps(_finite(summary), indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Has `write` fill a folder under another name, and puts it in the place of `folder` when it is whole and synced.
+
+    Raises OSError, `folder` as it was.
+    """
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():  # a kill between the two renames
+        os.rename(old, folder)
+    for rest in (temporary, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    try:
+        write(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _keep_until(path: Path, step: int) -> None:

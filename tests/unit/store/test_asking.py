@@ -119,12 +119,12 @@ def test_questions_of_older_policies_are_withdrawn_if_nobody_has_begun(store: St
     assert [label.comparison_id for label in store.labels()] == [answered, ran_out]
 
 
-def test_blind_pairs_about_older_policies_are_withdrawn_too_but_nothing_that_measures_people(store: Store) -> None:
+def test_blind_pairs_and_repeats_about_older_policies_are_withdrawn_too_but_never_gold(store: Store) -> None:
     (original,) = store.add([pair(policy_version=3)])
     store.add([pair(policy_version=1, why_selected=reason) for reason in ("win_rate", "initial")])
     (gold,) = store.add([pair(why_selected="gold", expected="a")])
     store.add([pair(why_selected="repeat", repeat_of=original)])
-    assert store.withdraw(older_than_policy=3) == 2
+    assert store.withdraw(older_than_policy=3) == 3
     assert asked(store, "anna", 9) == [original, gold]
 
 

@@ -47,10 +47,13 @@ def add(db: Connection, comparisons: Sequence[Comparison], now: datetime) -> lis
 
 
 def withdraw(db: Connection, older_than_policy: int, now: datetime) -> int:
-    """Takes questions about older policies, that nobody answered or holds, out of the queue; returns how many."""
+    """Takes questions about older policies, that nobody answered or holds, out of the queue; returns how many.
+
+    A repeat is about the policy of its original, so those that wait go, and others come: else they would pile up.
+    """
     free_expired(db, now)
     untouched = may_be_asked() & (C.c.open_slots == C.c.overlap)
-    old = (C.c.policy_version < older_than_policy) & asked_for((*FOR_LABEL, "win_rate"))
+    old = (C.c.policy_version < older_than_policy) & asked_for((*FOR_LABEL, "win_rate", "repeat"))
     return db.execute(update(C).where(untouched, old).values(withdrawn=True)).rowcount
 
 
