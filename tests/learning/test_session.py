@@ -200,26 +200,37 @@ def test_a_store_of_another_policy_is_refused(
             make_session(str(tmp_path / "other"), tmp_path / "run", store)
 
 
-def test_an_alarm_rolls_back_to_the_best_version(policy: str, tmp_path: Path) -> None:
-    """Answers become shorter, as annotators like them, and half the length is told to be too short."""
+def test_an_alarm_rolls_back_to_the_best_version_that_is_no_reason_for_it(policy: str, tmp_path: Path) -> None:
+    """Answers become shorter, as annotators like them, and less than 1/1.6 of the length is told to be too short."""
     with Store(tmp_path / "store.db", seed=1) as store:
         restored: list[int] = []
+        ratios: list[float] = []
 
         def watch(row: dict[str, Any]) -> None:
-            if store.alarms():
+            if store.alarms() and row["step"] >= store.alarms()[0].step + 10:
                 session.halter.halt()
 
+        def restore(number: int) -> None:
+            restored.append(number)
+            ratios.append(session.versions.figures(number)["length_ratio"])
+            plain(number)
+
         alarms = ["length_ratio=1.6:roll_back", "ensemble_std=off"]
-        session = make_session(policy, tmp_path, store, alarms=alarms, version_every=1, on_update=watch)
-        restore = session.versions.restore
-        session.versions.restore = lambda number: restored.append(number) or restore(number)  # type: ignore[method-assign,func-returns-value]
+        settings = {"alarms": alarms, "version_every": 1, "updates": 100}
+        session = make_session(policy, tmp_path, store, on_update=watch, **settings)
+        plain, session.versions.restore = session.versions.restore, restore  # type: ignore[method-assign]
         session.run()
-        (alarm,) = store.alarms()
-        assert (alarm.name, alarm.action) == ("length_ratio", "roll_back")
-        assert alarm.message.endswith(f"The policy is back at version {restored[0]}, and held twice as near the start.")
-        samples = store.samples()
-        assert samples[max(samples)] == samples[restored[0]]
-        assert session.trainer.kl_coef == 2 * session.config.init_kl_coef
+        raised = store.alarms()
+        assert {(alarm.name, alarm.action) for alarm in raised} == {("length_ratio", "roll_back")}
+        assert all(1 / 1.6 < ratio < 1.6 for ratio in ratios)
+        coefficients = [session.config.init_kl_coef * 2 ** (i + 1) for i in range(len(raised))]
+        assert session.trainer.kl_coef == coefficients[-1]
+        for alarm, number, coefficient in zip(raised, restored, coefficients, strict=True):
+            assert alarm.message.endswith(f"back at version {number}; the KL coefficient is {coefficient:g} now.")
+        samples, versions = store.samples(), store.versions("policy")
+        again = {one.number: int(one.figures["back_at"]) for one in versions if "back_at" in one.figures}
+        assert list(again.values()) == restored
+        assert all(samples[made] == samples[number] for made, number in again.items())
 
 
 def test_a_reward_of_the_wrong_sign_stops_the_loop_before_it_is_used(

@@ -99,6 +99,14 @@ def test_an_alarm_is_raised_once_until_its_figure_came_back() -> None:
     assert told == [1, 0, 0, 0, 0, 1]
 
 
+def test_a_policy_may_come_back_if_nothing_is_near_a_limit_that_rolls_back() -> None:
+    watch = Watch(Limits.read(["length_ratio=2:roll_back", "entropy_ratio=0.2:roll_back", "kl=10:warn"]))
+    good: list[dict[str, float | None]] = [{}, {"length_ratio": 1.7, "entropy_ratio": 0.5}, {"kl": 99.0}]
+    bad: list[dict[str, float | None]] = [{"length_ratio": 1.9}, {"length_ratio": 0.5}, {"length_ratio": None}]
+    bad.append({"length_ratio": 1.0, "entropy_ratio": 0.21})
+    assert [watch.keeps(figures) for figures in good + bad] == [True] * 3 + [False] * 4
+
+
 def test_coming_back_of_a_figure_that_must_not_be_low() -> None:
     watch = Watch(Limits(entropy_ratio=Limit(0.2)))
     told = [len(watch.check({"entropy_ratio": x}, step)) for step, x in enumerate([0.19, 0.21, 0.19, 0.23, 0.19])]

@@ -69,6 +69,52 @@ def test_a_watching_reward_that_falls_while_the_reward_rises_raises_an_alarm() -
     assert names == ["held_out_gap"]
 
 
+class Shifted(Fixed):
+    """The same, from another level: what another fit may be."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        return super().score(prompts, responses) + self.by
+
+
+class Mirrored(Shifted):
+    """Likes what Fixed does not."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        return self.by - Fixed.score(self, prompts, responses)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_reward_that_is_learned_anew_does_not_hide_that_they_part(resumed: bool) -> None:
+    """Each update a little: the limit of 0.5 is passed when a rise and a fall of 0.02 went on for 12 more updates."""
+    monitor, first = Monitor(Limits()), list[int]()
+    level = 0.0
+    for step in range(30):
+        if step % 5 == 4:
+            level = 3.0 * step
+            monitor.link(Shifted(level), Mirrored(-level))
+        if resumed and step == 13:
+            again = Monitor(Limits())
+            again.state = monitor.state
+            monitor = again
+        rollout: Any = SimpleNamespace(prompts=["p"], responses=[f"{0.02 * step} and so on"])
+        metrics = METRICS | {"score_mean": 0.02 * step + level, "step": float(step)}
+        raised = monitor.update(metrics, rollout, Mirrored(-level))[1]
+        first += [alarm.step for alarm in raised if alarm.name == "held_out_gap"]
+    assert first == [17]  # means of five: 4 updates until the first, 13 × 0.04 = 0.52 later
+
+
+def test_what_was_before_a_roll_back_says_nothing_of_the_policy_after_it() -> None:
+    monitor = Monitor(Limits.read(["win_rate_gap=0.1:roll_back"]))
+    monitor.compare([blind(i, (2, 0), "b") for i in range(20)], Fixed(), label_noise=0.1)
+    assert [alarm.name for alarm in monitor.update(METRICS, ROLLOUT, None)[1]] == ["win_rate_gap"]
+    monitor.rolled_back({"kl": 1.0})
+    assert monitor.figures == {"kl": 1.0}
+    assert monitor.update(METRICS, ROLLOUT, None)[1] == []
+
+
 def pair(mu: float) -> Preference:
     return Preference(prompt="p", a="1 good", b="0 bad", mu=mu)
 
@@ -117,6 +163,6 @@ def test_a_continuation_remembers_the_start_and_what_was_raised() -> None:
     again = Monitor(Limits())
     again.state = monitor.state
     assert again.update(METRICS | {"response_tokens": 30.0}, ROLLOUT, None)[1] == []  # it was raised already
-    again.rolled_back()
+    again.rolled_back({})
     raised = again.update(METRICS | {"response_tokens": 30.0}, ROLLOUT, None)[1]
     assert [(alarm.name, alarm.figure) for alarm in raised] == [("length_ratio", 3.0)]

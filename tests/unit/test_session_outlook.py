@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from deep_rlhf.feedback.outlook import choosing, outlook, win_rate
-from deep_rlhf.feedback.records import Comparison, Label
+from deep_rlhf.feedback.outlook import blind_pairs, choosing, outlook, recent_versions, win_rate
+from deep_rlhf.feedback.records import Comparison, Label, Version
 
 
 def label(number: int, choice: str | None, **comparison: Any) -> Label:
@@ -90,7 +90,19 @@ def test_answers_of_another_run_say_nothing_about_this_one() -> None:
     assert choosing(own + foreign, {}) == choosing(own, {})
 
 
-def test_old_blind_pairs_do_not_count_for_the_policy_of_today() -> None:
-    old = [label(i, "b", why_selected="win_rate", writers=(1, 0)) for i in range(100)]
-    new = [label(100 + i, "a", why_selected="win_rate", writers=(9, 0)) for i in range(60)]
-    assert win_rate(old + new)["rate"] == 1.0  # type: ignore[index]
+def test_blind_pairs_of_old_and_of_discarded_policies_do_not_count_for_the_policy_of_today() -> None:
+    def version(number: int, **figures: float) -> Version:
+        return Version(kind="policy", number=number, step=number, labels=0, last_event=0, figures=figures)
+
+    policies = [*(version(number) for number in range(20)), version(20, back_at=16.0), version(21)]
+    recent = recent_versions(policies)
+    assert recent == {21, 20, *range(9, 17)}
+    assert recent_versions([]) == set()
+    old = [label(i, "b", why_selected="win_rate", writers=(8, 0)) for i in range(55)]
+    gone = [label(60 + i, "b", why_selected="win_rate", writers=(0, 18)) for i in range(5)]
+    new = [label(70 + i, "a", why_selected="win_rate", writers=(9 + 12 * (i % 2), 0)) for i in range(5)]
+    found = win_rate(blind_pairs(old + gone + new, recent))
+    assert found is not None
+    assert [found[name] for name in ("rate", "answers", "first", "last")] == [1.0, 5, 9, 21]
+    many = [label(i, "a", why_selected="win_rate", writers=(9, 0)) for i in range(100)]
+    assert [one.event_id for one in blind_pairs(many, recent)] == list(range(40, 100))

@@ -66,9 +66,7 @@ class Limits:
                 raise UserError(f"An alarm is set as in kl=20:stop, with one of {', '.join(NAMES)}; not {setting!r}.")
             changed[name] = Limit.read(text)
             if name == "reward_sign" and changed[name].action == "roll_back":
-                raise UserError(
-                    "The alarm reward_sign cannot roll_back, for the reward is wrong, not the policy: give warn or stop."
-                )
+                raise UserError("The alarm reward_sign cannot roll_back: the reward is wrong. Give warn or stop.")
         return replace(cls(), **changed)
 
 
@@ -117,6 +115,14 @@ class Watch:
         """After a roll-back, which leaves the figures that raised the alarms behind."""
         self.raised.clear()
 
+    def keeps(self, figures: Mapping[str, float | None]) -> bool:
+        """Whether a policy of these figures may be rolled back to: none is near a limit that would roll it back again.
+
+        A figure that is not there says nothing.
+        """
+        names = [name for name in NAMES if getattr(self.limits, name).action == "roll_back" and name in figures]
+        return all(self._is_calm(name, figures[name]) for name in names)
+
     def _is_calm(self, name: str, figure: float | None) -> bool:
         limit = getattr(self.limits, name).limit
         if figure is None:
@@ -153,16 +159,23 @@ def held_out_gap(rewards: Sequence[float], held_out: Sequence[float]) -> float:
     """How far the reward has gone up while a held-out reward model's went down (Gao et al. 2022), since the best point.
 
     rewards, held_out: mean normalised reward of each update's answers, by the reward model that the policy is trained
-    against and by one that it never sees; both since these reward models were fitted, for another fit has another
-    scale. The best point is where the held-out reward, averaged over five updates, was highest. 0 if the reward has not
-    risen or the held-out one has not fallen since.
+    against and by one that it never sees, without the jumps from one fit of them to the next. The best point is where
+    the held-out reward, averaged over five updates, was highest. 0 if the reward has not risen or the held-out one has
+    not fallen since.
     """
     trained, unseen = _smooth(rewards), _smooth(held_out)
     if not unseen:
         return 0.0
-    best = max(range(len(unseen)), key=unseen.__getitem__)
+    best = _best(unseen)
     rise, fall = trained[-1] - trained[best], unseen[best] - unseen[-1]
     return rise + fall if rise > 0 and fall > 0 else 0.0
+
+
+def since_best(rewards: list[float], held_out: list[float]) -> tuple[list[float], list[float]]:
+    """Both series without what `held_out_gap` will never look at again: all before the best point."""
+    unseen = _smooth(held_out)
+    first = _best(unseen) if unseen else 0
+    return rewards[first:], held_out[first:]
 
 
 def repetition(texts: Sequence[str], *, words: int = 3) -> float:
@@ -216,6 +229,10 @@ def _interval(values: Sequence[float], weights: Sequence[float]) -> tuple[float,
     squares = sum((w * (value - mean)) ** 2 for w, value in zip(weights, values, strict=True))
     margin = Z_95 * math.sqrt(squares * count / (count - 1)) / total
     return mean - margin, mean + margin
+
+
+def _best(unseen: Sequence[float]) -> int:
+    return max(range(len(unseen)), key=unseen.__getitem__)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -1,16 +1,18 @@
 """What the page tells about labels: what more of them will bring, whether choosing pays, how often the policy wins."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from deep_rlhf.evaluation.comparison import wilson_interval
-from deep_rlhf.feedback.records import MU, WAYS, Label
+from deep_rlhf.feedback.records import MU, WAYS, Label, Version
 
 NEXT = 100  # labels looked ahead
 SLOPE, SLOPE_PRECISION = 0.03, 400.0  # accuracy per doubling that is expected, and how many answers that is worth
 BEST = 0.98
 WIN_RATE_ANSWERS = 60  # the newest ones: older ones are about older policies
+RECENT_VERSIONS = 10  # of the policy, that a win rate may be about
+BACK_AT = "back_at"  # among the figures of a version that a roll-back made: the one that it is again
 
 
 def outlook(history: Sequence[tuple[float, float, int]], labels: int) -> dict[str, Any]:
@@ -64,14 +66,34 @@ def choosing(labels: Sequence[Label], predicted: Mapping[int, float]) -> dict[st
     return found
 
 
-def win_rate(labels: Sequence[Label]) -> dict[str, float | int] | None:
-    """How often the newer of two policies won among the newest blind pairs, with the 95 % interval; None: no pairs."""
-    won = [won for label in labels if (won := won_by_newer(label)) is not None][-WIN_RATE_ANSWERS:]
+def win_rate(pairs: Sequence[Label]) -> dict[str, float | int] | None:
+    """How often the newer of two policies won these blind pairs, with the 95 % interval; None: no pairs.
+
+    Beside it the first and the last version that they are about.
+    """
+    won = {label.event_id: won for label in pairs if (won := won_by_newer(label)) is not None}
     if not won:
         return None
-    rate = sum(won) / len(won)
+    rate = sum(won.values()) / len(won)
     low, high = wilson_interval(rate, len(won))
-    return {"rate": rate, "low": low, "high": high, "answers": len(won)}
+    newer = [max(label.comparison.writers) for label in pairs if label.event_id in won]
+    return {"rate": rate, "low": low, "high": high, "answers": len(won), "first": min(newer), "last": max(newer)}
+
+
+def blind_pairs(labels: Sequence[Label], recent: Collection[int]) -> list[Label]:
+    """The newest answers to blind pairs about one of the versions `recent`."""
+    pairs = [label for label in labels if won_by_newer(label) is not None]
+    return [label for label in pairs if max(label.comparison.writers) in recent][-WIN_RATE_ANSWERS:]
+
+
+def recent_versions(policies: Sequence[Version]) -> set[int]:
+    """The newest version and the last few that it has come through: none that a roll-back threw away."""
+    known = {version.number: version for version in policies}
+    number, found = max(known, default=0), set[int]()
+    while number in known and len(found) < RECENT_VERSIONS:
+        found.add(number)
+        number = int(known[number].figures.get(BACK_AT, number - 1))
+    return found
 
 
 def won_by_newer(label: Label) -> float | None:

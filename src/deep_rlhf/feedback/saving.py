@@ -5,6 +5,7 @@ import hashlib
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,17 @@ from deep_rlhf.types import UserError
 
 LOCK = ".lock"
 SILENCE = timedelta(seconds=15)  # after which a loop that does not answer for itself is taken to be gone
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint says of the session beside what the trainer learned."""
+
+    step: int = 0
+    policy_version: int = -1
+    version_step: int = 0  # at which the newest version was made
+    reward_version: int = 0
+    rolled_back: int = 0  # times
 
 
 class Saved:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +31,7 @@ from deep_rlhf.feedback.refitting import (
     preferences_for_training,
 )
 from deep_rlhf.feedback.sampling import LogOdds
-from deep_rlhf.feedback.saving import Saved, fingerprint
+from deep_rlhf.feedback.saving import Progress, Saved, fingerprint
 from deep_rlhf.feedback.session_config import SessionConfig
 from deep_rlhf.feedback.session_setup import (
     Schedule,
@@ -56,20 +55,10 @@ logger = logging.getLogger(__name__)
 
 JUDGED_PROMPTS = 24  # by whose answers versions are compared
 LOOK_EVERY = 0.2  # seconds between two looks into the store, where there is nothing else to do
+MOST_DOUBLINGS = 10  # of the KL penalty, by roll-backs
 ROUNDS = 20  # of asking again in batched mode, where annotators cannot tell
 
 Ending = Literal["done", "stopped", "interrupted"]
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a checkpoint says of the session beside what the trainer learned."""
-
-    step: int = 0
-    policy_version: int = -1
-    version_step: int = 0  # at which the newest version was made
-    reward_version: int = 0
-    rolled_back: int = 0  # times
 
 
 class Session:
@@ -120,6 +109,7 @@ class Session:
             self.output_dir / "versions",
             shown=shown,
             judged=(unshown or list(prompts))[:JUDGED_PROMPTS],
+            keeps=self.monitor.watch.keeps,
         )
         self.rewards = self.output_dir / "rewards"
         self.rewards.mkdir(parents=True, exist_ok=True)
@@ -283,30 +273,33 @@ class Session:
                 return
             self._raised += raised
             self._act()
+        if is_new:
+            self.monitor.link(scorer, watcher)
         self._scorer = self.trainer.scorer = scorer
         self._watcher = watcher
         if is_new and self.progress.step > self.progress.version_step:
             self._new_version(scorer)  # it has learned against the reward model before
         self.progress.reward_version = refitted.number
         self._refitted = refitted
-        self.monitor.compare(self._labels, LogOdds(scorer), self.config.label_noise)
+        self.monitor.compare(self._blind_pairs(), LogOdds(scorer), self.config.label_noise)
         self._raised += raised
         self._act()
 
-    def _new_version(self, scorer: RewardModel | None) -> None:
-        """The policy as it is becomes a version, and questions are about it from now on."""
+    def _new_version(self, scorer: RewardModel | None, figures: dict[str, float] | None = None) -> None:
+        """The policy as it is becomes a version, with `figures`, and questions are about it from now on."""
         number = self.progress.policy_version + 1
-        won = outlook.win_rate(self._labels)
+        won = outlook.win_rate(self._blind_pairs())
         version = Version(
             kind="policy",
             number=number,
             step=self.progress.step,
             labels=self._refitted.labels if self._refitted else 0,
             last_event=self._refitted.last_event if self._refitted else 0,
-            figures={"win_rate": float(won["rate"])} if won else {},
+            figures=(figures or {}) | ({"win_rate": float(won["rate"])} if won else {}),
         )
         judge = self._watcher or scorer
-        self.versions.add(version, judge, self._labels)
+        self.versions.add(version, judge, self._labels, self.monitor.figures)
+        self.store.put("win_rate", outlook.win_rate(self._blind_pairs()))
         self.progress.policy_version, self.progress.version_step = number, self.progress.step
         self.store.withdraw(older_than_policy=number)
 
@@ -317,7 +310,7 @@ class Session:
         number = self._roll_back() if back else None
         for alarm in self._raised:
             if number is not None and alarm.action == "roll_back":
-                then = f"The policy is back at version {number}, and held twice as near the start."
+                then = f"The policy is back at version {number}; the KL coefficient is {self.trainer.kl_coef:g} now."
                 alarm = dataclasses.replace(alarm, message=f"{alarm.message} {then}")
             logger.warning("Alarm after update %d, %s: %s", alarm.step, alarm.action.replace("_", " "), alarm.message)
             self.store.add_alarm(alarm)
@@ -326,14 +319,17 @@ class Session:
             raise Halted("stopped")
 
     def _roll_back(self) -> int:
-        """Puts the policy back to its best version. What led it astray is still there, so the KL penalty doubles."""
+        """Puts the policy back to the best version in which nothing was near an alarm.
+
+        What led it astray is still there, so the KL penalty doubles.
+        """
         assert self._scorer is not None
         number = self.versions.best(self._watcher or self._scorer, self._labels)
         self.versions.restore(number)
-        self.monitor.rolled_back()
-        self._new_version(self._scorer)
+        self.monitor.rolled_back(self.versions.figures(number))
+        self._new_version(self._scorer, {outlook.BACK_AT: float(number)})
         self.progress.rolled_back += 1
-        self.trainer.kl_coef = self.config.init_kl_coef * 2**self.progress.rolled_back
+        self.trainer.kl_coef = self.config.init_kl_coef * 2 ** min(self.progress.rolled_back, MOST_DOUBLINGS)
         self._checkpoint()
         return number
 
@@ -366,7 +362,10 @@ class Session:
         if self.store.last_event() == last:
             return
         self._labels = self.store.labels()
-        self.store.put("win_rate", outlook.win_rate(self._labels))
+        self.store.put("win_rate", outlook.win_rate(self._blind_pairs()))
+
+    def _blind_pairs(self) -> list[Label]:
+        return outlook.blind_pairs(self._labels, outlook.recent_versions(self.store.versions("policy")))
 
     def _wait_for_labels(self) -> None:
         count, first = self.store.label_count(), self.config.initial_labels

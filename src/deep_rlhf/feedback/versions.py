@@ -7,7 +7,7 @@ the store.
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from deep_rlhf.runtime.run_directory import write_summary
 from deep_rlhf.types import Scorer, UserError
 
 logger = logging.getLogger(__name__)
+
+Figures = Mapping[str, float | None]
 
 KEPT = 3  # of the newest versions
 ENOUGH = 10  # blind answers about a version from which on people's word counts more than the reward's
@@ -41,19 +43,32 @@ class PolicyVersions:
     """Makes versions of a trainer's policy and finds the best one again."""
 
     def __init__(
-        self, trainer: OnlineTrainer, store: Store, folder: Path, *, shown: Sequence[str], judged: Sequence[str]
+        self,
+        trainer: OnlineTrainer,
+        store: Store,
+        folder: Path,
+        *,
+        shown: Sequence[str],
+        judged: Sequence[str],
+        keeps: Callable[[Figures], bool] = lambda figures: True,
     ) -> None:
-        """`shown`: prompts whose answers people see; `judged`: more, by whose answers versions are compared."""
+        """`shown`: prompts whose answers people see; `judged`: more, by whose answers versions are compared.
+
+        `keeps` says whether a version of such figures is one to go back to; the start always is.
+        """
         self.trainer, self.store, self.folder = trainer, store, folder
-        self.shown, self.judged = list(shown), list(judged)
+        self.shown, self.judged, self._keeps = list(shown), list(judged), keeps
         folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, version: Version, scorer: Scorer | None, labels: Sequence[Label]) -> None:
-        """Keeps the policy as it is as `version`, and forgets snapshots that are neither new nor the best."""
+    def add(self, version: Version, scorer: Scorer | None, labels: Sequence[Label], figures: Figures) -> None:
+        """Keeps the policy as it is as `version`, and forgets snapshots that are neither new nor the best.
+
+        `figures`: those that alarms watch, as they are now.
+        """
         folder = self.folder / str(version.number)
         answers = self.trainer.generate([*self.shown, *self.judged], seed=SHOWN_SEED)
         save_checkpoint(folder, version.number, self.trainer.snapshot(), keep=1)
-        write_summary(folder / ANSWERS, {"answers": answers[len(self.shown) :]})
+        write_summary(folder / ANSWERS, {"answers": answers[len(self.shown) :], "figures": figures})
         self.store.add_samples(version.number, list(zip(self.shown, answers, strict=False)))
         self.store.add_version(version)
         if scorer is None:
@@ -63,7 +78,7 @@ class PolicyVersions:
             shutil.rmtree(self.folder / str(number), ignore_errors=True)
 
     def best(self, scorer: Scorer, labels: Sequence[Label]) -> int:
-        """The number of the best version whose snapshot is kept."""
+        """The number of the best version whose snapshot is kept, and in which no figure was near a limit."""
         wins: dict[int, list[float]] = {}
         for label in labels:
             won = won_by_newer(label)
@@ -72,8 +87,14 @@ class PolicyVersions:
         merits = [
             Merit(number=number, wins=tuple(wins.get(number, ())), score=self._score(number, scorer))
             for number in self._numbers()
+            if number == 0 or self._keeps(self.figures(number))
         ]
         return best_of(merits).number
+
+    def figures(self, number: int) -> dict[str, float]:
+        """Those that alarms watch, as they were when the version was made."""
+        found: dict[str, float] = _read(self.folder / str(number) / ANSWERS)["figures"]
+        return found
 
     def restore(self, number: int) -> None:
         """Puts the policy back to a version that is kept. Raises UserError if its snapshot cannot be read."""
