@@ -98,6 +98,14 @@ def test_who_answers_at_random_is_found_and_hurts_less(new_fit):
     assert margin(fit) > margin(blind)
 
 
+def test_nobody_errs_less_than_the_floor(new_fit, tmp_path):
+    people = {"new": 0.1, "careful": 0.1, "flips": 0.4}
+    pairs = [replace(pair, annotator=name) for pair, name in zip(comparisons(3, seed=14), people, strict=True)]
+    fit = new_fit(label_noise=0.1)
+    _, features, _ = fit._features(pairs, {"careful": 0.02, "flips": 0.4}, {}, fit._config(str(tmp_path)))
+    assert [pair["label_noise"] for pair in features] == list(people.values())
+
+
 def margin(fit: RewardFit) -> float:
     """By how many standard deviations of the reward the better answers of noise-free pairs are ahead."""
     signs = torch.tensor([1.0 if pair.mu == 1 else -1.0 for pair in TEST])
