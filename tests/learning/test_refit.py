@@ -1,5 +1,6 @@
 """The ensemble between refits: it goes on learning, keeps bags and the ratio of losses, and outlives its process."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -8,8 +9,11 @@ import torch
 from test_reward_learning import comparisons
 
 from deep_rlhf.feedback.bags import bag_id, is_outside
+from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.refit import RefitSettings, RewardFit, classifier_of
+from deep_rlhf.feedback.refitting import RefitJob, Refits
 from deep_rlhf.feedback.reliability import Answered, fit_error_rates
+from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.ops.preference import bootstrap_weights
 from deep_rlhf.types import Preference, UserError
@@ -110,6 +114,54 @@ def margin(fit: RewardFit) -> float:
     """By how many standard deviations of the reward the better answers of noise-free pairs are ahead."""
     signs = torch.tensor([1.0 if pair.mu == 1 else -1.0 for pair in TEST])
     return ((scores(fit, "a") - scores(fit, "b")).mean(dim=1) * signs).mean().item()
+
+
+# ---- to the answers in a store
+
+
+def test_a_refit_is_told_who_errs_and_what_was_ranked_together(make_model, make_tokenizer, tmp_path, monkeypatch):
+    told, real = [], RewardFit.fit
+
+    def fit(self, preferences, **given):
+        told.append((preferences, given))
+        return real(self, preferences, **given)
+
+    monkeypatch.setattr(RewardFit, "fit", fit)
+    settings = {"template": "plain", "max_length": 64, "members": 3, "learning_rate": 3e-3}
+    settings |= {"batch_size": 16, "label_noise": 0.1}
+    job = RefitJob(policy="", first=20, after=8, growth=0.1, settings=settings, watchers=2)
+    policy = make_model("gpt2", spread=0.02, n_positions=64)
+    better = {(pair.prompt, pair.a, pair.b): pair.mu for pair in comparisons(240, seed=16)}
+    ranking = ("gold", "red", "the sun")
+    with Store(tmp_path / "labels.db", seed=1) as store:
+        refits = Refits(job, tmp_path, store, policy=lambda: (policy, make_tokenizer()))
+        store.add([Comparison(prompt=prompt, answers=answers) for prompt, *answers in better])
+        store.add([Comparison(prompt="the cat ", answers=ranking)])
+        answer_all(store, better, {"ann": 0.0, "bob": 0.0, "flips": 1.0})
+        refits.run()
+        found = {one.name: one.error_rate for one in store.annotators()}
+        refits.run()
+    assert max(found["ann"], found["bob"]) < 0.1 < 0.2 < found["flips"]
+    assert [given["noise"] for _, given in told] == [{}, {}, found, found]  # the watchers too
+    for preferences, given in told:
+        ranked = [pair.id for pair in preferences if {pair.a, pair.b} <= set(ranking)]
+        assert [given["together"][name] for name in ranked] == [ranking] * 3
+
+
+def answer_all(store: Store, better: dict[tuple[str, str, str], float], people: dict[str, float]) -> None:
+    """By people who answer at random so often, in turn; a ranking in the order of its answers."""
+    rng = random.Random(0)
+    for name in itertools.cycle(people):
+        asked = store.ask(name)
+        if not asked:
+            return
+        number, comparison = asked[0].id, asked[0].comparison
+        if len(comparison.answers) > 2:
+            store.answer(number, name, token=f"{number}", ranks=(1, 2, 3))
+        else:
+            mu = better[comparison.prompt, *comparison.answers]
+            mu = float(rng.random() < 0.5) if rng.random() < people[name] else mu
+            store.answer(number, name, token=f"{number}", choice="a" if mu else "b")
 
 
 # ---- from process to process
