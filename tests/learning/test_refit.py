@@ -65,17 +65,16 @@ def test_it_goes_on_learning_from_refit_to_refit(new_fit):
     assert fitted.oob_accuracy == pytest.approx([0.9] * 3, abs=0.15)
 
 
-def test_the_ratio_of_the_losses_is_brought_between_its_bounds(new_fit):
+@pytest.mark.parametrize("weight_decay", [3.0, 2000.0])
+def test_the_ratio_of_the_losses_is_brought_between_its_bounds(new_fit, weight_decay):
     pairs = label(comparisons(120, seed=3), "ann", 0.4)  # noise to over-fit to, and refits that go over all of it twice
-    settings = {"learning_rate": 1e-3, "pairs": (240, 512), "weight_decay": 3.0}
+    settings = {"learning_rate": 1e-3, "pairs": (240, 512), "weight_decay": weight_decay}
     kept, free = new_fit(**settings), new_fit(**settings, ratio=(1.0, 1e9))
-    kept_ratios = [kept.fit(pairs).ratio for _ in range(8)]
+    kept_ratios = [kept.fit(pairs).ratio for _ in range(10)]
     free_ratios = [free.fit(pairs).ratio for _ in range(4)]
-    assert max(kept_ratios[:5]) > 1.5
+    assert not any(1.1 < ratio < 1.5 for ratio in free_ratios[1:])
     assert all(1.0 < ratio < 1.5 for ratio in kept_ratios[-3:])
-    assert sum(kept_ratios[-3:]) / 3 > 1.05
-    assert free_ratios[-1] > 2.0
-    assert kept.progress.weight_decay > 5 * free.progress.weight_decay
+    assert 1.1 < sum(kept_ratios[-3:]) / 3 < 1.5
 
 
 def test_who_answers_at_random_is_found_and_hurts_less(new_fit):
