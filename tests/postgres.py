@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from needs import skip_or_fail
 
 USER = "postgres"
 # Faster, and still what a kill -9 of the server tests: it loses nothing that was handed to the system.
@@ -133,12 +134,12 @@ class Server:
 
 @contextmanager
 def server(*, settings: tuple[str, ...] = SETTINGS) -> Iterator[Server]:
-    """A server of its own, gone afterwards; skips the test where PostgreSQL is not installed."""
+    """A server of its own, gone afterwards; skips or fails the test where PostgreSQL is not installed."""
     programs = binaries()
     if programs is None:
-        pytest.skip("PostgreSQL is not installed")
+        skip_or_fail("PostgreSQL is not installed")
     if os.geteuid() == 0 and shutil.which("runuser") is None:
-        pytest.skip("PostgreSQL does not run as root, and there is no runuser")
+        skip_or_fail("PostgreSQL does not run as root, and there is no runuser")
     # Not pytest's tmp_path: another user must be able to enter every folder above it.
     folder = Path(tempfile.mkdtemp(prefix="pg-"))
     try:

@@ -1,13 +1,16 @@
 """`deep-rlhf store`: out of a store, into another, and what is in it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Result
 
 from deep_rlhf.cli.store import main
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
+from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.types import UserError
 
 
@@ -46,6 +49,22 @@ def test_out_and_in_again(labelled: str, tmp_path: Path, capsys: pytest.CaptureF
     assert "4 answers, of which 1 are new" in capsys.readouterr().out
     main(["export", labelled, target, "--all=False"])
     assert len(Path(target).read_text().splitlines()) == 5
+
+
+def test_a_reward_model_learns_from_a_folder_that_was_exported(
+    labelled: str, cli: Callable[..., Result], tmp_path: Path
+) -> None:
+    labels, model = tmp_path / "labels", tmp_path / "model"
+    assert cli("store", "export", labelled, str(labels)).code == 0
+    quick = ("--model_name_or_path=gpt2", "--max_steps=2", "--per_device_train_batch_size=2", "--disable_tqdm=True")
+    result = cli(
+        "reward", *quick, f"--dataset_name={labels}", "--template=plain", "--report_to=none", f"--output_dir={model}"
+    )
+    assert result.code == 0, result.err
+    rows = json.loads((model / "summary.json").read_text())["rows"]
+    assert rows["train"]["read"] == 5
+    assert rows["train"]["kept"] + rows["test"]["kept"] == 5
+    assert RewardModel.load(model).score(["p1"], ["x"]).shape == (1, 1)
 
 
 def test_options_of_an_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from session_world import make_session, policy_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from deep_rlhf.feedback.labelling import People
+from deep_rlhf.feedback.schedule import LabelSchedule
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.types import UserError
@@ -136,6 +137,15 @@ def test_the_asynchronous_loop_learns_while_people_answer_and_another_process_re
     assert "started again" not in caplog.text
     assert session.process is not None
     assert session.process._process is None  # and it is gone
+
+
+def test_no_more_is_answered_than_is_due_though_nothing_waits(policy: str, tmp_path: Path) -> None:
+    with Store(tmp_path / "store.db", seed=1) as store:
+        assert make_session(policy, tmp_path, store, mode="async", updates=12).run() == "done"
+        rows, schedule = store.metrics(), LabelSchedule(initial=48, total=96, decay=50)
+        assert store.versions("reward")[0].labels == 48  # though annotators who take no time waited for it
+        assert all(row["labels"] <= schedule.due(row["step"], 12) for row in rows)
+        assert 48 < store.label_count() <= 96
 
 
 def test_the_red_button_stops_a_session_and_the_next_one_goes_on(policy: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from needs import skip_or_fail
 from page_client import HH, Client
 from page_keys import TIMEOUT, Visit, enter, wait_ready
 
@@ -53,7 +54,7 @@ def client(store: Store) -> Client:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     if not CHROMIUM.exists():
-        pytest.skip("Chromium is not installed")
+        skip_or_fail("Chromium is not installed")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

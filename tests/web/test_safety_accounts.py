@@ -24,11 +24,11 @@ PASSWORD, NEW_PASSWORD = "correct horse battery", "another horse battery"
 TOKEN = "0123456789abcdef-token"
 
 
-def public_page(store: Store) -> Client:
+def public_page(store: Store, **settings: Any) -> Client:
     """A page that others reach, with an administrator and an annotator."""
     add_account(store, "root", "admin", PASSWORD)
     add_account(store, "anna", "annotator", PASSWORD)
-    return Client(create_app(store, WebSettings(host="0.0.0.0")), base_url="http://labels.example.org")
+    return Client(create_app(store, WebSettings(host="0.0.0.0", **settings)), base_url="http://labels.example.org")
 
 
 @pytest.fixture
@@ -253,8 +253,12 @@ def test_an_open_page_is_not_served_through_a_proxy_or_to_another_machine(store:
     assert Client(app, client=("10.0.0.9", 5)).get("/login").status_code == 403
 
 
-def test_no_secret_gets_into_a_log(public: Client, store: Store, caplog: Any, capfd: Any, monkeypatch: Any) -> None:
+def test_no_secret_gets_into_a_log(store: Store, caplog: Any, capfd: Any, monkeypatch: Any) -> None:
     caplog.set_level(logging.DEBUG)
+    public = public_page(store, token=TOKEN)
+    assert public.log_in("root", TOKEN).status_code == 403
+    assert public.log_in("bert", TOKEN).url.path == "/"
+    public.submit("/logout", as_json=False)
     public.log_in("anna", "a wrong password")
     public.log_in("anna", PASSWORD)
     session, csrf = public.cookies["deep_rlhf_session"], public.csrf("/model")
@@ -262,7 +266,7 @@ def test_no_secret_gets_into_a_log(public: Client, store: Store, caplog: Any, ca
     assert public.submit("/undo", token="a-token-of-mine").status_code == 500
     written = caplog.text + "".join(capfd.readouterr())
     assert "ZeroDivisionError" in written  # what happened is there
-    for secret in (PASSWORD, "a wrong password", session, csrf, "$argon2", "a-token-of-mine"):
+    for secret in (PASSWORD, TOKEN, "a wrong password", session, csrf, "$argon2", "a-token-of-mine"):
         assert secret not in written
 
 
