@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback
 
 from deep_rlhf.cli import loop
 from deep_rlhf.cli.loop_config import STORE_VARIABLE, TASTES, LoopConfig, mean_taste, open_labeler, open_prompts
@@ -122,6 +122,24 @@ def test_the_line_on_the_terminal() -> None:
     assert line == "training · 25 answers · update 7 · reward +0.50 · KL 1.2 · policy 2 · reward model 3"
     line = progress_line({"state": "training"}, row | {"reward": None, "kl": None}, 25)  # what was no finite number
     assert "update 7 · reward – · KL – · policy 2" in line
+
+
+def test_the_red_button_stops_the_making_of_the_worlds_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    address, steps = str(tmp_path / "store.db"), list[int]()
+
+    def press(*_: Any, **__: Any) -> None:
+        steps.append(len(steps))
+        with Store(address) as store:
+            store.put("stop", {"by": "ann", "at": "now"})
+
+    monkeypatch.setattr(PrinterCallback, "on_step_begin", press)
+    monkeypatch.setattr(ProgressCallback, "on_step_begin", press)
+    loop.main([f"--store={address}", f"--output_dir={tmp_path / 'run'}", "--threads=1"])
+    assert steps == [0]
+    assert list((tmp_path / "cache" / "deep-rlhf").iterdir()) == []
+    with Store(address) as store:
+        assert store.get("status")["state"] == "stopped"
 
 
 def test_the_worlds_policy_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,14 @@ prompt makes it plain language modelling.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from deep_rlhf.types import UserError
 
@@ -33,11 +33,13 @@ def train_sft(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[tuple[str, str]],
+    on_step: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Trains `model` in place on (prompt, answer) texts and returns the Trainer's metrics.
 
     The loss is the mean over all answer tokens of a step, EOS included. Examples that are too long are left out, and
-    a warning counts them. Raises UserError if no example fits.
+    a warning counts them. `on_step` is called after each update; what it raises ends the training. Raises UserError if
+    no example fits.
     """
     rows = [row for row in _tokenized(tokenizer, examples) if len(row["input_ids"]) <= config.max_length]
     if not rows:
@@ -51,7 +53,17 @@ def train_sft(
         )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     trainer = Trainer(model=model, args=config, train_dataset=rows, data_collator=lambda batch: _collate(batch, pad_id))
+    if on_step is not None:
+        trainer.add_callback(_AfterEach(on_step))
     return trainer.train().metrics
+
+
+class _AfterEach(TrainerCallback):
+    def __init__(self, what: Callable[[], None]) -> None:
+        self.what = what
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.what()
 
 
 def _tokenized(tokenizer: PreTrainedTokenizerBase, examples: Sequence[tuple[str, str]]) -> list[dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from deep_rlhf.cli.loop_config import GUARDED, LoopConfig, mean_taste, open_labe
 from deep_rlhf.cli.loop_progress import Progress
 from deep_rlhf.cli.training_bar import show_training_bar
 from deep_rlhf.cli.world_policy import cached_world_policy, world_policy_folder
+from deep_rlhf.feedback.halting import Halted
 from deep_rlhf.feedback.saving import only_here
 from deep_rlhf.feedback.session import Session
 from deep_rlhf.feedback.session_setup import tell
@@ -36,12 +37,18 @@ def main(argv: list[str] | None = None) -> None:
         if not os.environ.get(GUARDED):  # `teach` has released the button, and somebody may have pressed it since
             store.put("stop", None)
         labeler = open_labeler(config)
+        try:
+            model = config.model or _world_policy(store)
+        except Halted:
+            tell(store, "stopped", 0, "The loop was stopped while its policy was being made.")
+            logger.info("The loop was stopped while its policy was being made; the same command begins again.")
+            return
         session = Session(
             config,
             store=store,
             store_url=address,
             output_dir=folder,
-            model=config.model or _world_policy(store),
+            model=model,
             prompts=(prompts := open_prompts(config, labeler))[0],
             held_out_prompts=prompts[1],
             labeler=labeler,
@@ -58,10 +65,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _world_policy(store: Store) -> str:
-    """The embedded world's policy, which takes a minute or two when it is made for the first time."""
+    """The embedded world's policy, which takes a minute or two when it is made for the first time.
+
+    Raises Halted if the red button is pressed meanwhile.
+    """
+
+    def check() -> None:
+        if store.get("stop"):
+            raise Halted("stopped")
+
     if not world_policy_folder().is_dir():
         tell(store, "pretraining", 0, "The small policy learns its English: a minute or two, the first time only.")
-    return str(cached_world_policy())
+    return str(cached_world_policy(on_step=check))
 
 
 def _end_with_input() -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -58,8 +59,10 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def pretrain(seed: int, scale: PolicyScale, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    """A GPT-2 from random weights: first plain text, then answers of mixed quality."""
+def pretrain(
+    seed: int, scale: PolicyScale, tokenizer: PreTrainedTokenizerFast, on_step: Callable[[], None] | None = None
+) -> GPT2LMHeadModel:
+    """A GPT-2 from random weights: first plain text, then answers of mixed quality. What `on_step` raises ends it."""
     set_seed(seed)
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -95,15 +98,18 @@ def pretrain(seed: int, scale: PolicyScale, tokenizer: PreTrainedTokenizerFast) 
                 model,
                 tokenizer,
                 examples,
+                on_step,
             )
     return model
 
 
-def cached_world_policy(seed: int = 1, scale: PolicyScale | None = None) -> Path:
+def cached_world_policy(
+    seed: int = 1, scale: PolicyScale | None = None, on_step: Callable[[], None] | None = None
+) -> Path:
     """The folder of the world's policy and tokenizer, as plain transformers opens it; made if it is not there yet.
 
     It lies under $XDG_CACHE_HOME (~/.cache) in deep-rlhf/, in a name that tells what it was made from, and appears only
-    when it is whole. Raises UserError if the folder cannot be written.
+    when it is whole. Raises UserError if the folder cannot be written, and what `on_step` raises after an update.
     """
     scale = scale or PolicyScale()
     folder = world_policy_folder(seed, scale)
@@ -119,7 +125,7 @@ def cached_world_policy(seed: int = 1, scale: PolicyScale | None = None) -> Path
         ) from error
     try:
         tokenizer = build_tokenizer(seed)
-        pretrain(seed, scale, tokenizer).save_pretrained(temporary)
+        pretrain(seed, scale, tokenizer, on_step).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         os.rename(temporary, folder)
     except OSError as error:
