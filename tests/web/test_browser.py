@@ -1,6 +1,5 @@
 """Labelling in a real browser, by keyboard, on a real store."""
 
-import statistics
 import time
 from typing import Any
 
@@ -151,15 +150,15 @@ def test_arrows_scroll_what_scrolls_while_it_has_the_focus(visit: Visit, store: 
 def test_the_next_question_is_there_in_less_than_a_tenth_of_a_second(
     visit: Visit, store: Store, add: Add, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measured in the page, from the key to the next frame, though the server takes a third of a second."""
+    """Measured in the page, from the key to the next frame, though the server takes longer than that."""
     answer = store.answer
 
     def slow(*what: Any, **fields: Any) -> int:
-        time.sleep(0.3)
+        time.sleep(0.15)
         return answer(*what, **fields)
 
     monkeypatch.setattr(store, "answer", slow)
-    add(7)
+    add(22)
     page = visit("anna")
     page.evaluate("""() => {
       window.took = [];
@@ -170,13 +169,13 @@ def test_the_next_question_is_there_in_less_than_a_tenth_of_a_second(
         requestAnimationFrame(() => took.push(performance.now() - from));
       }).observe(document.querySelector("#question"), { childList: true });
     }""")
-    for _ in range(5):
+    for _ in range(20):
         press(page, "ArrowUp")
         wait_saved(page)
     wait_painted(page)
-    took = page.evaluate("took")
-    assert len(took) == 5
-    assert statistics.median(took) < 100
+    took = sorted(page.evaluate("took"))
+    assert len(took) == 20
+    assert took[18] < 100  # 95 % of them
 
 
 def test_a_ranking_by_keyboard_and_by_mouse(visit: Visit, store: Store, add: Add) -> None:
