@@ -2,12 +2,14 @@
 
 import itertools
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from test_reward_learning import comparisons
 
+from deep_rlhf.algorithms.reward_trainer import RewardTrainer
 from deep_rlhf.feedback.bags import bag_id, is_outside
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.refit import RefitSettings, RewardFit, classifier_of
@@ -279,6 +281,29 @@ def test_all_pairs_of_a_ranking_are_in_the_same_bags(new_fit):
     by_member = fit.progress.outside
     for number in groups:  # what is out of a member's bag is so with all of its pairs
         assert len({pair.id in by_member for pair in pairs if pair.id.startswith(f"{number}-")}) == 1
+
+
+def test_all_pairs_of_a_ranking_are_in_the_same_batch(new_fit, monkeypatch):
+    texts = [f"good {i} " + "gold " * i for i in range(1, 4)]
+    groups = {number: [f"{text}{number}" for text in texts] for number in range(12)}
+    pairs = [  # the margin tells which ranking a pair is from
+        Preference(prompt="p", a=groups[number][i], b=groups[number][j], margin=number / 8, id=f"{number}-{i}-{j}")
+        for number in groups
+        for i, j in itertools.combinations(range(3), 2)
+    ]
+    together = {pair.id: groups[int(pair.id.split("-")[0])] for pair in pairs}
+    batches, loss = list[Counter](), RewardTrainer.compute_loss
+
+    def look(self, model, inputs, *rest, **options):
+        batches.append(Counter(inputs["margin"].tolist()))
+        return loss(self, model, inputs, *rest, **options)
+
+    monkeypatch.setattr(RewardTrainer, "compute_loss", look)
+    new_fit(batch_size=8).fit(pairs, together=together)
+    trained = [batch for batch in batches if sum(batch.values()) == 6]
+    assert len(trained) > 4
+    assert {share % 3 for batch in trained for share in batch.values()} == {0}
+    assert trained[:4] != sorted(trained[:4], key=lambda batch: min(batch))  # in any order
 
 
 def test_only_the_newest_short_pairs_with_weight_are_kept(new_fit):

@@ -2,13 +2,14 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from deep_rlhf.algorithms.reward_trainer import Features, accuracy, label_noise_of, told_noise
 from deep_rlhf.ops.preference import bradley_terry_loss
+from deep_rlhf.types import Preference
 
 OUTSIDE = 1 / 6  # share of the pairs that are in nobody's bag
 LEAST_DECAY, MOST_DECAY = 1.0, 2000.0
@@ -69,3 +70,26 @@ def accuracies(rewards: Tensor, features: Sequence[Features]) -> list[float]:
     out = outside(features)
     mu = torch.tensor([pair["labels"] for pair in features])[out]
     return [accuracy(advantage, mu) for advantage in (rewards[out, 0] - rewards[out, 1]).unbind(1)]
+
+
+def rankings_of(pairs: Sequence[Preference], together: Mapping[str, Sequence[str]]) -> list[list[int]]:
+    """The rows of each ranking, in the order of the pairs; a pair that is of none is alone.
+
+    together: as in `RewardFit.fit`. Pairs of a ranking follow each other.
+    """
+    rows: list[list[int]] = []
+    before = None
+    for row, pair in enumerate(pairs):
+        answers = together.get(pair.id, ())
+        ranking = (pair.prompt, pair.annotator, tuple(answers)) if len(answers) > 2 else None
+        if ranking is not None and ranking == before:
+            rows[-1].append(row)
+        else:
+            rows.append([row])
+        before = ranking
+    return rows
+
+
+def texts_of(pair: Preference) -> tuple[str, frozenset[str]]:
+    """What two answers to the same question have in common, whichever side each was on."""
+    return pair.prompt, frozenset((pair.a, pair.b))

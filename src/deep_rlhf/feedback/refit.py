@@ -40,7 +40,7 @@ from transformers import (
 from deep_rlhf.algorithms.reward import pair_features
 from deep_rlhf.algorithms.reward_config import RewardConfig
 from deep_rlhf.algorithms.reward_trainer import Features, RewardTrainer, accuracy
-from deep_rlhf.feedback.bags import accuracies, adapted, bag_id, bag_losses, is_outside
+from deep_rlhf.feedback.bags import accuracies, adapted, bag_id, bag_losses, is_outside, rankings_of, texts_of
 from deep_rlhf.models.load import disable_dropout
 from deep_rlhf.models.reward import RewardModel, has_reward_head, init_reward_head, render, reward_head
 from deep_rlhf.ops.queries import preferred_probability
@@ -186,7 +186,12 @@ class RewardFit:
             pairs, features, left_out = self._features(preferences, noise or {}, together or {}, config)
             new = [row for row, pair in enumerate(pairs) if pair.id not in self.progress.predicted]
             self._predict(pairs, features, new, config)
-            trainer = self._trainer([features[row] for row in self._training_rows(features, new)], config)
+            rankings = rankings_of(pairs, together or {})
+            if (size := max(map(len, rankings))) > 1:  # whole rankings in one batch: apart they over-fit in one pass
+                config.train_sampling_strategy = "sequential"
+                config.per_device_train_batch_size = max(1, self.settings.batch_size // size) * size
+            rows = self._training_rows(features, new, rankings)
+            trainer = self._trainer([features[row] for row in rows], config)
             weight_decay = self.progress.weight_decay
             trainer.add_callback(_Pull(self.model.model, self.base, weight_decay))
             trainer.train()
@@ -273,8 +278,8 @@ class RewardFit:
     def _predict(self, pairs: list[Preference], features: list[Features], new: list[int], config: RewardConfig) -> None:
         """What the ensemble as it is says of pairs that it has not learned from, be it from another person's answer."""
         known = len(self.progress.predicted)
-        seen = {_texts(pair) for pair in pairs if pair.id in self.progress.predicted}
-        unknown = [row for row in new if _texts(pairs[row]) not in seen] if self.progress.refits else []
+        seen = {texts_of(pair) for pair in pairs if pair.id in self.progress.predicted}
+        unknown = [row for row in new if texts_of(pairs[row]) not in seen] if self.progress.refits else []
         self.progress.predicted |= dict.fromkeys(pairs[row].id for row in new)
         if not unknown:
             return
@@ -286,21 +291,25 @@ class RewardFit:
         if decided:
             self.progress.history.append((known, accuracy(p - 0.5, mu), decided))
 
-    def _training_rows(self, features: list[Features], new: list[int]) -> list[int]:
-        """Which pairs are gone over, in which order: all new ones, and so many others that each is met a few times."""
+    def _training_rows(self, features: list[Features], new: list[int], rankings: list[list[int]]) -> list[int]:
+        """Which pairs are gone over, in which order: all new ones, and so many others that each is met a few times.
+
+        All of a ranking come together (Ouyang et al. 2022, §3.5).
+        """
         lot = random.Random(f"{self.settings.seed}/{self.progress.refits}")
-        inside = [row for row, pair in enumerate(features) if pair["weight"].any()]
+        inside = [rows for rows in rankings if any(features[row]["weight"].any() for row in rows)]
         if not inside:
             raise UserError("No pair is left to learn from but those that are kept to validate: it takes more labels.")
-        rows = sorted(set(inside) & set(new))
+        chosen = [rows for rows in inside if not set(rows).isdisjoint(new)]
+        count, size = sum(map(len, chosen)), max(map(len, inside))
         least, most = self.settings.pairs
-        visits = min(max(VISITS * len(rows), least), max(most, len(rows)), MOST_PASSES * len(inside))
-        others = sorted(set(inside) - set(rows)) or inside
-        while len(rows) < visits:
-            rows += lot.sample(others, min(len(others), visits - len(rows)))
-            others = inside
-        lot.shuffle(rows)
-        return rows
+        visits = min(max(VISITS * count, least), max(most, count), MOST_PASSES * sum(map(len, inside)))
+        others = [rows for rows in inside if set(rows).isdisjoint(new)] or inside
+        while count < visits:
+            more = lot.sample(others, min(len(others), -(-(visits - count) // size)))
+            chosen, count, others = chosen + more, count + sum(map(len, more)), inside
+        lot.shuffle(chosen)
+        return [row for rows in chosen for row in rows]
 
     def _measured_rows(self, count: int) -> list[int]:
         """Pairs to compute losses and predictions of: all, or the newer half of `most` and others by lot."""
@@ -357,11 +366,6 @@ class _Pull(TrainerCallback):
         share = min(1.0, optimizer.param_groups[0]["lr"] * self.strength)
         for parameter, base in self.weights:
             parameter.lerp_(base.to(parameter.device), share)
-
-
-def _texts(pair: Preference) -> tuple[str, frozenset[str]]:
-    """What two answers to the same question have in common, whichever side each was on."""
-    return pair.prompt, frozenset((pair.a, pair.b))
 
 
 def classifier_of(policy: PreTrainedModel, members: int) -> PreTrainedModel:
