@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -73,6 +74,13 @@ def _first_sentence(error: Exception) -> str:
     while lines[0].endswith(":") and end < len(lines) and not lines[end - 1].endswith("."):
         end += 1
     return " ".join(lines[:end]).rstrip(".:") + "."
+
+
+def no_configuration(error: Exception) -> str:
+    """Why a model has no configuration, to stand behind its name."""
+    if isinstance(error.__cause__, LocalEntryNotFoundError):
+        return "cannot be opened (it is no folder and not in the cache, and the Hugging Face Hub was not reached)"
+    return "has no readable config.json"
 
 
 def _options(trust_remote_code: bool) -> dict[str, object]:
