@@ -52,10 +52,11 @@ def main(argv: list[str] | None = None) -> None:
         store.put("stop", None)
         page = create_app(store, WebSettings(host=HOST, port=config.port))
         with Server(page, HOST, config.port) as server:
+            progress = Progress(store)
             trainer = _start_trainer(config, folder)
             try:
                 _greet(server.url, config)
-                with Progress(store):
+                with progress:
                     _watch(trainer, folder)
             except KeyboardInterrupt:
                 _stop(trainer)
