@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback
 
-from deep_rlhf.cli import loop
+from deep_rlhf.cli import loop, loop_progress
 from deep_rlhf.cli.loop_config import STORE_VARIABLE, TASTES, LoopConfig, mean_taste, open_labeler, open_prompts
-from deep_rlhf.cli.loop_progress import progress_line
+from deep_rlhf.cli.loop_progress import Progress, progress_line
 from deep_rlhf.cli.world_policy import PolicyScale, cached_world_policy, world_policy_folder
 from deep_rlhf.data.templates import HH
 from deep_rlhf.data.world import generate_prompts
 from deep_rlhf.feedback.labelling import People
 from deep_rlhf.feedback.replay import Replay
+from deep_rlhf.feedback.session_setup import tell
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.types import UserError
 
@@ -117,6 +118,7 @@ def test_a_mistake_is_one_sentence(argv: list[str], told: str, tmp_path: Path, m
 def test_the_line_on_the_terminal() -> None:
     status = {"state": "waiting for labels", "text": "3 of the 20 answers are there."}
     assert progress_line(status, {}, 3) == "waiting for labels · 3 answers · 3 of the 20 answers are there."
+    assert progress_line({"state": "starting", "text": ""}, {}, 49) == "starting · 49 answers"
     row = {"step": 7, "reward": 0.5, "kl": 1.25, "policy_version": 2, "reward_version": 3}
     line = progress_line({"state": "training"}, row, 25)
     assert line == "training · 25 answers · update 7 · reward +0.50 · KL 1.2 · policy 2 · reward model 3"
@@ -140,6 +142,20 @@ def test_the_red_button_stops_the_making_of_the_worlds_policy(tmp_path: Path, mo
     assert list((tmp_path / "cache" / "deep-rlhf").iterdir()) == []
     with Store(address) as store:
         assert store.get("status")["state"] == "stopped"
+
+
+def test_the_status_of_an_earlier_run_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop_progress, "LOOK_EVERY", 600.0)  # it is this thread that looks
+    with Store(tmp_path / "labels.db") as store:
+        tell(store, "stopped", 9, "The loop was interrupted.")
+        progress = Progress(store)
+        with progress:
+            progress._show()
+            tell(store, "training", 9, "Update 10 is under way.")
+            progress._show()
+    assert capsys.readouterr().err == "starting · 0 answers\ntraining · 0 answers · Update 10 is under way.\n"
 
 
 def test_the_worlds_policy_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,20 @@
 """`deep-rlhf plan`: what it prints, what it refuses, and how near it comes to the memory of real runs."""
 
+import logging
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from transformers import (
     DistilBertConfig,
     GPT2Config,
 )
 
+from deep_rlhf.cli.console import calm_libraries
 from deep_rlhf.cli.main import run
 from deep_rlhf.cli.plan import advice, ladders
 from deep_rlhf.runtime.memory_plan import GIB, MemoryPlan, Phase, gpu_of
@@ -90,6 +93,26 @@ def test_wrong_input_is_one_sentence(plan: Callable, argv: list[str], error: str
     code, out, err = plan(*argv)
     assert (code, out) == (2, "")
     assert re.search(error, err.splitlines()[-1])
+
+
+def test_a_hub_that_is_not_reached_is_not_the_models_fault(plan: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    code, _, err = plan("ppo", "--model_name=nobody/nothing", FUNCTION)
+    assert code == 2
+    assert re.search(r"--model_name: 'nobody/nothing' cannot be opened .*Hub was not reached", err.splitlines()[-1])
+    assert "config.json" not in err
+
+
+def test_a_request_that_is_tried_again_is_told_of_once() -> None:
+    calm_libraries()
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    failed = "'Connection refused' thrown while requesting HEAD http://hub.example.org/config.json"
+    limited = "Rate limited. Waiting 9s before retry [Retry 5/5]."
+    tries = [line for number in range(1, 6) for line in (failed, f"Retrying in {number}s [Retry {number}/5].")]
+    records = {
+        line: logger.makeRecord(logger.name, logging.WARNING, "", 0, line, (), None) for line in [*tries, limited]
+    }
+    assert [line for line in [*tries, limited] if logger.filter(records[line])] == [*tries[:2], limited]
 
 
 def test_help(plan: Callable) -> None:

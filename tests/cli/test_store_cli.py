@@ -47,8 +47,19 @@ def test_out_and_in_again(labelled: str, tmp_path: Path, capsys: pytest.CaptureF
     main(["export", labelled, target, "--all"])
     main(["import", other, target])
     assert "4 answers, of which 1 are new" in capsys.readouterr().out
-    main(["export", labelled, target, "--all=False"])
-    assert len(Path(target).read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows"), [(["--all"], 6), (["--all=True"], 6), (["--all", "true"], 6), (["--all=False"], 5)]
+)
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_a_flag_without_a_value_takes_no_other_word_for_it(
+    flags: list[str], rows: int, place: int, labelled: str, tmp_path: Path
+) -> None:
+    target = str(tmp_path / "labels.jsonl")
+    words = ["export", labelled, target]
+    main([*words[:place], *flags, *words[place:]])
+    assert len(Path(target).read_text().splitlines()) == rows
 
 
 def test_a_reward_model_learns_from_a_folder_that_was_exported(

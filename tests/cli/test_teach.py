@@ -117,6 +117,18 @@ def test_a_trainer_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:
         teach._watch(trainer, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(signal.SIGKILL, r"signal 9 \(is there too little memory\?\)\. The"), (signal.SIGTERM, r"signal 15\. The")],
+)
+def test_a_trainer_that_was_killed_had_no_last_words(number: int, told: str, tmp_path: Path) -> None:
+    (tmp_path / teach.LOG).write_text("a warning of long ago\n")
+    trainer = subprocess.Popen([sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(number)})"])
+    with pytest.raises(UserError, match=rf"The trainer was killed by {told} same command goes on.*loop\.log") as error:
+        teach._watch(trainer, tmp_path)
+    assert "long ago" not in str(error.value)
+
+
 def test_the_command_that_goes_on_has_no_more_flags_than_it_needs_and_no_password() -> None:
     assert teach._command(TeachConfig(), Path("outputs/teach")) == "deep-rlhf teach"
     goes_on = "deep-rlhf teach --config=run/config.yaml"

@@ -53,6 +53,26 @@ def test_each_alarm_is_raised_beyond_its_limit_alone(name: str) -> None:
     assert alarm.message.endswith(f"(limit {alarm.limit:g}).")
 
 
+@pytest.mark.parametrize(
+    ("name", "figure", "told"),
+    [
+        ("entropy_ratio", 0.15, "is 0.15 of that at the start (limit 0.2)."),
+        ("entropy_ratio", 0.1996, "is 0.1996 of that at the start (limit 0.2)."),
+        ("kl", 30.04, "is 30.04 nats away from the start (limit 30)."),
+        ("repetition", 0.304, "themselves: 30.4% of their word triples were there before (limit 0.3)."),
+        ("reward_sign", -0.001, "the advantage is at best -0.001 (limit 0)."),
+        ("length_ratio", 2.5, "Answers are 2.50 times as long as at the start (limit 2)."),
+        ("length_ratio", 0.4, "Answers are 0.40 times as long as at the start (limit 0.5)."),
+        ("length_ratio", 0.498, "Answers are 0.498 times as long as at the start (limit 0.5)."),
+        ("length_ratio", math.nan, "Answers are nan times as long as at the start (limit 2)."),
+        ("kl", 30 + 1e-12, "is 30.0000000 nats away from the start (limit 30)."),
+    ],
+)
+def test_a_figure_beyond_its_limit_does_not_read_like_it(name: str, figure: float, told: str) -> None:
+    (alarm,) = check({name: figure}, Limits(), 1)
+    assert alarm.message.endswith(told)
+
+
 def test_within_all_limits_nothing_is_raised() -> None:
     assert check(WITHIN, Limits(), 1) == []
     assert check({"reward": 1e9, "kl": None}, Limits(), 1) == []

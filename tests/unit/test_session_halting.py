@@ -77,7 +77,7 @@ def test_two_loops_do_not_run_in_one_folder_or_on_one_store(tmp_path: Path) -> N
             with pytest.raises(UserError, match="Another loop is running"), only_here(here, other):
                 pass
             store.put("heartbeat", datetime.now(UTC).isoformat(timespec="seconds"))
-            with pytest.raises(UserError, match=r"Another loop, in .*here on .*, works on .*labels\.db"):
+            with pytest.raises(UserError, match=r"^The store .*labels\.db' is worked on by another loop, in .*here on"):
                 only_here(there, store).__enter__()
             store.put("heartbeat", (datetime.now(UTC) - timedelta(minutes=1)).isoformat(timespec="seconds"))
             with only_here(there, store):  # the other one was killed long ago

@@ -124,12 +124,13 @@ def test_a_process_that_dies_is_started_again_and_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(refit_process, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(refit_process, "PAUSES", (0.0, 0.6))
     program("print('out of luck', flush=True); sys.exit(3)")
     process = RefitProcess(JOB, tmp_path, "labels.db")
     with pytest.raises(UserError, match=r"ended 3 times in a row, with code 3 now: .*refits\.log' tells why"):
         waited(lambda: process.poll(0))
-    assert caplog.text.count("ended with code 3 and is started again") == 2
+    assert caplog.text.count("ended with code 3 and is started again;") == 1  # at once
+    assert caplog.text.count("ended with code 3 and is started again in 1 seconds;") == 1
     assert (tmp_path / "refits.log").read_text() == "out of luck\n" * 3
     process.stop()
 

@@ -209,12 +209,16 @@ def test_a_file_holds_one_split_and_no_folders(tmp_path: Path) -> None:
         read(tmp_path / "prefs.jsonl", data_dir="x")
 
 
-def test_mistyped_paths_list_what_is_beside_them(folder: Path) -> None:
+def test_mistyped_paths_list_what_is_beside_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"no file or folder .*trian\.jsonl'.* holds: train\.jsonl, test\.jsonl"):
         read(folder / "one/trian.jsonl")
     with pytest.raises(UserError, match=r"no file or folder .*there is no .*three either"):
         read(folder / "three/train.jsonl")
-    with pytest.raises(UserError, match=r"no file or folder 'nosuch\.jsonl'"):
+    monkeypatch.chdir(folder / "one")
+    for number in range(30):
+        Path(f"{number:02}").touch()  # as unlike as one another
+    listed = r"test\.jsonl, train\.jsonl, 00, 01, 02, .*, 17, …$"
+    with pytest.raises(UserError, match=rf"no file or folder 'nosuch\.jsonl'; this folder holds: {listed}"):
         read("nosuch.jsonl")
     with pytest.raises(UserError, match="the name of a data set is empty"):
         read("")

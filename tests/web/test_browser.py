@@ -80,6 +80,18 @@ def test_undo_takes_back_and_asks_again(visit: Visit, store: Store, add: Add) ->
     assert {label.comparison_id: label.choice for label in store.labels()} == dict.fromkeys((1, 2, 3), "cant_tell")
 
 
+def test_what_keys_did_is_said_aloud(visit: Visit, add: Add) -> None:
+    add(2)
+    page = visit("anna")
+    for expected in ("clearly better", "Strength taken back"):
+        page.keyboard.press("2")
+        wait_text(page, "[data-said]", expected)
+    press(page, "s")
+    wait_text(page, "[data-said]", "Skipped. Next question.")
+    page.keyboard.press("u")
+    wait_text(page, "[data-said]", "Your last answer or skip is taken back: answer again.")
+
+
 def test_a_reload_shows_the_same_question_with_the_same_sides(visit: Visit, store: Store, add: Add) -> None:
     add(20)
     page = visit("anna")

@@ -1,5 +1,6 @@
 """The second tab without a browser: who sees which answers, and whether the trainer lives."""
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
@@ -36,6 +37,24 @@ def learn(store: Store, number: int) -> None:
     last = store.last_event()
     store.add_version(Version(kind="reward", number=number, step=0, labels=last, last_event=last))
     store.set_annotators([AnnotatorFigures(name="bert", answers=2, error_rate=0.1, error_rate_interval=(0.0, 0.2))])
+
+
+def test_every_answer_can_be_traced_to_its_first_use(client: Client, store: Store) -> None:
+    client.enter()
+    store.add([Comparison(prompt=HH.format(f"Question {i:03}?"), answers=("first", "second")) for i in range(120)])
+    for question in store.ask("bert", count=120):
+        store.answer(question.id, "bert", token=f"t{question.id}", choice="a")
+        if question.id % 30 == 0:
+            learn(store, question.id // 30)
+    page, found = client.get("/model/answers").text, list[tuple[str, str]]()
+    while True:
+        found += re.findall(r"Question (\d+)\?.*?(reward \d)", page)
+        older = re.search(r'href="(/model/answers\?until=\d+)">Older', page)
+        if older is None:
+            break
+        page = client.get(older[1]).text
+        assert "The newest" in page
+    assert found == [(f"{i:03}", f"reward {i // 30 + 1}") for i in reversed(range(120))]
 
 
 def test_no_reward_model_learns_from_cant_tell(client: Client, store: Store) -> None:
@@ -140,3 +159,16 @@ def test_a_stop_is_only_asked_for_until_the_trainer_says_that_it_stopped(client:
     assert "Stopped by anna" in page
     assert "Stop asked for" not in page
     assert "no sign of life" not in page
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(1, ("by 1 blind answer<", "1 question waits<")), (2, ("by 2 blind answers<", "2 questions wait<"))],
+)
+def test_one_is_not_several(client: Client, store: Store, number: int, told: tuple[str, str]) -> None:
+    store.add([Comparison(prompt=HH.format(f"Question {i}?"), answers=("first", "second")) for i in range(number)])
+    store.put("win_rate", {"rate": 0.63, "low": 0.4, "high": 0.8, "answers": number})
+    client.enter()
+    store.release("me")  # the page has lent them
+    page = client.get("/model").text
+    assert [text for text in told if text not in page] == []

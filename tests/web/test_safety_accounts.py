@@ -92,6 +92,14 @@ def test_a_name_cookie_is_no_login(public: Client, add: Add) -> None:
     assert public.get("/").url.path == "/login"
 
 
+@pytest.mark.parametrize("name", ["", "   "])
+def test_nobody_gets_a_name_that_he_did_not_give(client: Client, name: str) -> None:
+    csrf = client.csrf()
+    refused = client.post("/name", data={"csrf": csrf, "name": name}, headers={"accept": "application/json"})
+    assert (refused.status_code, refused.json()) == (422, {"error": "'name' is missing."})
+    assert str(client.get("/").url).endswith("/login")
+
+
 def test_login_and_logout(public: Client, store: Store, add: Add) -> None:
     add(2)
     assert public.log_in("anna", "wrong password").status_code == 403

@@ -172,6 +172,12 @@ def test_a_port_that_is_taken_is_a_users_mistake(store: Store) -> None:
             Server(create_app(store), port=port)
 
 
+@pytest.mark.parametrize("host", ["300.1.1.1", "203.0.113.1"])  # no address, and none of this machine
+def test_a_host_that_is_not_here_is_a_users_mistake(host: str, store: Store) -> None:
+    with pytest.raises(UserError, match=rf"on {host}, port 0: .* Try another --host\."):
+        Server(create_app(store), host=host)
+
+
 def test_an_account_is_added_from_the_command_line(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     path = tmp_path / "labels.db"
     monkeypatch.setenv("DEEP_RLHF_PASSWORD", PASSWORD)

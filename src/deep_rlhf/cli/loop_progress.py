@@ -12,10 +12,14 @@ WIDTH = 110
 
 
 class Progress:
-    """While it is entered, the line is kept up to date from what the store says."""
+    """While it is entered, the line is kept up to date from what the store says.
+
+    Make it before the trainer begins: the status that it finds then is of an earlier run, and is not shown.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._earlier = store.get("status")
         self._left = threading.Event()
         self._row: dict[str, Any] = {}
         self._shown = ""
@@ -42,7 +46,9 @@ class Progress:
                 continue
 
     def _show(self) -> None:
-        status = self._store.get("status") or {"state": "starting", "text": ""}
+        status = self._store.get("status")
+        if status is None or status == self._earlier:
+            status = {"state": "starting", "text": ""}
         for row in self._store.metrics(after=self._newest):
             self._newest, self._row = row["id"], row
         line = progress_line(status, self._row, self._store.label_count())
@@ -62,6 +68,6 @@ def progress_line(status: dict[str, Any], row: dict[str, Any], labels: int) -> s
         parts += [f"update {row['step']}", f"reward {'–' if reward is None else f'{reward:+.2f}'}"]
         parts.append(f"KL {'–' if kl is None else f'{kl:.1f}'}")
         parts += [f"policy {row['policy_version']}", f"reward model {row['reward_version']}"]
-    else:
-        parts.append(status.get("text", ""))
+    elif text := status.get("text"):
+        parts.append(text)
     return " · ".join(parts)

@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from deep_rlhf.cli.flags import parse_flags
+from deep_rlhf.models.load import no_configuration
 from deep_rlhf.runtime.memory import resident_peak
 from deep_rlhf.runtime.memory_plan import GIB, GPUS, Machine, MemoryPlan, gpu_of, this_machine
 from deep_rlhf.types import UserError
@@ -179,8 +180,8 @@ def _configuration(flag: str, name: str, *, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--{flag}: '{name}' has no readable config.json: give a folder or Hub name of the model that it will be,"
-            " or of the one that it is trained from."
+            f"--{flag}: '{name}' {no_configuration(error)}: give a folder or Hub name of the model that it will be, or"
+            " of the one that it is trained from."
         ) from error
 
 

@@ -15,7 +15,7 @@ from deep_rlhf.feedback.records import Label
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.types import UserError
 
-USAGE = """usage: deep-rlhf store export STORE FILE [--all=True]
+USAGE = """usage: deep-rlhf store export STORE FILE [--all]
        deep-rlhf store import STORE FILE [--template=hh] [--on_bad_rows=error]
        deep-rlhf store show STORE
 
@@ -27,6 +27,8 @@ it is; what reward_modeling.py takes, can be imported, once or several times.
   --template     of the prompts of a file that is no export: hh or plain
   --on_bad_rows  error (the default) or skip
 """
+
+TRUTHS = ("true", "false")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or {"-h", "--help"} & set(argv):
         sys.stdout.write(USAGE)
         return
-    given = _parser().parse_args(argv)
+    given = _parser().parse_args(_with_values(argv))
     console = Console(highlight=False, soft_wrap=True)
     if given.what == "import":
         answers, rows = read_answers(given.file, template=given.template, on_bad_rows=given.on_bad_rows)
@@ -69,15 +71,24 @@ def _parser() -> argparse.ArgumentParser:
         if what != "show":
             command.add_argument("file", metavar="FILE")
         if what == "export":
-            command.add_argument("--all", nargs="?", const=True, default=False, type=_truth)
+            command.add_argument("--all", default=False, type=_truth)
         if what == "import":
             command.add_argument("--template", default="hh")
             command.add_argument("--on_bad_rows", default="error", choices=("error", "skip"))
     return parser
 
 
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """Every bare --all becomes --all=True: argparse would take the word behind it, STORE or FILE, for its value."""
+    behind = [*argv[1:], ""]
+    return [
+        "--all=True" if word == "--all" and after.lower() not in TRUTHS else word
+        for word, after in zip(argv, behind, strict=True)
+    ]
+
+
 def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
+    if text.lower() not in TRUTHS:
         raise argparse.ArgumentTypeError(f"expected True or False, not {text}")
     return text.lower() == "true"
 

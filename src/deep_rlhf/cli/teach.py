@@ -52,10 +52,11 @@ def main(argv: list[str] | None = None) -> None:
         store.put("stop", None)
         page = create_app(store, WebSettings(host=HOST, port=config.port))
         with Server(page, HOST, config.port) as server:
+            progress = Progress(store)
             trainer = _start_trainer(config, folder)
             try:
                 _greet(server.url, config)
-                with Progress(store):
+                with progress:
                     _watch(trainer, folder)
             except KeyboardInterrupt:
                 _stop(trainer)
@@ -90,7 +91,7 @@ def _watch(trainer: subprocess.Popen[bytes], folder: Path) -> None:
     """Never returns: the page outlives a trainer that is done. Raises UserError if the trainer failed."""
     code = trainer.wait()
     if code != 0:
-        raise UserError(f"The trainer ended: {_last_words(folder / LOG)}")
+        raise UserError(f"The trainer {_ending(code, folder / LOG)} ('{folder / LOG}' has all of it.)")
     console.print(
         f"\nThe trainer is done; the policy: {folder / 'model'}. The page goes on until Ctrl-C; then the same"
     )
@@ -98,9 +99,13 @@ def _watch(trainer: subprocess.Popen[bytes], folder: Path) -> None:
     threading.Event().wait()
 
 
-def _last_words(log: Path) -> str:
+def _ending(code: int, log: Path) -> str:
+    """In the trainer's own last words, unless a signal left it none."""
+    if code < 0:
+        guess = " (is there too little memory?)" if -code == signal.SIGKILL else ""
+        return f"was killed by signal {-code}{guess}. The same command goes on from its last checkpoint."
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return f"{lines[-1].removeprefix('error: ') if lines else 'it said nothing.'} ('{log}' has all of it.)"
+    return f"ended: {lines[-1].removeprefix('error: ') if lines else 'it said nothing.'}"
 
 
 def _stop(trainer: subprocess.Popen[bytes]) -> None:

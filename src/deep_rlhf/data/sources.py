@@ -53,8 +53,8 @@ class Tally:
 
 
 def closest_first(name: str, options: Iterable[str]) -> str:
-    """Return the options as one string, those most like `name` first."""
-    ordered = sorted(options, key=lambda option: -SequenceMatcher(None, name.lower(), option.lower()).ratio())
+    """Return the options as one string, those most like `name` first, and those equally like it by name."""
+    ordered = sorted(options, key=lambda option: (-SequenceMatcher(None, name.lower(), option.lower()).ratio(), option))
     return ", ".join(ordered[:LISTED]) + (", …" if len(ordered) > LISTED else "") if ordered else "(none)"
 
 
@@ -123,7 +123,7 @@ def _local_path(name: str) -> Path | None:
     if name.startswith((".", "/", "~")) or len(parts) > 2 or file_type(path) in READERS:
         parent = path.parent
         held = (
-            f"{parent} holds: {closest_first(path.name, _names_in(parent))}"
+            f"{'this folder' if parent == Path() else parent} holds: {closest_first(path.name, _names_in(parent))}"
             if parent.is_dir()
             else f"there is no {parent} either"
         )

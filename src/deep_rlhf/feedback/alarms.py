@@ -72,16 +72,19 @@ class Limits:
 
 NAMES = tuple(field.name for field in fields(Limits))
 LOWEST = frozenset({"entropy_ratio", "reward_sign"})  # a figure below the limit is the bad one
+# {one} and {two} stand for that many digits, or more: see _sentence. z writes no minus before a zero.
 _SAYS = {
-    "held_out_gap": "The reward rises and the held-out reward falls with it: they are {figure:.2f} apart",
-    "ensemble_std": "The members of the reward model disagree: their spread is {figure:.2f}",
-    "length_ratio": "Answers are {figure:.2f} times as long or as short as at the start",
-    "entropy_ratio": "The policy has few words left: its entropy is {figure:.2f} of that at the start",
-    "repetition": "Answers repeat themselves: {figure:.0%} of their word triples were there before",
-    "kl": "The policy is {figure:.1f} nats away from the start",
-    "win_rate_gap": "The reward model promises a win rate that is surely {figure:.2f} higher than what people say",
-    "reward_sign": "On labelled pairs the reward prefers what people did not: the advantage is at best {figure:.2f}",
+    "held_out_gap": "The reward rises and the held-out reward falls with it: they are {figure:z.{two}f} apart",
+    "ensemble_std": "The members of the reward model disagree: their spread is {figure:z.{two}f}",
+    "length_ratio": "Answers are {figure:z.{two}f} times as long as at the start",
+    "entropy_ratio": "The policy has few words left: its entropy is {figure:z.{two}f} of that at the start",
+    "repetition": "Answers repeat themselves: {figure:z.{none}%} of their word triples were there before",
+    "kl": "The policy is {figure:z.{one}f} nats away from the start",
+    "win_rate_gap": "The reward model promises a win rate that is surely {figure:z.{two}f} higher than what people say",
+    "reward_sign": "On labelled pairs the reward prefers what people did not: the advantage is at best"
+    " {figure:z.{two}f}",
 }
+MOST_DIGITS = 6  # more than the fewest, as many as `:g` gives a limit
 
 
 def check(figures: Mapping[str, float | None], limits: Limits, step: int) -> list[Alarm]:
@@ -138,8 +141,20 @@ def _beyond(name: str, figure: float, limits: Limits, step: int) -> Alarm | None
     limit: Limit = getattr(limits, name)
     if limit.limit is None or not _is_beyond(name, figure, limit.limit):
         return None
-    message = f"{_SAYS[name].format(figure=figure)} (limit {limit.limit:g})."
+    message = _sentence(name, figure, limit.limit)
     return Alarm(name=name, step=step, action=limit.action, message=message, figure=figure, limit=limit.limit)
+
+
+def _sentence(name: str, figure: float, limit: float) -> str:
+    """With as many digits as it takes: a figure beyond its limit must not read as if it were at it."""
+    if name == "length_ratio" and figure < 1 < limit:
+        limit = 1 / limit
+    for more in range(MOST_DIGITS + 1):
+        digits = {"none": more, "one": more + 1, "two": more + 2}
+        said, at_limit = (_SAYS[name].format(figure=value, **digits) for value in (figure, limit))
+        if said != at_limit:
+            break
+    return f"{said} (limit {limit:g})."
 
 
 def _is_beyond(name: str, figure: float, limit: float) -> bool:

@@ -60,10 +60,9 @@ class RefitProcess:
             self._deaths_in_a_row += 1
             self._again_at = time.monotonic() + pause
             logger.warning(
-                "The process that refits the reward model ended with code %d and is started again in %.0f seconds;"
-                " '%s' tells why.",
+                "The process that refits the reward model ended with code %d and is started again%s; '%s' tells why.",
                 self._process.returncode,
-                pause,
+                f" in {pause:.0f} seconds" if pause else "",
                 self.folder / LOG,
             )
             self._process = None

@@ -41,8 +41,8 @@ class Saved:
         known = store.get("start policy")
         if known not in (None, policy):
             raise UserError(
-                f"The answers in {store!r} are about another policy than this one: give another --store, or the model"
-                " that it began with."
+                f"{store!r} holds answers about another policy than this one: give another --store, or the model that"
+                " it began with."
             )
         found = latest_checkpoint(self._folder)
         if found is not None and found.state["policy"] != policy:
@@ -89,7 +89,9 @@ def only_here(folder: Path, store: Store) -> Iterator[None]:
         here = f"{folder.resolve()} on {socket.gethostname()}"
         other, beat = store.get("loop"), store.get("heartbeat")
         if other not in (None, here) and beat is not None and _age(beat) < SILENCE:
-            raise UserError(f"Another loop, in {other}, works on {store!r}: stop it first, or give another --store.")
+            raise UserError(
+                f"{store!r} is worked on by another loop, in {other}: stop it first, or give another --store."
+            )
         store.put("loop", here)
         try:
             yield

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -66,6 +67,22 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _first_sentence(error: Exception) -> str:
+    """What an error says in its first line, or up to the end of the list that the line begins; with a full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    end = 1
+    while lines[0].endswith(":") and end < len(lines) and not lines[end - 1].endswith("."):
+        end += 1
+    return " ".join(lines[:end]).rstrip(".:") + "."
+
+
+def no_configuration(error: Exception) -> str:
+    """Why a model has no configuration, to stand behind its name."""
+    if isinstance(error.__cause__, LocalEntryNotFoundError):
+        return "cannot be opened (it is no folder and not in the cache, and the Hugging Face Hub was not reached)"
+    return "has no readable config.json"
+
+
 def _options(trust_remote_code: bool) -> dict[str, object]:
     return {"trust_remote_code": trust_remote_code, "dtype": torch.float32, "use_safetensors": True}
 
@@ -76,7 +93,7 @@ def _opened(what: str, name: str, load: Callable[[], T]) -> T:
     try:
         return load()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = _first_sentence(error)
         if reason.startswith("Unrecognized configuration class"):
             reason = f"its architecture is no {what}."
         raise UserError(

@@ -23,7 +23,7 @@ from deep_rlhf.data.batching import token_budget_batches
 from deep_rlhf.data.templates import TEMPLATES, get_template
 from deep_rlhf.models.function_scorer import import_function
 from deep_rlhf.models.kernels import use_fast_kernels
-from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer
+from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer, no_configuration
 from deep_rlhf.types import Scorer, UserError
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def _config(name: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"'{name}' has no readable config.json: give a folder from reward_modeling.py.") from error
+        raise UserError(f"'{name}' {no_configuration(error)}: give a folder from reward_modeling.py.") from error
 
 
 def _read_card(name: str) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Form
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from deep_rlhf.web.auth import DEFAULT_NAME, Accounts, remember_name
+from deep_rlhf.web.auth import DEFAULT_NAME, Accounts, Problem, remember_name
 from deep_rlhf.web.gate import Gate
 from deep_rlhf.web.pages import page, see
 
@@ -39,7 +39,9 @@ def account_routes(accounts: Accounts, gate: Gate) -> APIRouter:
     def set_name(request: Request, name: Text) -> Response:
         response = RedirectResponse("/", status_code=303)
         if not accounts.need_login():
-            remember_name(response, name.strip() or DEFAULT_NAME, secure=request.state.visitor.secure)
+            if not (name := name.strip()):
+                raise Problem(422, "'name' is missing.")  # as where it is empty
+            remember_name(response, name, secure=request.state.visitor.secure)
         return response
 
     @router.post("/logout")

@@ -1,7 +1,7 @@
 """The second tab: how the model changes, and the red button."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Form, Query
 from starlette.requests import Request
@@ -27,7 +27,9 @@ def model_routes(store: Store) -> APIRouter:
         if person is None:
             return see(request, "/login")
         versions = model_view.compared(store, _number(first), _number(second))
-        live = model_view.now(store) | model_view.figures(store, metrics) | _history(request, store)
+        live = (
+            model_view.now(store) | model_view.figures(store, metrics) | model_view.history(store, **_rights(request))
+        )
         return page(request, "model.html", tab="model", live=live, versions=versions)
 
     @router.get("/model/now")
@@ -40,7 +42,12 @@ def model_routes(store: Store) -> APIRouter:
 
     @router.get("/model/history")
     def history(request: Request, person: Known) -> Response:
-        return HTMLResponse(fragment(request, "history.html", live=_history(request, store)))
+        return HTMLResponse(fragment(request, "history.html", live=model_view.history(store, **_rights(request))))
+
+    @router.get("/model/answers")
+    def answers(request: Request, person: Known, until: Version = "") -> Response:
+        found = model_view.answers(store, model_view.LABELS_OF_A_PAGE, until=_number(until), **_rights(request))
+        return page(request, "answers.html", tab="model", live=found)
 
     @router.get("/model/versions")
     def versions(request: Request, person: Known, first: Version = "", second: Version = "") -> Response:
@@ -56,10 +63,10 @@ def model_routes(store: Store) -> APIRouter:
     return router
 
 
-def _history(request: Request, store: Store) -> dict[str, Any]:
+def _rights(request: Request) -> dict[str, bool]:
     visitor: Visitor = request.state.visitor
     admin = visitor.person is not None and visitor.person.role == "admin"
-    return model_view.history(store, admin=admin, accounts=visitor.has_account)
+    return {"admin": admin, "accounts": visitor.has_account}
 
 
 def _number(version: str) -> int | None:

@@ -13,7 +13,7 @@ from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.charts import Chart, Line, chart, interval
 from deep_rlhf.web.text import short
 
-SHOWN_ALARMS, SHOWN_REWARDS, SHOWN_LABELS = 10, 12, 12
+SHOWN_ALARMS, SHOWN_REWARDS, SHOWN_LABELS, LABELS_OF_A_PAGE = 10, 12, 12, 50
 LONGEST_SILENCE = timedelta(minutes=1)  # a trainer gives a sign of life every few seconds
 ENOUGH = 10  # answers of each arm, before the page says which taught more
 DRAWN = ("step", "reward", "gold", "held_out_reward", "sqrt_kl")  # figures of an update
@@ -161,22 +161,30 @@ def history(store: Store, *, admin: bool, accounts: bool) -> dict[str, Any]:
     administrator and labels, so the reasons wait there, too.
     """
     uses = uses_of(store.versions("reward"), store.versions("policy"))
-    last = store.last_event() if admin else max((use.events[1] for use in uses), default=0)
-    newest = store.labels(after=max(0, last - 4 * SHOWN_LABELS), until=last)[-SHOWN_LABELS:][::-1]
-    recent = []
-    for label in newest:
-        use = use_of(label, uses)
-        recent.append((label, said(label), use, label.comparison.why_selected if accounts or use else None))
     choosing = store.get("choosing")
-    return {
+    return answers(store, SHOWN_LABELS, admin=admin, accounts=accounts) | {
         "choosing": choosing,
         "choosing_says": choosing_says(choosing),
         "annotators": store.annotators(),
         "uses": uses[:SHOWN_REWARDS],
         "more_uses": max(0, len(uses) - SHOWN_REWARDS),
-        "recent": recent,
-        "reasons": admin,
     }
+
+
+def answers(store: Store, count: int, *, admin: bool, accounts: bool, until: int | None = None) -> dict[str, Any]:
+    """So many answers up to an event, the newest first, and where each was used first. Who sees which: `history`."""
+    uses = uses_of(store.versions("reward"), store.versions("policy"))
+    last = store.last_event() if admin else max((use.events[1] for use in uses), default=0)
+    newer = until is not None and until < last
+    last = until if until is not None and newer else last
+    first = max(0, last - 4 * count)  # of the events among which they are looked for
+    found = store.labels(after=first, until=last)
+    recent = []
+    for label in found[-count:][::-1]:
+        use = use_of(label, uses)
+        recent.append((label, said(label), use, label.comparison.why_selected if accounts or use else None))
+    older = found[-count].event_id - 1 if len(found) > count else first
+    return {"recent": recent, "reasons": admin, "newer": newer, "older": older}
 
 
 def said(label: Label) -> str:

@@ -1,6 +1,7 @@
 """The page on a port: in the foreground, or in a thread beside something else."""
 
 import asyncio
+import errno
 import socket
 import threading
 import time
@@ -107,5 +108,6 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         reason = error.strerror or str(error)
-        raise UserError(f"The page cannot be served on {host}, port {port}: {reason}. Try another --port.") from None
+        flag = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise UserError(f"The page cannot be served on {host}, port {port}: {reason}. Try another {flag}.") from None
     return bound

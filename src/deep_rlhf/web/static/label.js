@@ -55,7 +55,7 @@
     const again = data.questions.find((question) => question.id === data.undone);
     if (again) {
       questions.putBefore(again);
-      say("Your last answer is taken back: answer again.");
+      say("Your last answer or skip is taken back: answer again.");
     } else questions.refill();
   }
 
@@ -75,7 +75,8 @@
   function toggleStrength(value) {
     const radio = one(`input[name=strength][value="${value}"]`, place);
     radio.checked = !radio.checked;
-    say(radio.checked ? `${radio.parentElement.textContent.trim()} better` : "Strength taken back");
+    const word = one("span", radio.parentElement).firstChild.textContent; // without the key, which follows it
+    say(radio.checked ? `${word.trim()} better` : "Strength taken back");
   }
 
   function saveOrder() {
