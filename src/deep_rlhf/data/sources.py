@@ -53,8 +53,8 @@ class Tally:
 
 
 def closest_first(name: str, options: Iterable[str]) -> str:
-    """Return the options as one string, those most like `name` first, and those equally like it by name."""
-    ordered = sorted(options, key=lambda option: (-SequenceMatcher(None, name.lower(), option.lower()).ratio(), option))
+    """Return the options as one string, those most like `name` first."""
+    ordered = sorted(options, key=lambda option: -SequenceMatcher(None, name.lower(), option.lower()).ratio())
     return ", ".join(ordered[:LISTED]) + (", …" if len(ordered) > LISTED else "") if ordered else "(none)"
 
 
@@ -132,7 +132,7 @@ def _local_path(name: str) -> Path | None:
 
 
 def _names_in(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def _local_splits(path: Path, config: str | None, data_dir: str | None) -> dict[str, list[Path]]:
