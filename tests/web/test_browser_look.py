@@ -20,7 +20,7 @@ def test_the_model_tab_shows_the_loop_and_changes_by_itself(visit: Visit, store:
         store.add_version(Version(kind="policy", number=number, step=5 * number, labels=number, last_event=number))
         store.add_samples(number, [("\n\nHuman: Fixed?\n\nAssistant:", f"answer of version {number}")])
     store.add_version(Version(kind="reward", number=1, step=4, labels=1, last_event=1))
-    store.put("win_rate", {"rate": 0.63, "low": 0.4, "high": 0.8, "answers": 16})
+    store.put("win_rate", {"rate": 0.63, "low": 0.4, "high": 0.8, "answers": 16, "first": 1, "last": 1})
     store.put("outlook", {"next": 100, "accuracy_now": 0.61, "accuracy_then": 0.68, "text": "It will foresee 68%."})
     store.put("choosing", {"chosen": {"answers": 12, "accuracy": 0.5, "informative": 0.3}, "random": {"answers": 3}})
     store.put("alpha", 0.37)

@@ -204,6 +204,7 @@ def test_a_page_of_one_person_never_shows_the_questions_of_the_next(visit: Visit
     wait_ready(tab)
     page.evaluate(HIDE, False)
     wait_text(page, ".who .name", "bert")
+    wait_ready(page)
     press(page, "ArrowUp")
     wait_saved(page)
     assert [label.annotator for label in store.labels()] == ["bert"]

@@ -163,11 +163,14 @@ def test_a_stop_is_only_asked_for_until_the_trainer_says_that_it_stopped(client:
 
 @pytest.mark.parametrize(
     ("number", "told"),
-    [(1, ("by 1 blind answer<", "1 question waits<")), (2, ("by 2 blind answers<", "2 questions wait<"))],
+    [
+        (1, ("by 1 blind answer about version 3<", "1 question waits<")),
+        (2, ("by 2 blind answers about versions 2 to 3<", "2 questions wait<")),
+    ],
 )
 def test_one_is_not_several(client: Client, store: Store, number: int, told: tuple[str, str]) -> None:
     store.add([Comparison(prompt=HH.format(f"Question {i}?"), answers=("first", "second")) for i in range(number)])
-    store.put("win_rate", {"rate": 0.63, "low": 0.4, "high": 0.8, "answers": number})
+    store.put("win_rate", {"rate": 0.63, "low": 0.4, "high": 0.8, "answers": number, "first": 4 - number, "last": 3})
     client.enter()
     store.release("me")  # the page has lent them
     page = client.get("/model").text

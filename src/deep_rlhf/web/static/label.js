@@ -158,7 +158,14 @@
 
   // ---- time, and what happens elsewhere
 
-  document.addEventListener("visibilitychange", () => questions.turn());
+  document.addEventListener("visibilitychange", () => {
+    questions.turn();
+    if (!document.hidden) document.body.dispatchEvent(new CustomEvent("people"));
+  });
+  // What comes while nobody sees the page is left: it may say that nobody is logged in, which is over when it is seen.
+  document.body.addEventListener("htmx:beforeOnLoad", (event) => {
+    if (document.hidden) event.preventDefault();
+  });
   setInterval(() => document.hidden || sender.count || questions.refill(), RENEW_EVERY);
   for (const event of ["connected", "questions"]) {
     document.body.addEventListener(event, () => {

@@ -87,8 +87,11 @@ class Questions {
         redirect: "error",
         signal: AbortSignal.timeout(GIVE_UP_AFTER),
       });
+      const isOutdated = response.headers.get("X-Page") === "outdated"; // of another person, or another store
+      // A page that nobody sees stays: somebody is logging in again in another tab, perhaps. It asks when it is seen.
+      if (document.hidden && (response.status === 401 || isOutdated)) return;
       if (response.status === 401) location.assign("/login");
-      if (response.headers.get("X-Page") === "outdated") location.reload(); // of another person, or another store
+      if (isOutdated) location.reload();
       if (response.ok) this.keep(await response.json(), have);
     } catch {
       // the next event or renewal asks again
