@@ -46,7 +46,7 @@ def model_routes(store: Store) -> APIRouter:
 
     @router.get("/model/answers")
     def answers(request: Request, person: Known, until: Version = "") -> Response:
-        found = model_view.answers(store, model_view.LABELS_OF_A_PAGE, until=_number(until), **_rights(request))
+        found = model_view.answers(store, until=_number(until), **_rights(request))
         return page(request, "answers.html", tab="model", live=found)
 
     @router.get("/model/versions")

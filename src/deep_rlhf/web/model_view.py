@@ -162,7 +162,7 @@ def history(store: Store, *, admin: bool, accounts: bool) -> dict[str, Any]:
     """
     uses = uses_of(store.versions("reward"), store.versions("policy"))
     choosing = store.get("choosing")
-    return answers(store, SHOWN_LABELS, admin=admin, accounts=accounts) | {
+    return _traced(store, uses, SHOWN_LABELS, admin=admin, accounts=accounts) | {
         "choosing": choosing,
         "choosing_says": choosing_says(choosing),
         "annotators": store.annotators(),
@@ -171,9 +171,15 @@ def history(store: Store, *, admin: bool, accounts: bool) -> dict[str, Any]:
     }
 
 
-def answers(store: Store, count: int, *, admin: bool, accounts: bool, until: int | None = None) -> dict[str, Any]:
-    """So many answers up to an event, the newest first, and where each was used first. Who sees which: `history`."""
+def answers(store: Store, *, admin: bool, accounts: bool, until: int | None) -> dict[str, Any]:
+    """A page of answers up to an event, the newest first, and where each was used first. Who sees which: `history`."""
     uses = uses_of(store.versions("reward"), store.versions("policy"))
+    return _traced(store, uses, LABELS_OF_A_PAGE, admin=admin, accounts=accounts, until=until)
+
+
+def _traced(
+    store: Store, uses: Sequence[Use], count: int, *, admin: bool, accounts: bool, until: int | None = None
+) -> dict[str, Any]:
     last = store.last_event() if admin else max((use.events[1] for use in uses), default=0)
     newer = until is not None and until < last
     last = until if until is not None and newer else last
