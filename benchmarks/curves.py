@@ -152,7 +152,7 @@ def online(way: str, seed: int, scale: Scale) -> list[Point]:
 
 def offline(way: str, seed: int, scale: Scale) -> list[Point]:
     """All labels are about the start policy; a policy of its own for each number of them."""
-    from deep_rlhf.feedback.refitting import Refits
+    from deep_rlhf.feedback.reward_refit.versions import Refits
     from deep_rlhf.models.reward import RewardModel
 
     with tempfile.TemporaryDirectory() as folder:
@@ -178,8 +178,8 @@ def offline(way: str, seed: int, scale: Scale) -> list[Point]:
 
 def look(trainer: Any, scale: Scale, seed: int, labels: int, metrics: dict[str, Any]) -> Point:
     """What the judge says of one answer to each held-out question."""
-    from deep_rlhf.data.templates import HH
-    from deep_rlhf.data.world import generate_prompts, judge
+    from deep_rlhf.data.chat import HH
+    from deep_rlhf.data.synthetic import generate_prompts, judge
 
     prompts = [HH.prompt(text) for text in generate_prompts(1, "test")][: scale.judged]
     answers = trainer.generate(prompts, seed=seed)
@@ -193,11 +193,11 @@ def make_session(
     """As `deep-rlhf loop --mode=batched` makes it, but that every question is for its label."""
     import torch
 
-    from deep_rlhf.data.templates import HH
-    from deep_rlhf.data.world import generate_prompts, judge
-    from deep_rlhf.feedback.labelling import SimulatedLabeler
-    from deep_rlhf.feedback.session import Session
-    from deep_rlhf.feedback.session_config import SessionConfig
+    from deep_rlhf.data.chat import HH
+    from deep_rlhf.data.synthetic import generate_prompts, judge
+    from deep_rlhf.feedback.annotators.base import SimulatedLabeler
+    from deep_rlhf.feedback.loop.config import SessionConfig
+    from deep_rlhf.feedback.loop.session import Session
     from deep_rlhf.feedback.store import Store
 
     torch.set_num_threads(1)

@@ -41,7 +41,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from deep_rlhf.algorithms.ppo import PPOTrainer
 from deep_rlhf.algorithms.ppo_config import PPOConfig
-from deep_rlhf.algorithms.reward import RewardConfig, RewardTrainer, pair_features
+from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardTrainer, pair_features
 from deep_rlhf.models.load import load_sequence_classifier
 from deep_rlhf.types import Preference
 

@@ -103,7 +103,7 @@ class Server:
     def store(self) -> str:
         """The URL of a store with nothing in it: always the same, emptied, since a new one takes half a second."""
         from deep_rlhf.feedback.store import Store
-        from deep_rlhf.feedback.store.tables import Base
+        from deep_rlhf.feedback.store.schema import Base
 
         if self._store is None:
             self._store = self.database()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from deep_rlhf.algorithms.ppo import PPOTrainer
 from deep_rlhf.algorithms.ppo_config import PPOConfig
-from deep_rlhf.algorithms.reward import RewardConfig, RewardTrainer, pair_features
+from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardTrainer, pair_features
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.types import Preference
 from side_by_side.jobs import PPO_SETTINGS, REWARD_ARGUMENTS, THREADS, PPOJob, RewardJob, read_job

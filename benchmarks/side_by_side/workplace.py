@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from deep_rlhf.data.chat import HH
 from deep_rlhf.data.preferences import load_preferences
-from deep_rlhf.data.templates import HH
-from deep_rlhf.data.world import generate_answer, generate_prompts
+from deep_rlhf.data.synthetic import generate_answer, generate_prompts
 from side_by_side.arithmetic import PairLengths, ppo_operations, reward_operations, shared_prefix
 from side_by_side.jobs import Job, PPOJob, RewardJob, write_job
 

@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 # Looked up when first used, so that `import deep_rlhf` costs nothing.
 _HOMES = {
     "BestOfN": "deep_rlhf.algorithms.best_of_n",
-    "DPOConfig": "deep_rlhf.algorithms.dpo",
-    "DPOTrainer": "deep_rlhf.algorithms.dpo",
+    "DPOConfig": "deep_rlhf.algorithms.supervised.dpo",
+    "DPOTrainer": "deep_rlhf.algorithms.supervised.dpo",
     "GRPOConfig": "deep_rlhf.algorithms.grpo",
     "GRPOTrainer": "deep_rlhf.algorithms.grpo",
     "PPOConfig": "deep_rlhf.algorithms.ppo_config",
@@ -20,11 +20,11 @@ _HOMES = {
     "ReinforcePlusPlusTrainer": "deep_rlhf.algorithms.reinforce_plus_plus",
     "TRPOConfig": "deep_rlhf.algorithms.trpo",
     "TRPOTrainer": "deep_rlhf.algorithms.trpo",
-    "RewardConfig": "deep_rlhf.algorithms.reward",
-    "RewardTrainer": "deep_rlhf.algorithms.reward",
+    "RewardConfig": "deep_rlhf.algorithms.supervised.reward",
+    "RewardTrainer": "deep_rlhf.algorithms.supervised.reward",
     "RewardModel": "deep_rlhf.models.reward",
     "Preference": "deep_rlhf.types",
-    "UserError": "deep_rlhf.types",
+    "UserError": "deep_rlhf.errors",
     "load_preferences": "deep_rlhf.data.preferences",
     "load_prompts": "deep_rlhf.data.prompts",
 }

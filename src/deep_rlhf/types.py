@@ -1,4 +1,4 @@
-"""The records that flow between the parts, each field with its shape, and the one error users see.
+"""The records that flow between the parts, each field with its shape.
 
 B prompts; N samples; P, R prompt and response length in tokens; K members of a reward ensemble. Masks are True for
 real tokens, and EOS is a real token of its response.
@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from deep_rlhf.errors import UserError
+
 if TYPE_CHECKING:  # the page and the help start without torch, in a second instead of several
     from torch import Tensor
 
 CriticKind = Literal["shared", "separate", "reward"]
-
-
-class UserError(Exception):
-    """A user's mistake in one sentence: what is wrong, where, and what to do. The command line exits with code 2."""
 
 
 def check_seed(seed: int) -> None:

@@ -20,8 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from deep_rlhf.data.templates import HH
-from deep_rlhf.data.world import generate_prompts, sft_pairs
+from deep_rlhf.data.chat import HH
+from deep_rlhf.data.synthetic import generate_prompts, sft_pairs
 
 SCRIPTS = ("ppo.py", "reward_modeling.py", "utils.py")
 PROJECT = Path(__file__).resolve().parents[2]

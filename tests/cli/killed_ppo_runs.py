@@ -25,7 +25,7 @@ import torch
 from killed_runs import at_update, kill, limited
 from tqdm import tqdm
 
-from deep_rlhf.algorithms.online import OnlineTrainer
+from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.cli.main import run
 from deep_rlhf.runtime import checkpoint
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from deep_rlhf.algorithms import resumable
+from deep_rlhf.algorithms.supervised import resumable
 from deep_rlhf.cli.main import run
 from deep_rlhf.models.reward import RewardModel
 

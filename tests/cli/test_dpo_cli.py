@@ -10,7 +10,7 @@ from fixtures import write_gpt2, write_preferences, write_t5
 from transformers import AutoModelForSeq2SeqLM, pipeline
 
 from deep_rlhf.cli.dpo import main
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pytest
 from transformers import HfArgumentParser
 
 from deep_rlhf.algorithms.ppo_config import PPOConfig
-from deep_rlhf.algorithms.reward import RewardConfig
+from deep_rlhf.algorithms.supervised.reward import RewardConfig
 from deep_rlhf.cli.console import calm_libraries
 from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_config
 from deep_rlhf.cli.reward import RewardArguments
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 from utils import ScriptArguments
 
 PROJECT = Path(__file__).resolve().parents[2]

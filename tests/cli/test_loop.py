@@ -12,13 +12,13 @@ from deep_rlhf.cli import loop, loop_progress
 from deep_rlhf.cli.loop_config import STORE_VARIABLE, TASTES, LoopConfig, mean_taste, open_labeler, open_prompts
 from deep_rlhf.cli.loop_progress import Progress, progress_line
 from deep_rlhf.cli.world_policy import PolicyScale, cached_world_policy, world_policy_folder
-from deep_rlhf.data.templates import HH
-from deep_rlhf.data.world import generate_prompts
-from deep_rlhf.feedback.labelling import People
-from deep_rlhf.feedback.replay import Replay
-from deep_rlhf.feedback.session_setup import tell
+from deep_rlhf.data.chat import HH
+from deep_rlhf.data.synthetic import generate_prompts
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.annotators.base import People
+from deep_rlhf.feedback.annotators.replay import Replay
+from deep_rlhf.feedback.loop.build import tell
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.types import UserError
 
 SMALL = [
     *("--mode=batched", "--updates=2", "--batched_updates=1", "--initial_labels=12", "--labels=20", "--seed=1"),

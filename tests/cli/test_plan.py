@@ -17,8 +17,8 @@ from transformers import (
 from deep_rlhf.cli.console import calm_libraries
 from deep_rlhf.cli.main import run
 from deep_rlhf.cli.plan import advice, ladders
-from deep_rlhf.runtime.memory_plan import GIB, MemoryPlan, Phase, gpu_of
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
+from deep_rlhf.planning.memory_plan import GIB, MemoryPlan, Phase, gpu_of
 
 VOCABULARY = 50_257  # GPT-2's
 FUNCTION = "--reward_model=python:my_rewards:length"  # never called, and not even imported

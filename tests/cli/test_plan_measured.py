@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from deep_rlhf.runtime.memory_plan import GIB
+from deep_rlhf.planning.memory_plan import GIB
 from deep_rlhf.runtime.precision import multiplies_bf16
 
 VOCABULARY = 50_257  # GPT-2's

@@ -13,8 +13,9 @@ from transformers import AutoModelForSequenceClassification
 
 from deep_rlhf.cli import main as command
 from deep_rlhf.cli.reward import hold_out, main
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.reward import RewardModel
-from deep_rlhf.types import Preference, UserError
+from deep_rlhf.types import Preference
 
 # The original's command, word for word.
 COMMAND = """

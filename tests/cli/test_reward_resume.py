@@ -15,9 +15,9 @@ from fixtures import write_gpt2, write_jsonl
 from killed_runs import COMMAND, RUNS, STEPS
 
 from deep_rlhf.cli.reward import main
-from deep_rlhf.data.templates import HH
-from deep_rlhf.data.world import sft_pairs
-from deep_rlhf.types import UserError
+from deep_rlhf.data.chat import HH
+from deep_rlhf.data.synthetic import sft_pairs
+from deep_rlhf.errors import UserError
 
 WHOLE = {"epoch": "whole epoch", "ending": "whole ending", "model full": "whole ending", "lora": "whole lora"}
 KILLED = -9

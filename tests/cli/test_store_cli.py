@@ -8,10 +8,10 @@ import pytest
 from conftest import Result
 
 from deep_rlhf.cli.store import main
+from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.reward import RewardModel
-from deep_rlhf.types import UserError
 
 
 @pytest.fixture

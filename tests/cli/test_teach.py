@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from deep_rlhf.cli import teach
 from deep_rlhf.cli.teach import TeachConfig
+from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.types import UserError
 
 SECONDS = 120  # for anything that is waited for
 SMALL = [

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from deep_rlhf.algorithms import reward_trainer
-from deep_rlhf.algorithms.reward import RewardConfig, train_reward_model
+from deep_rlhf.algorithms.supervised import reward_trainer
+from deep_rlhf.algorithms.supervised.reward import RewardConfig, train_reward_model
 from deep_rlhf.models.load import load_sequence_classifier
-from deep_rlhf.runtime.runtime import leave_processes
+from deep_rlhf.runtime.processes import leave_processes
 from deep_rlhf.types import Preference
 
 RUNS = {

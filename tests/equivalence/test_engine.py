@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from deep_rlhf.models.kernels import FastLinear
+from deep_rlhf.accel.cpu.kernels import FastLinear
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.rollout import engine as engine_module
 from deep_rlhf.rollout.cache import BufferedLayer
@@ -24,7 +25,7 @@ from deep_rlhf.rollout.generate import sampling_uniforms
 from deep_rlhf.rollout.packed import packed_weights
 from deep_rlhf.rollout.sampler import Sampled
 from deep_rlhf.runtime.precision import multiplies_bf16
-from deep_rlhf.types import PromptBatch, UserError
+from deep_rlhf.types import PromptBatch
 
 KINDS = ["gpt2", "llama", "gemma2", "t5", "bart", "lora"]
 PROMPTS = ["the cat sees", "red", "a very old dog finds the small house", "two fish", "moon or sun"]

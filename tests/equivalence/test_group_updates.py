@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deep_rlhf import UserError
 from deep_rlhf.algorithms.grpo import GRPOConfig, GRPOTrainer
-from deep_rlhf.algorithms.online import OnlineTrainer
+from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlusConfig, ReinforcePlusPlusTrainer
 from deep_rlhf.algorithms.rloo import RLOOConfig, RLOOTrainer
 from deep_rlhf.rollout import passes as passes_module

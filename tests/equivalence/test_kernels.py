@@ -12,9 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from deep_rlhf.models.attention import FastAttention
-from deep_rlhf.models.gradients import gradients_in_place
-from deep_rlhf.models.kernels import use_fast_kernels
+from deep_rlhf.accel.cpu.attention import FastAttention
+from deep_rlhf.accel.cpu.gradients import gradients_in_place
+from deep_rlhf.accel.cpu.kernels import use_fast_kernels
 from deep_rlhf.runtime.precision import multiplies_bf16
 
 needs_bf16 = pytest.mark.skipif(not multiplies_bf16(torch.device("cpu")), reason="this CPU does not multiply bfloat16")

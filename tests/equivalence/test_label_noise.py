@@ -7,8 +7,8 @@ import torch
 from test_reward_micro_batches import preferences
 from test_shared_prefix import classifier
 
-from deep_rlhf.algorithms import reward_trainer
-from deep_rlhf.algorithms.reward import RewardConfig, RewardTrainer, pair_features, train_reward_model
+from deep_rlhf.algorithms.supervised import reward_trainer
+from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardTrainer, pair_features, train_reward_model
 
 NOISE = [0.05, 0.3, None, 0.0, 0.6]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig, BertForSequenceClassification
 
 from deep_rlhf import PPOConfig, PPOTrainer, RewardModel, UserError
-from deep_rlhf.algorithms.online_setup import open_policy, open_reference, open_scorer
+from deep_rlhf.algorithms.online.build import open_policy, open_reference, open_scorer
 from deep_rlhf.algorithms.trpo import TRPOConfig, TRPOTrainer
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.models.quantisation import four_bit_layers

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.adapters import add_lora
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.models.trunk import position_ids
-from deep_rlhf.types import UserError
 
 KINDS = ["gpt2", "llama", "granite", "gemma2", "t5", "t5-untied", "bart", "lora"]
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8, 9, 10], [30, 31]]

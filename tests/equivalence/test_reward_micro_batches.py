@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_shared_prefix import classifier
 
-from deep_rlhf.algorithms import reward_trainer
-from deep_rlhf.algorithms.reward import RewardConfig, RewardTrainer, pair_features
-from deep_rlhf.types import Preference, UserError
+from deep_rlhf.algorithms.supervised import reward_trainer
+from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardTrainer, pair_features
+from deep_rlhf.errors import UserError
+from deep_rlhf.types import Preference
 
 COLOURS = ["red", "green", "blue", "black"]
 

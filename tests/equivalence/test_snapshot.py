@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deep_rlhf import PPOConfig, PPOTrainer
-from deep_rlhf.algorithms.online import OnlineTrainer
-from deep_rlhf.algorithms.online_setup import trainable_tensors
+from deep_rlhf.algorithms.online.build import trainable_tensors
+from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.algorithms.rloo import RLOOConfig, RLOOTrainer
 from deep_rlhf.algorithms.trpo import TRPOConfig, TRPOTrainer
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from transformers import AutoTokenizer
 
 from deep_rlhf.compat.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from deep_rlhf.runtime.runtime import leave_processes
+from deep_rlhf.runtime.processes import leave_processes
 
 QUERIES = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14], [15, 16], [17, 18, 19], [5], [6, 7]]
 RESPONSES = [[20, 21, 1], [22, 23, 24, 25], [26, 1], [27], [28, 29, 30], [31, 32], [33, 1], [34, 35, 36]]

@@ -11,7 +11,7 @@ from typing import Any
 from deep_rlhf import PPOConfig, PPOTrainer, UserError
 from deep_rlhf.cli.main import ALGORITHMS
 from deep_rlhf.cli.online import algorithm
-from deep_rlhf.runtime.runtime import leave_processes
+from deep_rlhf.runtime.processes import leave_processes
 
 PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not", "two fish", "moon or sun", "bad", "a"]
 RUNS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ from typing import Any
 import optimum
 
 from deep_rlhf.algorithms.grpo import GRPOConfig, GRPOTrainer
-from deep_rlhf.algorithms.online import OnlineTrainer
-from deep_rlhf.algorithms.online_config import OnlineConfig
+from deep_rlhf.algorithms.online.config import OnlineConfig
+from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.algorithms.ppo import PPOTrainer
 from deep_rlhf.algorithms.ppo_config import PPOConfig
 from deep_rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlusConfig, ReinforcePlusPlusTrainer

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from deep_rlhf.feedback.labelers import AnnotatorHabits
-from deep_rlhf.feedback.labelling import SimulatedLabeler
-from deep_rlhf.feedback.session import Session
-from deep_rlhf.feedback.session_config import SessionConfig
+from deep_rlhf.feedback.annotators.base import SimulatedLabeler
+from deep_rlhf.feedback.annotators.simulated import AnnotatorHabits
+from deep_rlhf.feedback.loop.config import SessionConfig
+from deep_rlhf.feedback.loop.session import Session
 from deep_rlhf.feedback.store import Store
 
 PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not", "two fish", "moon or sun", "bad", "a"]

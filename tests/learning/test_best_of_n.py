@@ -11,8 +11,8 @@ from optimum import BOUNDS, PROMPT, SCALES, SEEDS, WORDS, Optimum, reference_mod
 from torch import Tensor
 
 from deep_rlhf.algorithms.best_of_n import BestOfN, best_of_n_kl, selection_probabilities
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.function_scorer import FunctionScorer
-from deep_rlhf.types import UserError
 
 DRAWS = {1: 1000, 3: 60}
 CANDIDATES = {1: 16, 3: 256}

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from deep_rlhf.algorithms.dpo import DPOConfig, dpo_metrics, train_dpo
-from deep_rlhf.types import Preference, UserError
+from deep_rlhf.algorithms.supervised.dpo import DPOConfig, dpo_metrics, train_dpo
+from deep_rlhf.errors import UserError
+from deep_rlhf.types import Preference
 
 ANSWERS = ["red", "green", "blue", "black sun", "white", "gold moon", "grey", "pink"]  # of one and two tokens
 REWARDS = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5, 0.8, -0.2, 0.3], dtype=torch.float64)

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deep_rlhf import PPOConfig, PPOTrainer
-from deep_rlhf.algorithms.online import OnlineTrainer
-from deep_rlhf.algorithms.online_setup import copied, trainable_tensors
+from deep_rlhf.algorithms.online.build import copied, trainable_tensors
+from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.algorithms.rloo import RLOOConfig, RLOOTrainer
 from deep_rlhf.algorithms.trpo import TRPOConfig, TRPOTrainer
+from deep_rlhf.errors import UserError
 from deep_rlhf.evaluation.report import write_report
 from deep_rlhf.runtime.checkpoint import latest_checkpoint
 from deep_rlhf.runtime.run_directory import write_summary
-from deep_rlhf.types import UserError
 
 PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not", "two fish", "moon or sun", "bad", "a"]
 SETTINGS: dict[str, Any] = {

@@ -9,16 +9,17 @@ import pytest
 import torch
 from test_reward_learning import comparisons
 
-from deep_rlhf.algorithms.reward_trainer import RewardTrainer
-from deep_rlhf.feedback.bags import bag_id, is_outside
+from deep_rlhf.algorithms.supervised.reward_trainer import RewardTrainer
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.annotators.reliability import Answered, fit_error_rates
 from deep_rlhf.feedback.records import Comparison
-from deep_rlhf.feedback.refit import RefitSettings, RewardFit, classifier_of
-from deep_rlhf.feedback.refitting import RefitJob, Refits
-from deep_rlhf.feedback.reliability import Answered, fit_error_rates
+from deep_rlhf.feedback.reward_refit.bootstrap import bag_id, is_outside
+from deep_rlhf.feedback.reward_refit.ensemble import RefitSettings, RewardFit, classifier_of
+from deep_rlhf.feedback.reward_refit.versions import RefitJob, Refits
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.ops.preference import bootstrap_weights
-from deep_rlhf.types import Preference, UserError
+from deep_rlhf.types import Preference
 
 TEST = comparisons(300, seed=9)
 

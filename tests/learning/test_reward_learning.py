@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from deep_rlhf.algorithms.reward import RewardConfig, train_reward_model
+from deep_rlhf.algorithms.supervised.reward import RewardConfig, train_reward_model
 from deep_rlhf.types import Preference
 
 FILLER = [

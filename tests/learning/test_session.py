@@ -10,11 +10,11 @@ import torch
 from session_world import make_session, policy_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from deep_rlhf.feedback.labelling import People
-from deep_rlhf.feedback.schedule import LabelSchedule
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.annotators.base import People
+from deep_rlhf.feedback.questions.schedule import LabelSchedule
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.reward import RewardModel
-from deep_rlhf.types import UserError
 
 
 @pytest.fixture(scope="module")

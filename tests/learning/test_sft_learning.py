@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from deep_rlhf.algorithms.sft import SFTConfig, train_sft
+from deep_rlhf.algorithms.supervised.sft import SFTConfig, train_sft
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.rollout.generate import generate_text
-from deep_rlhf.types import UserError
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deep_rlhf.errors import UserError
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
 from deep_rlhf.runtime.precision import MasterOptimizer, make_adamw
-from deep_rlhf.types import UserError
 
-adamw_8bit = pytest.importorskip("deep_rlhf.runtime.adamw_8bit", reason="no bitsandbytes", exc_type=ImportError)
+adamw_8bit = pytest.importorskip(
+    "deep_rlhf.runtime.optimisers.adamw_8bit", reason="no bitsandbytes", exc_type=ImportError
+)
 
 SHAPES = [
     (adamw_8bit.VALUES_AT_ONCE // 512 + 3, 512),

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from deep_rlhf.feedback.alarms import (
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.monitoring.alarms import (
     NAMES,
     Limit,
     Limits,
@@ -16,7 +17,7 @@ from deep_rlhf.feedback.alarms import (
     sign_self_test,
     win_rate_gap,
 )
-from deep_rlhf.types import Preference, UserError
+from deep_rlhf.types import Preference
 
 BEYOND = {
     "held_out_gap": 0.6,

@@ -7,7 +7,7 @@ import pytest
 
 PAGES = """
 import resource, sys, torch
-from deep_rlhf.runtime.allocator import kept_memory, release_freed_memory
+from deep_rlhf.accel.cpu.allocator import kept_memory, release_freed_memory
 import psutil
 
 def new_pages():

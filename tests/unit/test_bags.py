@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from deep_rlhf.feedback.bags import OUTSIDE, accuracies, adapted, bag_id, bag_losses, is_outside, outside
+from deep_rlhf.feedback.reward_refit.bootstrap import (
+    OUTSIDE,
+    accuracies,
+    adapted,
+    bag_id,
+    bag_losses,
+    is_outside,
+    outside,
+)
 
 LN3 = math.log(3)  # σ(ln 3) = ¾
 

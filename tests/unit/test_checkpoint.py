@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from deep_rlhf.errors import UserError
 from deep_rlhf.runtime import checkpoint
 from deep_rlhf.runtime.checkpoint import (
     changed_flags,
@@ -25,7 +26,6 @@ from deep_rlhf.runtime.checkpoint import (
     save_checkpoint,
     set_random_states,
 )
-from deep_rlhf.types import UserError
 
 
 def names(folder: Path) -> list[str]:

@@ -29,11 +29,12 @@ from deep_rlhf.compat.trl import (
     respond_to_batch,
     set_seed,
 )
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.rollout.collect import collect
-from deep_rlhf.runtime.runtime import Runtime
-from deep_rlhf.types import Completions, UserError
+from deep_rlhf.runtime.processes import Runtime
+from deep_rlhf.types import Completions
 
 PAD, EOS = 0, 1  # of the tests' tokenizer
 QUERIES = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]

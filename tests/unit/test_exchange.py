@@ -14,10 +14,11 @@ from postgres import Server, postgres  # noqa: F401
 
 from deep_rlhf.cli.reward import RewardArguments, load_splits
 from deep_rlhf.data.preferences import load_preferences
-from deep_rlhf.feedback.exchange import export_labels, import_answers, preferences_of, read_answers
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.exchange.export import export_labels, import_answers, preferences_of, read_answers
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.types import Preference, UserError
+from deep_rlhf.types import Preference
 
 TARGETS = ("labels.jsonl", "labels.jsonl.gz", "labels.parquet", "labels")
 

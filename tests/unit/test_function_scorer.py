@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.function_scorer import FunctionScorer
 from deep_rlhf.models.reward import load_scorer
-from deep_rlhf.types import UserError
 
 PROMPTS = [f"q{row}" for row in range(6)]
 RESPONSES = [f"r{row}" for row in range(6)]

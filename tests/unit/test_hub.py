@@ -14,9 +14,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import get_session
 
+from deep_rlhf.errors import UserError
 from deep_rlhf.runtime import hub
 from deep_rlhf.runtime.hub import check_push_options, push_folder
-from deep_rlhf.types import UserError
 
 OID = "0" * 40
 

@@ -4,14 +4,15 @@ import math
 
 import pytest
 
-from deep_rlhf.feedback.labelers import (
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.annotators.simulated import (
     CANT_TELL,
     IDENTICAL,
     AnnotatorHabits,
     SimulatedAnnotator,
     SimulatedAnnotators,
 )
-from deep_rlhf.types import Preference, RowReport, UserError
+from deep_rlhf.types import Preference, RowReport
 
 N = 4000
 HONEST = AnnotatorHabits(temperature=1.0, error_rate=0, tie_probability=0, cant_tell_rate=0)

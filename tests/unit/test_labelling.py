@@ -3,7 +3,7 @@
 import threading
 from typing import Any
 
-from deep_rlhf.feedback.labelling import InBackground
+from deep_rlhf.feedback.annotators.base import InBackground
 from deep_rlhf.feedback.store import Refused, Unavailable
 
 

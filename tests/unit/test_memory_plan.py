@@ -8,15 +8,13 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig, T5Config
 
-from deep_rlhf.algorithms import online_memory
 from deep_rlhf.algorithms.grpo import GRPOConfig
-from deep_rlhf.algorithms.online_memory import plan_online
 from deep_rlhf.algorithms.ppo_config import PPOConfig
-from deep_rlhf.algorithms.reward import RewardConfig
-from deep_rlhf.algorithms.reward_memory import plan_reward
+from deep_rlhf.algorithms.supervised.reward import RewardConfig
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.policy import Policy
-from deep_rlhf.rollout.passes import ForwardPasses
-from deep_rlhf.runtime.memory_plan import (
+from deep_rlhf.planning import online
+from deep_rlhf.planning.memory_plan import (
     LiveBytes,
     Machine,
     MemoryPlan,
@@ -27,7 +25,10 @@ from deep_rlhf.runtime.memory_plan import (
     optimizer_bytes,
     training_bytes,
 )
-from deep_rlhf.types import Completions, UserError
+from deep_rlhf.planning.online import plan_online
+from deep_rlhf.planning.reward import plan_reward
+from deep_rlhf.rollout.passes import ForwardPasses
+from deep_rlhf.types import Completions
 
 CPU = Machine("a CPU", 2**34, has_bf16=False, is_gpu=False)
 GPU = Machine("a GPU", 2**34, has_bf16=True)
@@ -203,9 +204,9 @@ def test_passes_are_as_large_as_those_of_a_run(make_model: Callable[..., Any]) -
             group=torch.arange(40),
         )
         cut = ForwardPasses(policy, training=training, max_rows=16).cut(samples, torch.arange(40))
-        tokens = online_memory.TOKENS["cpu"][training]
+        tokens = online.TOKENS["cpu"][training]
         logits = policy.chunk_size if training else tokens
-        assert len(cut[0]) == online_memory._rows(tokens, prompt, response, logits=logits, most=16)
+        assert len(cut[0]) == online._rows(tokens, prompt, response, logits=logits, most=16)
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from deep_rlhf.errors import UserError
 from deep_rlhf.models import load
-from deep_rlhf.types import UserError
 
 NO_BACKEND = """Couldn't instantiate the backend tokenizer from one of:\x20
 (1) a `tokenizers` library serialization file,\x20

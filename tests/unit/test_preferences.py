@@ -8,9 +8,10 @@ from typing import Any
 import datasets
 import pytest
 
+from deep_rlhf.data.chat import HH
 from deep_rlhf.data.preferences import load_preferences
-from deep_rlhf.data.templates import HH
-from deep_rlhf.types import Preference, UserError
+from deep_rlhf.errors import UserError
+from deep_rlhf.types import Preference
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 H, A = "\n\nHuman:", "\n\nAssistant:"

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from deep_rlhf.data.prompts import load_prompts
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 H, A = "\n\nHuman:", "\n\nAssistant:"

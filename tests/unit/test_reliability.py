@@ -6,8 +6,8 @@ from datetime import datetime
 
 import pytest
 
+from deep_rlhf.feedback.annotators.reliability import Answered, alpha, figures, fit_error_rates
 from deep_rlhf.feedback.records import Comparison, Label
-from deep_rlhf.feedback.reliability import Answered, alpha, figures, fit_error_rates
 
 
 def answers(name: str, count: int, error_rate: float, seed: int = 0, sharpness: float = 1.0) -> list[Answered]:

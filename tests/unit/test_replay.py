@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from deep_rlhf.feedback.labelling import InBackground, People, SimulatedLabeler
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.annotators.base import InBackground, People, SimulatedLabeler
+from deep_rlhf.feedback.annotators.reliability import alpha
+from deep_rlhf.feedback.annotators.replay import Replay, read_votes
 from deep_rlhf.feedback.records import Comparison
-from deep_rlhf.feedback.reliability import alpha
-from deep_rlhf.feedback.replay import Replay, read_votes
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.types import UserError
 
 
 @pytest.fixture

@@ -12,16 +12,17 @@ from tokenizers import processors
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from deep_rlhf.algorithms.reward import (
+from deep_rlhf.algorithms.supervised.reward import (
     RewardConfig,
     RewardTrainer,
     out_of_bag_accuracy,
     pair_features,
     train_reward_model,
 )
-from deep_rlhf.algorithms.reward_trainer import accuracy, collate, label_noise_of, pair_metrics
+from deep_rlhf.algorithms.supervised.reward_trainer import accuracy, collate, label_noise_of, pair_metrics
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.reward import RewardModel, init_reward_head
-from deep_rlhf.types import Preference, UserError
+from deep_rlhf.types import Preference
 
 WORDS = 46  # in the tokenizer's vocabulary, with its special tokens
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

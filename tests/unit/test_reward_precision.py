@@ -6,10 +6,11 @@ from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import BartConfig, BartForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
-from deep_rlhf.algorithms.reward import RewardConfig, RewardTrainer, train_reward_model
+from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardTrainer, train_reward_model
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.load import disable_dropout
 from deep_rlhf.models.reward import RewardModel
-from deep_rlhf.types import Preference, UserError
+from deep_rlhf.types import Preference
 
 LAYERS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 

@@ -1,7 +1,7 @@
 import pytest
 
-from deep_rlhf.feedback.schedule import LabelSchedule
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.questions.schedule import LabelSchedule
 
 
 def test_labels_due_by_hand() -> None:

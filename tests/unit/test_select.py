@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.questions.acquisition import choose, scores
 from deep_rlhf.feedback.records import WAYS
-from deep_rlhf.feedback.select import choose, scores
-from deep_rlhf.types import UserError
 
 LN3 = math.log(3)
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from deep_rlhf.feedback.session_config import SessionConfig
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.loop.config import SessionConfig
 
 REFUSED: dict[str, dict[str, Any]] = {
     "choose_by": {"choose_by": "guess"},

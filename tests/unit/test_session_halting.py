@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from deep_rlhf.feedback.halting import Halted, Halter
-from deep_rlhf.feedback.saving import only_here
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.loop.checkpoints import only_here
+from deep_rlhf.feedback.loop.stop_signal import Halted, Halter
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.types import UserError
 
 
 @pytest.fixture

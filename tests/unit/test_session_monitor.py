@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deep_rlhf.feedback.alarms import Limits
-from deep_rlhf.feedback.monitor import Monitor
+from deep_rlhf.feedback.monitoring.alarms import Limits
+from deep_rlhf.feedback.monitoring.monitor import Monitor
 from deep_rlhf.feedback.records import Comparison, Label
 from deep_rlhf.types import Preference
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deep_rlhf.feedback.outlook import blind_pairs, choosing, outlook, recent_versions, win_rate
+from deep_rlhf.feedback.monitoring.forecast import blind_pairs, choosing, outlook, recent_versions, win_rate
 from deep_rlhf.feedback.records import Comparison, Label, Version
 
 

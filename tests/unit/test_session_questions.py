@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from deep_rlhf.feedback.exchange import export_labels, import_answers, read_answers
-from deep_rlhf.feedback.questions import Asker, Questions, read_gold
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.exchange.export import export_labels, import_answers, read_answers
+from deep_rlhf.feedback.loop.config import SessionConfig
+from deep_rlhf.feedback.questions.questions import Asker, Questions, read_gold
 from deep_rlhf.feedback.records import Comparison
-from deep_rlhf.feedback.session_config import SessionConfig
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.types import UserError
 
 PROMPTS = [f"prompt {i}" for i in range(20)]
 HELD_OUT = [f"held-out {i}" for i in range(5)]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from deep_rlhf.feedback import refit_process
+from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.records import Comparison
-from deep_rlhf.feedback.refit_process import RefitProcess
-from deep_rlhf.feedback.refitting import (
+from deep_rlhf.feedback.reward_refit import worker
+from deep_rlhf.feedback.reward_refit.versions import (
     RefitJob,
     Refits,
     Refitted,
@@ -21,8 +21,8 @@ from deep_rlhf.feedback.refitting import (
     start_answers,
     write_start_answers,
 )
+from deep_rlhf.feedback.reward_refit.worker import RefitProcess
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.types import UserError
 
 JOB = RefitJob(policy="nowhere", first=20, after=8, growth=0.1, settings={}, watchers=0)
 
@@ -106,7 +106,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         path = tmp_path / "python"
         path.write_text(f"#!{sys.executable} -S\nimport os, sys\n{code}\n")
         path.chmod(0o755)
-        monkeypatch.setattr(refit_process.sys, "executable", str(path))
+        monkeypatch.setattr(worker.sys, "executable", str(path))
 
     return make
 
@@ -124,7 +124,7 @@ def test_a_process_that_dies_is_started_again_and_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(refit_process, "PAUSES", (0.0, 0.6))
+    monkeypatch.setattr(worker, "PAUSES", (0.0, 0.6))
     program("print('out of luck', flush=True); sys.exit(3)")
     process = RefitProcess(JOB, tmp_path, "labels.db")
     with pytest.raises(UserError, match=r"ended 3 times in a row, with code 3 now: .*refits\.log' tells why"):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deep_rlhf.feedback.sampling import Candidate, Prompts, rewards_of, sample_candidates, win_rate_pairs
+from deep_rlhf.feedback.questions.candidates import Candidate, Prompts, rewards_of, sample_candidates, win_rate_pairs
 
 
 def write(prompts: list[str], seed: int) -> list[str]:

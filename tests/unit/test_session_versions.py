@@ -1,6 +1,6 @@
 """Which version is the best one, and what is kept of them."""
 
-from deep_rlhf.feedback.versions import ENOUGH, Merit, best_of
+from deep_rlhf.feedback.loop.policy_versions import ENOUGH, Merit, best_of
 
 
 def merit(number: int, score: float, wins: str = "") -> Merit:

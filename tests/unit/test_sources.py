@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from deep_rlhf.data.sources import Row, Tally, closest_first, read_rows, split_names
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 ROWS = [{"prompt": "Why?", "n": "1"}, {"prompt": "Wie, “so”?\nÄh", "n": "2"}]
 

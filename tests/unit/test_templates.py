@@ -1,6 +1,6 @@
 import pytest
 
-from deep_rlhf.data.templates import (
+from deep_rlhf.data.chat import (
     HH,
     TEMPLATES,
     Template,
@@ -8,7 +8,7 @@ from deep_rlhf.data.templates import (
     render_messages,
     render_turns,
 )
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
 

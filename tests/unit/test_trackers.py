@@ -14,9 +14,9 @@ import pytest
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
 
-from deep_rlhf.runtime.runtime import Runtime
+from deep_rlhf.errors import UserError
+from deep_rlhf.runtime.processes import Runtime
 from deep_rlhf.runtime.trackers import LOOP_TRACKERS, TRAINER_TRACKERS, usable_trackers
-from deep_rlhf.types import UserError
 
 
 class FakeWandb(types.ModuleType):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from deep_rlhf.algorithms.optimisation import NotFiniteError
+from deep_rlhf.algorithms.online.optimiser_step import NotFiniteError
 from deep_rlhf.algorithms.trpo import TRPOConfig, TRPOTrainer
-from deep_rlhf.types import Experience, Rollout, UserError
+from deep_rlhf.errors import UserError
+from deep_rlhf.types import Experience, Rollout
 
 WORDS = ["one", "two", "three", "a", "cat", "seventeen"]
 PROMPTS = ["a cat", "one", "two three a", "a"]

@@ -5,10 +5,10 @@ import statistics
 
 import pytest
 
-from deep_rlhf.data.world import corpus, generate_answer, generate_prompts, judge, phrases, sft_pairs
-from deep_rlhf.data.world.answers import Quality, write_answer
-from deep_rlhf.data.world.topics import TOPICS, Topic, topic_of, words
-from deep_rlhf.types import UserError
+from deep_rlhf.data.synthetic import corpus, generate_answer, generate_prompts, judge, phrases, sft_pairs
+from deep_rlhf.data.synthetic.answers import Quality, write_answer
+from deep_rlhf.data.synthetic.topics import TOPICS, Topic, topic_of, words
+from deep_rlhf.errors import UserError
 
 QUESTION = "How do I bake bread?"
 GOOD = (

@@ -11,8 +11,9 @@ from page_keys import TIMEOUT, Visit, enter, wait_ready
 
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web import auth, events
+from deep_rlhf.web.access import auth
 from deep_rlhf.web.app import WebSettings, create_app
+from deep_rlhf.web.progress import events
 from deep_rlhf.web.server import Server
 
 CHROMIUM = Path("/usr/bin/chromium")

@@ -8,8 +8,8 @@ from page_keys import Add, Visit, another_tab, enter, number_on, press, wait_rea
 
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
+from deep_rlhf.web.access.auth import SESSION_COOKIE, add_account, hash_of
 from deep_rlhf.web.app import create_app
-from deep_rlhf.web.auth import SESSION_COOKIE, add_account, hash_of
 from deep_rlhf.web.server import Server
 
 PASSWORD = "correct horse battery"

@@ -9,11 +9,11 @@ from starlette.datastructures import FormData
 
 from deep_rlhf.feedback.records import Comparison, Label, Version
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web.auth import Problem
-from deep_rlhf.web.charts import Line, chart, interval, nice_range, thinned, tick_step
-from deep_rlhf.web.label_routes import ranks_of
-from deep_rlhf.web.model_view import Metrics, charts_of, choosing_says, compared, said, use_of, uses_of
-from deep_rlhf.web.pages import clock, number, percent
+from deep_rlhf.web.access.auth import Problem
+from deep_rlhf.web.labelling.routes import ranks_of
+from deep_rlhf.web.progress.charts import Line, chart, interval, nice_range, thinned, tick_step
+from deep_rlhf.web.progress.view import Metrics, charts_of, choosing_says, compared, said, use_of, uses_of
+from deep_rlhf.web.rendering.templates import clock, number, percent
 
 
 def label(event: int, **fields: object) -> Label:

@@ -9,9 +9,9 @@ from page_client import HH, Client
 
 from deep_rlhf.feedback.records import AnnotatorFigures, Comparison, Version
 from deep_rlhf.feedback.store import Store
+from deep_rlhf.web.access.auth import add_account
 from deep_rlhf.web.app import WebSettings, create_app
-from deep_rlhf.web.auth import add_account
-from deep_rlhf.web.model_view import silent_since
+from deep_rlhf.web.progress.view import silent_since
 
 PASSWORD = "correct horse battery"
 NOW = datetime(2026, 3, 4, 12, 0, tzinfo=UTC)

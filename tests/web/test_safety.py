@@ -10,9 +10,9 @@ from test_text import found_in
 
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web import security
+from deep_rlhf.web.access import security
+from deep_rlhf.web.access.security import LARGEST_BODY
 from deep_rlhf.web.app import create_app
-from deep_rlhf.web.security import LARGEST_BODY
 
 Add = Callable[..., list[int]]
 POLICY = (

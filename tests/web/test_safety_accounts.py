@@ -12,11 +12,12 @@ import pytest
 from page_client import Client
 
 from deep_rlhf.cli import label
+from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.store import Store, Unavailable
-from deep_rlhf.types import UserError
-from deep_rlhf.web import auth, events
+from deep_rlhf.web.access import auth
+from deep_rlhf.web.access.auth import NO_PASSWORD, add_account
 from deep_rlhf.web.app import STATIC, WebSettings, create_app
-from deep_rlhf.web.auth import NO_PASSWORD, add_account
+from deep_rlhf.web.progress import events
 from deep_rlhf.web.server import Server
 
 Add = Callable[..., list[int]]

@@ -9,9 +9,9 @@ from page_client import Client
 from test_safety_accounts import PASSWORD, TOKEN, public_page
 
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web import auth, gate, security
+from deep_rlhf.web.access import auth, gate, security
+from deep_rlhf.web.access.security import RateLimit
 from deep_rlhf.web.app import WebSettings, create_app
-from deep_rlhf.web.security import RateLimit
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ import pytest
 from page_client import Client
 
 from deep_rlhf.cli import label
+from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.store import Store, Unavailable
-from deep_rlhf.types import UserError
-from deep_rlhf.web import events
+from deep_rlhf.web.access.auth import is_password
 from deep_rlhf.web.app import create_app
-from deep_rlhf.web.auth import is_password
+from deep_rlhf.web.progress import events
 from deep_rlhf.web.server import Server
 
 Add = Callable[..., list[int]]

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from payloads import PAYLOADS
 
-from deep_rlhf.web.text import LONGEST_KEPT, LONGEST_MARKDOWN, TAGS, Turn, _kept, render, short, turns_of
+from deep_rlhf.web.rendering.markdown import LONGEST_KEPT, LONGEST_MARKDOWN, TAGS, Turn, _kept, render, short, turns_of
 
 
 class _Found(HTMLParser):

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.rollout.collect import complete, prompt_batch
 from deep_rlhf.rollout.engine import Engine
 from deep_rlhf.rollout.generate import eos_token_ids, sampling_uniforms
-from deep_rlhf.types import Scorer, UserError
+from deep_rlhf.types import Scorer
 
 
 @dataclass(frozen=True, slots=True)

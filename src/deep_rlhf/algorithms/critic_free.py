@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deep_rlhf.algorithms.online_config import OnlineConfig
-from deep_rlhf.algorithms.optimisation import Optimisation, minibatches
+from deep_rlhf.algorithms.online.config import OnlineConfig
+from deep_rlhf.algorithms.online.optimiser_step import Optimisation, minibatches
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.policy import Policy
-from deep_rlhf.runtime.runtime import Runtime
-from deep_rlhf.types import Experience, UserError
+from deep_rlhf.runtime.processes import Runtime
+from deep_rlhf.types import Experience
 
 
 @dataclass(frozen=True)

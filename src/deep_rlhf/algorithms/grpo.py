@@ -28,8 +28,8 @@ from deep_rlhf.algorithms.critic_free import (
     CriticFreeConfig,
     CriticFreeLearner,
 )
-from deep_rlhf.algorithms.online import OnlineTrainer
-from deep_rlhf.algorithms.optimisation import mean_of_steps, policy_metrics
+from deep_rlhf.algorithms.online.optimiser_step import mean_of_steps, policy_metrics
+from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.ops.advantages import group_mean_std, token_rewards
 from deep_rlhf.ops.kl import KLPenalty, kl_estimate
 from deep_rlhf.ops.losses import policy_loss

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from deep_rlhf.algorithms.online import OnlineTrainer
-from deep_rlhf.algorithms.online_setup import load_tensors, trainable_tensors
-from deep_rlhf.algorithms.optimisation import Optimisation, mean_of_steps, minibatches, policy_metrics
+from deep_rlhf.algorithms.online.build import load_tensors, trainable_tensors
+from deep_rlhf.algorithms.online.optimiser_step import Optimisation, mean_of_steps, minibatches, policy_metrics
+from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.critic import Critic, make_critic
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.advantages import gae, token_rewards
@@ -26,8 +27,8 @@ from deep_rlhf.ops.kl import kl_estimate
 from deep_rlhf.ops.losses import explained_variance, policy_loss, truncated_importance, value_loss
 from deep_rlhf.ops.masked import masked_mean, masked_sum, whiten
 from deep_rlhf.rollout.records import experience_from
-from deep_rlhf.runtime.runtime import Runtime
-from deep_rlhf.types import Experience, Rollout, Scorer, UserError
+from deep_rlhf.runtime.processes import Runtime
+from deep_rlhf.types import Experience, Rollout, Scorer
 
 logger = logging.getLogger(__name__)
 

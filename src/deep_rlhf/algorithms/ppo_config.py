@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from deep_rlhf.algorithms.online_config import OnlineConfig
-from deep_rlhf.types import CriticKind, UserError
+from deep_rlhf.algorithms.online.config import OnlineConfig
+from deep_rlhf.errors import UserError
+from deep_rlhf.types import CriticKind
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from deep_rlhf.algorithms.critic_free import (
     CriticFreeConfig,
     CriticFreeLearner,
 )
-from deep_rlhf.algorithms.online import OnlineTrainer
-from deep_rlhf.algorithms.optimisation import mean_of_steps, policy_metrics
+from deep_rlhf.algorithms.online.optimiser_step import mean_of_steps, policy_metrics
+from deep_rlhf.algorithms.online.trainer import OnlineTrainer
+from deep_rlhf.errors import UserError
 from deep_rlhf.ops.advantages import gae, token_rewards
 from deep_rlhf.ops.losses import policy_loss
 from deep_rlhf.ops.masked import masked_sum, whiten
 from deep_rlhf.rollout.records import experience_from
-from deep_rlhf.types import Experience, Rollout, UserError
+from deep_rlhf.types import Experience, Rollout
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from deep_rlhf.algorithms.critic_free import (
     CriticFreeConfig,
     CriticFreeLearner,
 )
-from deep_rlhf.algorithms.online import OnlineTrainer
-from deep_rlhf.algorithms.optimisation import mean_of_steps, policy_metrics
+from deep_rlhf.algorithms.online.optimiser_step import mean_of_steps, policy_metrics
+from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.ops.advantages import leave_one_out, token_rewards
 from deep_rlhf.ops.losses import policy_loss
 from deep_rlhf.rollout.records import experience_from

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
-from deep_rlhf.algorithms.online import OnlineTrainer
-from deep_rlhf.algorithms.online_config import OnlineConfig
-from deep_rlhf.algorithms.online_setup import load_tensors, trainable_tensors
-from deep_rlhf.algorithms.optimisation import NotFiniteError, Optimisation
+from deep_rlhf.algorithms.online.build import load_tensors, trainable_tensors
+from deep_rlhf.algorithms.online.config import OnlineConfig
+from deep_rlhf.algorithms.online.optimiser_step import NotFiniteError, Optimisation
+from deep_rlhf.algorithms.online.trainer import OnlineTrainer
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.critic import make_critic
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.advantages import gae, token_rewards
@@ -37,8 +38,8 @@ from deep_rlhf.ops.trust_region import backtracking, conjugate_gradient
 from deep_rlhf.rollout.passes import ForwardPasses
 from deep_rlhf.rollout.records import experience_from, select
 from deep_rlhf.runtime.precision import Precision
-from deep_rlhf.runtime.runtime import Runtime
-from deep_rlhf.types import Experience, Rollout, Scorer, UserError
+from deep_rlhf.runtime.processes import Runtime
+from deep_rlhf.types import Experience, Rollout, Scorer
 
 T = TypeVar("T")
 

@@ -27,16 +27,16 @@ from transformers import (
 
 from deep_rlhf.algorithms.ppo import PPOTrainer
 from deep_rlhf.algorithms.ppo_config import PPOConfig
-from deep_rlhf.algorithms.reward import RewardConfig, RewardResult, train_reward_model
+from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardResult, train_reward_model
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
 from deep_rlhf.cli.training_bar import show_training_bar
 from deep_rlhf.cli.world_policy import QUIET, PolicyScale, build_tokenizer, pretrain
-from deep_rlhf.data.templates import HH
-from deep_rlhf.data.world import generate_prompts, judge
+from deep_rlhf.data.chat import HH
+from deep_rlhf.data.synthetic import generate_prompts, judge
 from deep_rlhf.evaluation.comparison import build_samples, win_rate
 from deep_rlhf.evaluation.report import write_report
 from deep_rlhf.evaluation.reward_quality import calibration
-from deep_rlhf.feedback.labelers import SimulatedAnnotators
+from deep_rlhf.feedback.annotators.simulated import SimulatedAnnotators
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.rollout.generate import generate_text
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deep_rlhf.algorithms.dpo import DPOConfig, DPOResult, train_dpo
+from deep_rlhf.algorithms.supervised.dpo import DPOConfig, DPOResult, train_dpo
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
 from deep_rlhf.cli.reward import RewardArguments, after_training, load_splits
 from deep_rlhf.cli.training_bar import show_training_bar

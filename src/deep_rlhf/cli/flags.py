@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.hf_argparser import HfArgumentParser
 
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 # Spellings that users' scripts still have and newer transformers dropped.
 RENAMED = {

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from deep_rlhf.cli.flags import parse_flags
+from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.types import UserError
 
 STORE_VARIABLE, TOKEN_VARIABLE, PASSWORD_VARIABLE = "DEEP_RLHF_STORE", "DEEP_RLHF_TOKEN", "DEEP_RLHF_PASSWORD"
 DEFAULT_STORE = "outputs/teach/labels.db"
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _add_user(config: LabelConfig, name: str) -> None:
-    from deep_rlhf.web.auth import add_account
+    from deep_rlhf.web.access.auth import add_account
 
     with Store(config.store_address) as store:
         add_account(store, name, "admin" if config.role == "admin" else "annotator", _password(name))
@@ -106,7 +106,7 @@ def _add_user(config: LabelConfig, name: str) -> None:
 
 
 def _set_password(config: LabelConfig, name: str) -> None:
-    from deep_rlhf.web.auth import change_password
+    from deep_rlhf.web.access.auth import change_password
 
     with Store(config.store_address, must_exist=True) as store:
         change_password(store, name, _password(name))

@@ -13,10 +13,10 @@ from deep_rlhf.cli.loop_config import GUARDED, LoopConfig, mean_taste, open_labe
 from deep_rlhf.cli.loop_progress import Progress
 from deep_rlhf.cli.training_bar import show_training_bar
 from deep_rlhf.cli.world_policy import cached_world_policy, world_policy_folder
-from deep_rlhf.feedback.halting import Halted
-from deep_rlhf.feedback.saving import only_here
-from deep_rlhf.feedback.session import Session
-from deep_rlhf.feedback.session_setup import tell
+from deep_rlhf.feedback.loop.build import tell
+from deep_rlhf.feedback.loop.checkpoints import only_here
+from deep_rlhf.feedback.loop.session import Session
+from deep_rlhf.feedback.loop.stop_signal import Halted
 from deep_rlhf.feedback.store import Store
 
 logger = logging.getLogger(__name__)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deep_rlhf.data.chat import get_template
 from deep_rlhf.data.prompts import load_prompts
-from deep_rlhf.data.templates import get_template
-from deep_rlhf.data.world import generate_prompts, judge
-from deep_rlhf.feedback.labelers import Utility
-from deep_rlhf.feedback.labelling import Labeler, People, SimulatedLabeler
-from deep_rlhf.feedback.replay import Replay, read_votes
-from deep_rlhf.feedback.session_config import SessionConfig
-from deep_rlhf.types import UserError
+from deep_rlhf.data.synthetic import generate_prompts, judge
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.annotators.base import Labeler, People, SimulatedLabeler
+from deep_rlhf.feedback.annotators.replay import Replay, read_votes
+from deep_rlhf.feedback.annotators.simulated import Utility
+from deep_rlhf.feedback.loop.config import SessionConfig
 
 STORE_VARIABLE = "DEEP_RLHF_STORE"  # a password in an address is neither for the command line nor for a file
 GUARDED = "DEEP_RLHF_GUARDED"  # set by `teach`: the end of standard input is the end of the loop

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 from deep_rlhf import __version__
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 COMMANDS = {
     "demo": "the whole way in a few minutes, in an embedded world: no network, no GPU",
@@ -55,7 +55,7 @@ def run(command: str, argv: list[str] | None = None) -> None:
         else:
             import_module(f"deep_rlhf.cli.{command}").main(argv)
         if "WORLD_SIZE" in os.environ:
-            import_module("deep_rlhf.runtime.runtime").leave_processes()
+            import_module("deep_rlhf.runtime.processes").leave_processes()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -11,16 +11,17 @@ from typing import Any
 
 from rich.console import Console
 
-from deep_rlhf.algorithms.online import OnlineTrainer, Stopped
-from deep_rlhf.algorithms.online_config import OnlineConfig
+from deep_rlhf.algorithms.online.config import OnlineConfig
+from deep_rlhf.algorithms.online.trainer import OnlineTrainer, Stopped
 from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_config
 from deep_rlhf.cli.main import ALGORITHMS
 from deep_rlhf.data.prompts import load_prompts
+from deep_rlhf.errors import UserError
 from deep_rlhf.evaluation.comparison import build_samples
 from deep_rlhf.evaluation.report import write_report
 from deep_rlhf.models.reward import RewardModel, load_scorer
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
-from deep_rlhf.types import RowReport, Scorer, UserError
+from deep_rlhf.types import RowReport, Scorer
 
 SHOWN_PROMPTS = 16  # answered before and after, for the report
 SAMPLES_PER_UPDATE = 4  # lines in samples.jsonl

@@ -12,10 +12,10 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from deep_rlhf.cli.flags import parse_flags
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.load import no_configuration
+from deep_rlhf.planning.memory_plan import GIB, GPUS, Machine, MemoryPlan, gpu_of, this_machine
 from deep_rlhf.runtime.memory import resident_peak
-from deep_rlhf.runtime.memory_plan import GIB, GPUS, Machine, MemoryPlan, gpu_of, this_machine
-from deep_rlhf.types import UserError
 
 PLANNED = ("reward", "ppo", "rloo", "grpo", "reinforce_plus_plus")
 CARDS = ", ".join(gpu.name for gpu in GPUS.values())
@@ -136,8 +136,8 @@ def _split(argv: list[str]) -> tuple[str, Machine, Flags]:
 
 def _online_planner(command: str, machine: Machine) -> Planner:
     baseline = _baseline("deep_rlhf.cli.online", machine)
-    from deep_rlhf.algorithms.online_memory import plan_online
     from deep_rlhf.cli.online import algorithm
+    from deep_rlhf.planning.online import plan_online
 
     config_class, _ = algorithm(command)
 
@@ -154,9 +154,9 @@ def _online_planner(command: str, machine: Machine) -> Planner:
 
 def _reward_planner(machine: Machine) -> Planner:
     baseline = _baseline("deep_rlhf.cli.reward", machine)
-    from deep_rlhf.algorithms.reward import RewardConfig
-    from deep_rlhf.algorithms.reward_memory import plan_reward
+    from deep_rlhf.algorithms.supervised.reward import RewardConfig
     from deep_rlhf.cli.reward import RewardArguments
+    from deep_rlhf.planning.reward import plan_reward
 
     def plan(flags: Flags) -> MemoryPlan:
         arguments, config = parse_flags(

@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
-from deep_rlhf.algorithms.reward import RewardConfig, RewardResult, train_reward_model
+from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardResult, train_reward_model
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
 from deep_rlhf.cli.training_bar import show_training_bar
 from deep_rlhf.data.preferences import load_preferences
 from deep_rlhf.data.sources import split_names
+from deep_rlhf.errors import UserError
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
 from deep_rlhf.runtime.trackers import usable_trackers
-from deep_rlhf.types import Preference, RowReport, UserError
+from deep_rlhf.types import Preference, RowReport
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deep_rlhf.feedback.exchange import export_labels, import_answers, read_answers
+from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.exchange.export import export_labels, import_answers, read_answers
 from deep_rlhf.feedback.records import Label
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.types import UserError
 
 USAGE = """usage: deep-rlhf store export STORE FILE [--all]
        deep-rlhf store import STORE FILE [--template=hh] [--on_bad_rows=error]

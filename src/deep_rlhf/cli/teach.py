@@ -18,8 +18,8 @@ from rich.console import Console
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
 from deep_rlhf.cli.loop_config import GUARDED, STORE_VARIABLE, LoopConfig
 from deep_rlhf.cli.loop_progress import Progress
+from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.types import UserError
 
 HOST = "127.0.0.1"
 LOG = "loop.log"

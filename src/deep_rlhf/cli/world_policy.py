@@ -18,10 +18,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
-from deep_rlhf.algorithms.sft import SFTConfig, train_sft
-from deep_rlhf.data.templates import HH
-from deep_rlhf.data.world import corpus, sft_pairs
-from deep_rlhf.types import UserError
+from deep_rlhf.algorithms.supervised.sft import SFTConfig, train_sft
+from deep_rlhf.data.chat import HH
+from deep_rlhf.data.synthetic import corpus, sft_pairs
+from deep_rlhf.errors import UserError
 
 QUIET: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
 RECIPE = 1  # to be raised whenever the same texts and sizes would give another policy

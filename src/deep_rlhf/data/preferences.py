@@ -1,9 +1,9 @@
 """Preferences from any source in any accepted format, with an account of every row."""
 
-from deep_rlhf.data.formats import detect_format, to_preference
+from deep_rlhf.data.chat import get_template
+from deep_rlhf.data.layouts import detect_format, to_preference
 from deep_rlhf.data.readers import BadRow
 from deep_rlhf.data.sources import Tally, read_rows
-from deep_rlhf.data.templates import get_template
 from deep_rlhf.types import Preference, RowReport
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-from deep_rlhf.data.formats import PAIRS, columns_of, detect_format, holds_lists, messages_of, pair_texts, text_of
+from deep_rlhf.data.chat import Template, get_template, render_messages
+from deep_rlhf.data.layouts import PAIRS, columns_of, detect_format, holds_lists, messages_of, pair_texts, text_of
 from deep_rlhf.data.readers import BadRow
 from deep_rlhf.data.sources import Row, Tally, closest_first, read_rows
-from deep_rlhf.data.templates import Template, get_template, render_messages
-from deep_rlhf.types import RowReport, UserError
+from deep_rlhf.errors import UserError
+from deep_rlhf.types import RowReport
 
 COLUMNS = ("prompt", "query", "text", "user", "instruction", "messages")
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 
 class BadRow(Exception):

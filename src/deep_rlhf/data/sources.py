@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from deep_rlhf.data.readers import READERS, BadRow, Item, file_type, first_line, read_table
-from deep_rlhf.types import RowReport, UserError
+from deep_rlhf.errors import UserError
+from deep_rlhf.types import RowReport
 
 HUB_NAMES = ("Anthropic/hh-rlhf", "wentingzhao/anthropic-hh-first-prompt")  # suggested when a name is mistyped
 LISTED = 20  # names shown when a user mistypes one

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, get_args
 
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 Choice = Literal["a", "b", "tie", "cant_tell"]
 # Why a question is asked. The last three measure people or the policy; "random" is also the permanent random arm.

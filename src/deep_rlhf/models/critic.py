@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.models.trunk import Trunk
 from deep_rlhf.runtime.precision import cast_weights
-from deep_rlhf.types import Completions, CriticKind, Scorer, UserError
+from deep_rlhf.types import Completions, CriticKind, Scorer
 
 
 class Critic(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 logger = logging.getLogger(__name__)
 

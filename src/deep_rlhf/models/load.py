@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.quantisation import four_bit_config, keep_trainable
-from deep_rlhf.types import UserError
 
 T = TypeVar("T")
 

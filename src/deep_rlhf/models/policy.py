@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.adapters import merged
 from deep_rlhf.models.trunk import Trunk
 from deep_rlhf.ops.logprobs import chunked_kl_full, chunked_logprobs_and_entropy, chunked_token_logprobs
-from deep_rlhf.types import UserError
 
 # Of the logits held at once, which a training pass keeps until its backward pass.
 LOGIT_BYTES = {"cpu": 64 * 2**20}

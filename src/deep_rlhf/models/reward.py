@@ -19,12 +19,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from deep_rlhf.accel.cpu.kernels import use_fast_kernels
 from deep_rlhf.data.batching import token_budget_batches
-from deep_rlhf.data.templates import TEMPLATES, get_template
+from deep_rlhf.data.chat import TEMPLATES, get_template
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.function_scorer import import_function
-from deep_rlhf.models.kernels import use_fast_kernels
 from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer, no_configuration
-from deep_rlhf.types import Scorer, UserError
+from deep_rlhf.types import Scorer
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deep_rlhf.models.kernels import use_fast_kernels
+from deep_rlhf.accel.cpu.kernels import use_fast_kernels
 from deep_rlhf.models.load import disable_dropout
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from deep_rlhf.models.kernels import FastConv1D, FastLinear
+from deep_rlhf.accel.cpu.kernels import FastConv1D, FastLinear
 from deep_rlhf.runtime.precision import multiplies_bf16
 
 _Linear = FastLinear | FastConv1D

@@ -7,9 +7,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.runtime.memory import is_out_of_memory
-from deep_rlhf.types import Completions, UserError
+from deep_rlhf.types import Completions
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 logger = logging.getLogger(__name__)
 

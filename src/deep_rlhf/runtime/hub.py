@@ -8,7 +8,7 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 logger = logging.getLogger(__name__)
 

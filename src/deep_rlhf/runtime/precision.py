@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -85,7 +85,7 @@ def make_adamw(name: OptimizerName, params: Iterable[Any], **options: Any) -> "M
     if name == "adamw":
         return MasterAdamW(params, **options)
     require_bitsandbytes(f"optimizer={name}")
-    from deep_rlhf.runtime.adamw_8bit import MasterAdamW8bit
+    from deep_rlhf.runtime.optimisers.adamw_8bit import MasterAdamW8bit
 
     return MasterAdamW8bit(params, **options)
 

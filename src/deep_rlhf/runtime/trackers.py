@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import LoggerType
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 logger = logging.getLogger(__name__)
 

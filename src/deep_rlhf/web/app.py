@@ -11,14 +11,14 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web.account_routes import account_routes
-from deep_rlhf.web.auth import Accounts, new_token
-from deep_rlhf.web.events import Hub, event_routes
-from deep_rlhf.web.gate import Gate
-from deep_rlhf.web.label_routes import label_routes
-from deep_rlhf.web.model_routes import model_routes
-from deep_rlhf.web.pages import add_refusals
-from deep_rlhf.web.security import Guard
+from deep_rlhf.web.access.account_routes import account_routes
+from deep_rlhf.web.access.auth import Accounts, new_token
+from deep_rlhf.web.access.gate import Gate
+from deep_rlhf.web.access.security import Guard
+from deep_rlhf.web.labelling.routes import label_routes
+from deep_rlhf.web.progress.events import Hub, event_routes
+from deep_rlhf.web.progress.routes import model_routes
+from deep_rlhf.web.rendering.templates import add_refusals
 from deep_rlhf.web.settings import WebSettings
 
 __all__ = ["WebSettings", "create_app"]

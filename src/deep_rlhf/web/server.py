@@ -11,7 +11,7 @@ from typing import Self
 import uvicorn
 from fastapi import FastAPI
 
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 SECONDS_TO_START = 30.0
 SECONDS_TO_STOP = 5  # for requests that are under way

@@ -4,7 +4,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 SHORTEST_TOKEN = 16  # characters of an access token
 

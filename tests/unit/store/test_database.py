@@ -13,11 +13,11 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from store_parts import START, asked, pair
 
+from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.store import Store, StoreError, Unavailable
 from deep_rlhf.feedback.store.migrations import head
+from deep_rlhf.feedback.store.schema import REVISION, Base
 from deep_rlhf.feedback.store.statements import HELD_BY, NEXT_FREE, RAN_OUT
-from deep_rlhf.feedback.store.tables import REVISION, Base
-from deep_rlhf.types import UserError
 
 
 def test_nothing_that_people_did_can_be_changed_or_deleted(store: Store) -> None:

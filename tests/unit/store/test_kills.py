@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store, Unavailable
-from deep_rlhf.feedback.store.tables import REVISION
+from deep_rlhf.feedback.store.schema import REVISION
 
 SECONDS = 60.0  # after which something hangs
 

@@ -12,8 +12,8 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 from store_parts import Clock, asked, pair, pairs
 
-from deep_rlhf.feedback.store import Store, StoreError, Unavailable, asking
-from deep_rlhf.feedback.store.asking import Given
+from deep_rlhf.feedback.store import Store, StoreError, Unavailable, question_queue
+from deep_rlhf.feedback.store.question_queue import Given
 
 
 def test_what_another_process_wrote_is_seen_at_once(open_store: Callable[..., Store]) -> None:
@@ -79,7 +79,7 @@ def test_a_reader_waits_for_a_smaller_id_that_is_on_its_way(postgres: Server, cl
         asked(store, "bert")
         reader = threading.Thread(target=lambda: read.append([label.comparison_id for label in store.labels()]))
         with store._database._writing.begin() as connection:
-            asking.answer(connection, first, "anna", "1", Given(choice="a"), store._terms())
+            question_queue.answer(connection, first, "anna", "1", Given(choice="a"), store._terms())
             store.answer(second, "bert", token="2", choice="b")
             reader.start()
             with store._database.engine.connect() as other:

@@ -14,22 +14,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from deep_rlhf.algorithms.online_setup import open_runtime
-from deep_rlhf.algorithms.optimisation import NotFiniteError
+from deep_rlhf.algorithms.online.build import open_runtime
+from deep_rlhf.algorithms.online.optimiser_step import NotFiniteError
+from deep_rlhf.algorithms.online.score_shaping import ScoreShaping, rollout_problem
 from deep_rlhf.algorithms.ppo import PPO
-from deep_rlhf.algorithms.shaping import ScoreShaping, rollout_problem
 from deep_rlhf.compat.trl import batches
 from deep_rlhf.compat.trl.config import PPOConfig
 from deep_rlhf.compat.trl.core import set_seed
 from deep_rlhf.compat.trl.models import PreTrainedModelWrapper, create_reference_model, push_saved
 from deep_rlhf.compat.trl.stats import step_stats
+from deep_rlhf.errors import UserError
 from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.ops.kl import adapted_kl_coef
 from deep_rlhf.rollout.collect import collect
 from deep_rlhf.rollout.generate import eos_token_ids
 from deep_rlhf.rollout.records import concatenate, moved
-from deep_rlhf.types import Rollout, UserError
+from deep_rlhf.types import Rollout
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from deep_rlhf.feedback.store.accounts import Role, User
 from deep_rlhf.feedback.store.errors import Refused, StoreError, Unavailable
+from deep_rlhf.feedback.store.replication import GivenAnswer
 from deep_rlhf.feedback.store.store import Store
-from deep_rlhf.feedback.store.transfer import GivenAnswer
 
 __all__ = ["GivenAnswer", "Refused", "Role", "Store", "StoreError", "Unavailable", "User"]

@@ -9,10 +9,10 @@ from typing import Literal, get_args
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from deep_rlhf.feedback.store.asking import check_name, release
 from deep_rlhf.feedback.store.errors import StoreError
+from deep_rlhf.feedback.store.question_queue import check_name, release
+from deep_rlhf.feedback.store.schema import LoginRow, UserRow
 from deep_rlhf.feedback.store.statements import table_of
-from deep_rlhf.feedback.store.tables import LoginRow, UserRow
 
 USERS, LOGINS = table_of(UserRow), table_of(LoginRow)
 

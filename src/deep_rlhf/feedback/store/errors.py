@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from deep_rlhf.types import UserError
+from deep_rlhf.errors import UserError
 
 
 class StoreError(UserError):

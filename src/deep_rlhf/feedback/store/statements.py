@@ -8,7 +8,7 @@ from typing import Any, cast
 from sqlalchemy import Table, and_, bindparam, exists, func, insert, literal_column, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from deep_rlhf.feedback.store.tables import Base, ComparisonRow, EventRow, LeaseRow, may_be_asked
+from deep_rlhf.feedback.store.schema import Base, ComparisonRow, EventRow, LeaseRow, may_be_asked
 
 
 def table_of(row: type[Base]) -> Table:

@@ -18,11 +18,11 @@ from deep_rlhf.feedback.records import (
     Row,
     Version,
 )
-from deep_rlhf.feedback.store import accounts, asking, trainer_side, transfer
+from deep_rlhf.feedback.store import accounts, question_queue, replication, trainer_api
 from deep_rlhf.feedback.store.accounts import Role, User
-from deep_rlhf.feedback.store.asking import Given, Terms
-from deep_rlhf.feedback.store.database import Database
-from deep_rlhf.feedback.store.transfer import GivenAnswer
+from deep_rlhf.feedback.store.engine import Database
+from deep_rlhf.feedback.store.question_queue import Given, Terms
+from deep_rlhf.feedback.store.replication import GivenAnswer
 
 
 def utc_now() -> datetime:
@@ -72,80 +72,80 @@ class Store:
 
     def add(self, comparisons: Sequence[Comparison]) -> list[int]:
         """Adds questions; returns their ids in order."""
-        return self._database.write(lambda db: trainer_side.add(db, comparisons, self._clock()))
+        return self._database.write(lambda db: trainer_api.add(db, comparisons, self._clock()))
 
     def withdraw(self, *, older_than_policy: int) -> int:
         """Stops asking about older policies what nobody answered or holds; returns how many questions."""
-        return self._database.write(lambda db: trainer_side.withdraw(db, older_than_policy, self._clock()))
+        return self._database.write(lambda db: trainer_api.withdraw(db, older_than_policy, self._clock()))
 
     def waiting(self) -> int:
         """Questions that somebody could be asked now."""
-        return self._database.read(lambda db: trainer_side.waiting(db, self._clock()))
+        return self._database.read(lambda db: trainer_api.waiting(db, self._clock()))
 
     def unseen(self) -> int:
         """Of these, the ones for anybody: nobody answered or skipped them, and they repeat no other."""
-        return self._database.read(lambda db: trainer_side.unseen(db, self._clock()))
+        return self._database.read(lambda db: trainer_api.unseen(db, self._clock()))
 
     def labels(self, *, after: int = 0, until: int | None = None) -> list[Label]:
         """Answers that count with event id > `after` (and ≤ `until`), in order. What was undone since is left out."""
         last = self.last_event() if until is None else until
-        return self._database.read(lambda db: trainer_side.labels(db, after, last))
+        return self._database.read(lambda db: trainer_api.labels(db, after, last))
 
     def label_count(self) -> int:
         """Answers that carry a label for training: not can't tell, nor gold, repeated and win-rate questions."""
-        return self._database.read(trainer_side.label_count)
+        return self._database.read(trainer_api.label_count)
 
     def last_event(self) -> int:
         """Id of the newest event of any kind, 0 if there is none. Nothing below it can still appear."""
-        return self._database.read(trainer_side.last_event)
+        return self._database.read(trainer_api.last_event)
 
     def add_version(self, version: Version) -> None:
         """Adds a version; the same kind and number again replaces it."""
-        self._database.write(lambda db: trainer_side.add_version(db, version, self._clock()))
+        self._database.write(lambda db: trainer_api.add_version(db, version, self._clock()))
 
     def versions(self, kind: Literal["policy", "reward"]) -> list[Version]:
         """All versions of this kind by number."""
-        return self._database.read(lambda db: trainer_side.versions(db, kind))
+        return self._database.read(lambda db: trainer_api.versions(db, kind))
 
     def add_metrics(self, rows: Sequence[Row]) -> None:
         """Adds rows of metrics: JSON objects. A number that is not finite becomes null."""
-        self._database.write(lambda db: trainer_side.add_metrics(db, rows))
+        self._database.write(lambda db: trainer_api.add_metrics(db, rows))
 
     def metrics(self, *, after: int = 0) -> list[Row]:
         """Rows with id > `after`, each with its "id"."""
-        return self._database.read(lambda db: trainer_side.metrics(db, after))
+        return self._database.read(lambda db: trainer_api.metrics(db, after))
 
     def add_samples(self, policy_version: int, rows: Sequence[tuple[str, str]]) -> None:
         """Sets what a version of the policy answers to the fixed prompts: (prompt, answer) pairs."""
-        self._database.write(lambda db: trainer_side.add_samples(db, policy_version, rows))
+        self._database.write(lambda db: trainer_api.add_samples(db, policy_version, rows))
 
     def samples(self) -> dict[int, list[tuple[str, str]]]:
         """The fixed prompts as each version answers them."""
-        return self._database.read(trainer_side.samples)
+        return self._database.read(trainer_api.samples)
 
     def add_alarm(self, alarm: Alarm) -> None:
         """Adds an alarm."""
-        self._database.write(lambda db: trainer_side.add_alarm(db, alarm, self._clock()))
+        self._database.write(lambda db: trainer_api.add_alarm(db, alarm, self._clock()))
 
     def alarms(self) -> list[Alarm]:
         """All alarms, the oldest first."""
-        return self._database.read(trainer_side.alarms)
+        return self._database.read(trainer_api.alarms)
 
     def set_annotators(self, figures: Sequence[AnnotatorFigures]) -> None:
         """Replaces the figures of the annotators by those of the latest fit."""
-        self._database.write(lambda db: trainer_side.set_annotators(db, figures))
+        self._database.write(lambda db: trainer_api.set_annotators(db, figures))
 
     def annotators(self) -> list[AnnotatorFigures]:
         """The latest figures of the annotators."""
-        return self._database.read(trainer_side.annotators)
+        return self._database.read(trainer_api.annotators)
 
     def put(self, name: str, value: Any) -> None:
         """Keeps a small JSON value under a name."""
-        self._database.write(lambda db: trainer_side.put(db, name, value))
+        self._database.write(lambda db: trainer_api.put(db, name, value))
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value under a name, `default` if none was ever put there."""
-        return self._database.read(lambda db: trainer_side.get(db, name, default))
+        return self._database.read(lambda db: trainer_api.get(db, name, default))
 
     # ---- the people's side
 
@@ -154,11 +154,11 @@ class Store:
 
         Never one that he answered or skipped; a repeat only if he answered the original.
         """
-        found = self._database.write(lambda db: asking.ask(db, annotator, count, self._terms()))
+        found = self._database.write(lambda db: question_queue.ask(db, annotator, count, self._terms()))
         if found or self._database.is_sqlite:
             return found
         # Nothing was free that another transaction had not just locked: wait for what it leaves.
-        return self._database.write(lambda db: asking.ask(db, annotator, count, self._terms(), patient=True))
+        return self._database.write(lambda db: question_queue.ask(db, annotator, count, self._terms(), patient=True))
 
     def answer(
         self,
@@ -178,41 +178,43 @@ class Store:
         person answered it before, or never got it.
         """
         given = Given(choice, None if ranks is None else tuple(ranks), strength, seconds)
-        return self._database.write(lambda db: asking.answer(db, comparison_id, annotator, token, given, self._terms()))
+        return self._database.write(
+            lambda db: question_queue.answer(db, comparison_id, annotator, token, given, self._terms())
+        )
 
     def skip(self, comparison_id: int, annotator: str, *, token: str) -> int:
         """Gives the question back, never to be put to this person again; returns the event id. Raises as `answer`."""
-        return self._database.write(lambda db: asking.skip(db, comparison_id, annotator, token, self._terms()))
+        return self._database.write(lambda db: question_queue.skip(db, comparison_id, annotator, token, self._terms()))
 
     def undo(self, annotator: str, *, token: str) -> int | None:
         """Takes back this person's newest answer that counts, and leases its question to him again.
 
         Returns the comparison's id, None if there is nothing to take back.
         """
-        return self._database.write(lambda db: asking.undo(db, annotator, token, self._terms()))
+        return self._database.write(lambda db: question_queue.undo(db, annotator, token, self._terms()))
 
     def release(self, annotator: str) -> None:
         """Gives back every question that this person holds."""
-        self._database.write(lambda db: asking.release(db, annotator))
+        self._database.write(lambda db: question_queue.release(db, annotator))
 
     def answered(self, annotator: str) -> int:
         """Answers of this person that count."""
-        return self._database.read(lambda db: asking.answered(db, annotator))
+        return self._database.read(lambda db: question_queue.answered(db, annotator))
 
     def pace(self, annotator: str) -> float | None:
         """Median seconds of this person's last hundred answers, None before the first."""
-        return self._database.read(lambda db: asking.pace(db, annotator))
+        return self._database.read(lambda db: question_queue.pace(db, annotator))
 
     # ---- to and from files
 
     def given_answers(self) -> list[GivenAnswer]:
         """Every answer that counts, with what identifies it in another store."""
         until = self.last_event()
-        return self._database.read(lambda db: transfer.given_answers(db, until))
+        return self._database.read(lambda db: replication.given_answers(db, until))
 
     def take_in(self, answers: Sequence[GivenAnswer]) -> int:
         """Adds answers of another store or a file, with their questions; returns how many were not there yet."""
-        return self._database.write(lambda db: transfer.take_in(db, answers, self._clock()))
+        return self._database.write(lambda db: replication.take_in(db, answers, self._clock()))
 
     # ---- accounts
 

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from deep_rlhf.feedback.store.tables import Base
+from deep_rlhf.feedback.store.schema import Base
 
 context.configure(
     connection=context.config.attributes["connection"], target_metadata=Base.metadata, transactional_ddl=True

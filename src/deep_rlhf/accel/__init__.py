@@ -1,0 +1,1 @@
+"""Fast paths that give the results of plain PyTorch."""

@@ -1,0 +1,1 @@
+"""Faster CPU kernels, with plain PyTorch as the fallback."""

@@ -1,0 +1,1 @@
+"""Training that samples from the policy while it learns."""

@@ -1,0 +1,1 @@
+"""Training from a fixed data set: SFT, reward models, DPO."""

@@ -1,0 +1,37 @@
+"""The exceptions that users meet; each message says in one sentence what is wrong, where, and what to do.
+
+Every command ends with exit code 2 when one of them is raised. From Python, catch `UserError` for all of them, or a
+subclass for one kind.
+"""
+
+
+class UserError(Exception):
+    """Base class: something that the user can correct."""
+
+
+class ConfigError(UserError, ValueError):
+    """A flag, a setting or a combination of settings is not valid."""
+
+
+class DataError(UserError):
+    """A data set, a prompt file or an imported file cannot be used."""
+
+
+class ModelError(UserError):
+    """A model, an adapter or a tokenizer cannot be opened, saved or used for what was asked."""
+
+
+class RewardError(UserError):
+    """A reward function or a reward model raised, hung or returned something that is not a reward."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run folder cannot be written, read, or continued with these settings."""
+
+
+class ResourceError(UserError):
+    """Memory, disk space, a port or an optional package is missing."""
+
+
+class StoreError(UserError):
+    """A store of labels cannot be opened, read or written."""

@@ -1,0 +1,1 @@
+"""Sources of labels other than the web page, and how reliable an annotator is."""

@@ -1,0 +1,1 @@
+"""Chooses which questions people are asked."""

@@ -1,0 +1,1 @@
+"""Refits the reward model to the labels in the store."""

@@ -1,0 +1,1 @@
+"""Accounts, passwords and limits of the web page."""
