@@ -1,0 +1,56 @@
+"""Bounds and choices of settings, checked by one function."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+
+from deep_rlhf.errors import ConfigError
+from deep_rlhf.settings import check_settings, seed_setting, setting
+
+
+@dataclass
+class Config:
+    rate: float = setting(0.5, "a share", above=0, most=1)
+    count: int | None = setting(None, "a count", least=1)
+    kind: Literal["a", "b"] = setting("a", "a choice")
+    optional_kind: Literal["a", "b"] | None = setting(None, "a choice, or none")
+    options: dict[str, Any] | None = setting(None, "options by name")
+    names: list[str] = setting([], "names")
+    seed: int = seed_setting(0, "a seed")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"rate": 1}, {"count": 1}, {"kind": "b"}, {"optional_kind": "a"}, {"options": {"x": 1}}, {"seed": 2**32 - 1}],
+)
+def test_values_within_the_bounds_pass(values: dict[str, Any]) -> None:
+    check_settings(Config(**values))
+
+
+@pytest.mark.parametrize(
+    ("values", "facts"),
+    [
+        ({"rate": 0}, ("rate", "greater than 0", "at most 1")),
+        ({"rate": 1.1}, ("rate", "1.1")),
+        ({"rate": math.nan}, ("rate", "nan")),
+        ({"rate": math.inf}, ("rate", "inf")),
+        ({"count": 0}, ("count", "at least 1")),
+        ({"kind": "c"}, ("kind", "a, b", "not c")),
+        ({"optional_kind": "c"}, ("optional_kind", "a, b")),
+        ({"options": "x"}, ("options", "mapping")),
+        ({"seed": -1}, ("seed", "at least 0")),
+        ({"seed": 2**32}, ("seed", str(2**32 - 1))),
+    ],
+)
+def test_the_field_and_its_bounds_are_named(values: dict[str, Any], facts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_settings(Config(**values))
+    assert isinstance(caught.value, ValueError)
+    for fact in facts:
+        assert fact in str(caught.value)
+
+
+def test_instances_do_not_share_a_list() -> None:
+    assert Config().names is not Config().names
