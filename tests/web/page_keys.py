@@ -5,7 +5,7 @@ from typing import Any
 
 Add = Callable[..., list[int]]
 Visit = Callable[..., Any]
-TIMEOUT = 15_000  # milliseconds, on a busy machine
+TIMEOUT = 60_000  # milliseconds: reached only where something hangs, on a busy machine, too
 
 
 def enter(page: Any, name: str, password: str | None = None) -> None:

@@ -14,6 +14,11 @@ from deep_rlhf.web.access.security import RateLimit
 from deep_rlhf.web.app import WebSettings, create_app
 
 
+@pytest.fixture(autouse=True)
+def rate_limits() -> None:
+    """The product's own limits, which the tests below count against a clock that they set."""
+
+
 @pytest.fixture
 def now(monkeypatch: Any) -> list[float]:
     """The time by which rates are counted: it stands until a test moves it."""
@@ -109,7 +114,9 @@ def test_all_addresses_of_an_ipv6_network_share_a_rate(few: None, store: Store, 
     assert codes["::ffff:10.0.0."] == [200] * 6
 
 
-def test_logins_that_wait_for_each_other_leave_threads_for_labelling(store: Store, monkeypatch: Any) -> None:
+def test_logins_that_wait_for_each_other_leave_threads_for_labelling(
+    store: Store, now: list[float], monkeypatch: Any
+) -> None:
     tries = threading.Semaphore(1)
     monkeypatch.setattr(auth, "_TRIES", tries)
     public = public_page(store)

@@ -96,7 +96,7 @@ def test_only_so_many_pages_of_a_person_may_listen(server: Server, monkeypatch: 
     with browser(server) as client, client.stream("GET", "/events") as stream:
         lines = stream.iter_lines()  # the stream ends when this is forgotten
         next(lines)
-        refused = client.get("/events", headers={"accept": "application/json"}, timeout=5)
+        refused = client.get("/events", headers={"accept": "application/json"})
         assert refused.status_code == 429
         assert refused.json() == {"error": "Too many pages are open: close some."}
         next(lines)
