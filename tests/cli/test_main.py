@@ -9,6 +9,7 @@ import pytest
 
 from deep_rlhf import __version__
 from deep_rlhf.cli import main as cli_main
+from deep_rlhf.cli.commands import COMMANDS
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
@@ -18,7 +19,7 @@ def test_without_a_command_they_are_listed(
     monkeypatch.setattr(sys, "argv", ["deep-rlhf", *argv])
     cli_main.main()
     said = capsys.readouterr().out
-    assert all(name in said for name in cli_main.COMMANDS)
+    assert all(name in said for name in COMMANDS)
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deep_rlhf import PPOConfig, PPOTrainer, UserError
-from deep_rlhf.cli.main import ALGORITHMS
+from deep_rlhf.cli.commands import ALGORITHMS
 from deep_rlhf.cli.online import algorithm
 from deep_rlhf.runtime.processes import leave_processes
 
