@@ -13,8 +13,8 @@ from rich.console import Console
 
 from deep_rlhf.algorithms.online.config import OnlineConfig
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer, Stopped
-from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_config
 from deep_rlhf.cli.commands import ALGORITHMS
+from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_config
 from deep_rlhf.data.prompts import load_prompts
 from deep_rlhf.errors import UserError
 from deep_rlhf.evaluation.comparison import build_samples
