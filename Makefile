@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo teach test test-8bit system lint format bars algorithms curves bench growth headline clean
+.PHONY: demo teach quick test test-all test-8bit system lint format bars algorithms curves bench growth headline clean
 demo: $(VENV)/.installed
 	$(BIN)/deep-rlhf demo --seed=$(SEED)
 
@@ -12,9 +12,23 @@ demo: $(VENV)/.installed
 teach: $(VENV)/.installed
 	$(BIN)/deep-rlhf teach $(TEACH)
 
+# Tests, in three sizes. What each marker means is in pyproject.toml; how long each target takes, in CONTRIBUTING.md.
+# Workers take whole files, so that what a file's tests share is built once.
+WORKERS ?= 2
+IN_PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile --durations=10
+
+# While programming: unit tests, the store on SQLite, the page without a browser.
+quick: $(VENV)/.installed
+	$(BIN)/pytest $(IN_PARALLEL) -m 'not (slow or browser or postgres or processes or learning or timing)'
+
+# Before a commit.
 test: $(VENV)/.installed
-	$(BIN)/pytest -m 'not alone'
-	$(BIN)/pytest -m alone --numprocesses=0
+	$(BIN)/pytest $(IN_PARALLEL) -m 'not (slow or timing)'
+
+# Before a release: every case, and what measures time with nothing beside it.
+test-all: $(VENV)/.installed
+	$(BIN)/pytest $(IN_PARALLEL) -m 'not timing'
+	$(BIN)/pytest -m timing
 
 # The browser and the database server that some tests need, and skip without; on Debian, as root.
 system:

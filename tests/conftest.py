@@ -26,6 +26,33 @@ VOCABULARY = 3 + len(WORDS)
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it saves
 
+# The marker of every test that uses a fixture of this name, or that has this parameter.
+MARKED_BY_FIXTURE = {
+    "browser": pytest.mark.browser,
+    "postgres": pytest.mark.postgres,
+    "own_server": pytest.mark.postgres,
+    "workplace": pytest.mark.processes,
+}
+MARKED_BY_PARAMETER = {"postgresql": pytest.mark.postgres}
+MARKED_BY_FOLDER = {"learning": pytest.mark.learning}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests by the fixtures they use and the folder they are in, so that no test forgets its marker."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        parameters = [value for value in _parameters(item) if isinstance(value, str)]
+        marks = [mark for name, mark in MARKED_BY_FIXTURE.items() if name in item.fixturenames]
+        marks += [mark for name, mark in MARKED_BY_PARAMETER.items() if name in parameters]
+        marks += [mark for name, mark in MARKED_BY_FOLDER.items() if item.path.parent.name == name]
+        for mark in marks:
+            item.add_marker(mark)
+
+
+def _parameters(item: pytest.Function) -> list[Any]:
+    return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
