@@ -1,4 +1,4 @@
-"""From the runs of a job to its medians and ratios, and to the table that people read."""
+"""Medians and ratios of a job's runs, and the table of all jobs in Markdown."""
 
 from statistics import median
 from typing import Any
@@ -8,7 +8,7 @@ from side_by_side.jobs import BARS, JOBS, LEAST_SHARE
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # of the first step; TRL's bf16 is autocast, which rounds elsewhere
 
 HEADER = (
-    "| job | | TRL | Deep RLHF | speed | TRL, GB | Deep RLHF, GB | memory | share of the matrix rate |",
+    "| job | precision | TRL | Deep RLHF | speed | TRL, GB | Deep RLHF, GB | memory | MFU |",
     "|---|---|---|---|---|---|---|---|---|",
 )
 
@@ -39,8 +39,8 @@ def check_equal_work(precision: str, peer: dict[str, Any], project: dict[str, An
 def summary(job: dict[str, Any]) -> dict[str, Any]:
     """Medians and ratios of a job's runs.
 
-    Speed and memory ratios say how many times TRL's median is this project's. The share is that of the measured matrix
-    rate which the necessary arithmetic reaches in the median time.
+    A ratio of speed or memory is TRL's median divided by this project's. `share` is the MFU: the necessary arithmetic in the
+    median time, divided by the measured matrix rate.
     """
     runs = {side: [run for run in job["runs"] if run["side"] == side] for side in ("trl", "deep_rlhf")}
     seconds = {side: median(run["seconds"] for run in found) for side, found in runs.items()}
@@ -57,19 +57,19 @@ def summary(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def missed(name: str, job: dict[str, Any]) -> list[str]:
-    """The bars that a job does not reach."""
+    """The targets that a job misses, in words."""
     bar, found = BARS[name], job["summary"]
     least = LEAST_SHARE.get(job["settings"]["precision"], 0.0)
     measures = {
         f"speed {found['speed_ratio']:.2f} × of {bar.speed} ×": found["speed_ratio"] >= bar.speed,
-        f"memory 1/{found['memory_ratio']:.2f} of 1/{bar.memory}": found["memory_ratio"] >= bar.memory,
-        f"share {found['share']['deep_rlhf']:.1%} of {least:.0%}": found["share"]["deep_rlhf"] >= least,
+        f"memory {found['memory_ratio']:.2f} × less of {bar.memory} ×": found["memory_ratio"] >= bar.memory,
+        f"MFU {found['share']['deep_rlhf']:.1%} of {least:.0%}": found["share"]["deep_rlhf"] >= least,
     }
     return [text for text, met in measures.items() if not met]
 
 
 def table(jobs: dict[str, dict[str, Any]]) -> str:
-    """The jobs as a Markdown table with their bars, what was missed, and the machine."""
+    """The jobs as a Markdown table with their targets, the machines, and the missed targets."""
     lines, notes, machines = list(HEADER), [], []
     for name in [name for name in JOBS if "summary" in jobs.get(name, {})]:
         job, bar = jobs[name], BARS[name]
@@ -83,7 +83,7 @@ def table(jobs: dict[str, dict[str, Any]]) -> str:
             f"{found['speed_ratio']:.2f} × (≥ {bar.speed:g} ×)",
             f"{memory['trl']:.2f}",
             f"{memory['deep_rlhf']:.2f}",
-            f"1/{found['memory_ratio']:.2f} (≤ 1/{bar.memory:g})",
+            f"{found['memory_ratio']:.2f} × less (≥ {bar.memory:g} ×)",
             f"{share['deep_rlhf']:.1%} (TRL {share['trl']:.0%})",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -127,14 +127,14 @@ def test_medians_ratios_and_share() -> None:
 
 def test_the_table_names_what_is_missed() -> None:
     job = report()
-    assert missed("ppo-fp32", job) == ["share 50.0% of 60%"]
+    assert missed("ppo-fp32", job) == ["MFU 50.0% of 60%"]
     job["summary"]["speed_ratio"], job["summary"]["memory_ratio"] = 2.49, 2.4
-    assert missed("ppo-fp32", job) == ["speed 2.49 × of 2.5 ×", "memory 1/2.40 of 1/2.5", "share 50.0% of 60%"]
+    assert missed("ppo-fp32", job) == ["speed 2.49 × of 2.5 ×", "memory 2.40 × less of 2.5 ×", "MFU 50.0% of 60%"]
     text = table({"ppo-fp32": report()})
     assert (
-        "| PPO | fp32 | 0.50 episodes/s | 1.50 episodes/s | 3.00 × (≥ 2.5 ×) | 2.00 | 0.50 | 1/4.00 (≤ 1/2.5) |" in text
+        "| PPO | fp32 | 0.50 episodes/s | 1.50 episodes/s | 3.00 × (≥ 2.5 ×) | 2.00 | 0.50 | 4.00 × less (≥ 2.5 ×) |" in text
     )
-    assert "missed in PPO, fp32: share 50.0% of 60%" in text
+    assert "missed in PPO, fp32: MFU 50.0% of 60%" in text
 
 
 def test_the_readme_shows_the_newest_table() -> None:
