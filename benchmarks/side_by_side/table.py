@@ -39,8 +39,8 @@ def check_equal_work(precision: str, peer: dict[str, Any], project: dict[str, An
 def summary(job: dict[str, Any]) -> dict[str, Any]:
     """Medians and ratios of a job's runs.
 
-    A ratio of speed or memory is TRL's median divided by this project's. `share` is the MFU: the necessary arithmetic in the
-    median time, divided by the measured matrix rate.
+    A ratio of speed or memory is TRL's median divided by this project's. `share` is the MFU: the necessary arithmetic
+    in the median time, divided by the measured matrix rate.
     """
     runs = {side: [run for run in job["runs"] if run["side"] == side] for side in ("trl", "deep_rlhf")}
     seconds = {side: median(run["seconds"] for run in found) for side, found in runs.items()}

@@ -132,7 +132,8 @@ def test_the_table_names_what_is_missed() -> None:
     assert missed("ppo-fp32", job) == ["speed 2.49 × of 2.5 ×", "memory 2.40 × less of 2.5 ×", "MFU 50.0% of 60%"]
     text = table({"ppo-fp32": report()})
     assert (
-        "| PPO | fp32 | 0.50 episodes/s | 1.50 episodes/s | 3.00 × (≥ 2.5 ×) | 2.00 | 0.50 | 4.00 × less (≥ 2.5 ×) |" in text
+        "| PPO | fp32 | 0.50 episodes/s | 1.50 episodes/s | 3.00 × (≥ 2.5 ×) | 2.00 | 0.50 | 4.00 × less (≥ 2.5 ×) |"
+        in text
     )
     assert "missed in PPO, fp32: MFU 50.0% of 60%" in text
 
