@@ -13,6 +13,7 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 from deep_rlhf.feedback.records import Alarm, AnnotatorFigures, Comparison, Version
+from deep_rlhf.feedback.state import ANNOTATORS
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.app import create_app
 from deep_rlhf.web.server import Server
@@ -103,7 +104,8 @@ def _history(store: Store, rng: random.Random) -> None:
     message = "Answers are 2.10 times as long or as short as at the start (limit 2)."
     store.add_alarm(Alarm(name="length_ratio", step=41, action="warn", message=message, figure=2.1, limit=2.0))
     people = (("anna", 0.06, 0.01, 0.17, 0.81), ("bert", 0.11, 0.04, 0.26, 0.74), ("clara", 0.34, 0.18, 0.55, 0.58))
-    store.set_annotators(
+    ANNOTATORS.write(
+        store,
         [
             AnnotatorFigures(
                 name=name,
@@ -117,7 +119,7 @@ def _history(store: Store, rng: random.Random) -> None:
                 agreement=agreement,
             )
             for name, rate, low, high, agreement in people
-        ]
+        ],
     )
     for name, value in {
         "status": {

@@ -17,7 +17,7 @@ from deep_rlhf.data.synthetic import generate_prompts
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.annotators.base import People
 from deep_rlhf.feedback.annotators.replay import Replay
-from deep_rlhf.feedback.loop.build import tell
+from deep_rlhf.feedback.state import AGREEMENT, STATUS, STOP, Status, StopRequest
 from deep_rlhf.feedback.store import Store
 
 SMALL = [
@@ -60,7 +60,7 @@ def test_a_replayed_file_teaches_a_policy(policy: str, tmp_path: Path, monkeypat
         assert {one.annotator for one in labels} == {"ann", "bob", "eve"}
         assert len(labels) >= 12
         assert [row["step"] for row in store.metrics()] == [1, 2]
-        assert store.get("alpha") is not None
+        assert AGREEMENT.read(store) is not None
 
 
 def test_who_answers_and_about_what(tmp_path: Path) -> None:
@@ -116,13 +116,13 @@ def test_a_mistake_is_one_sentence(argv: list[str], told: str, tmp_path: Path, m
 
 
 def test_the_line_on_the_terminal() -> None:
-    status = {"state": "waiting for labels", "text": "3 of the 20 answers are there."}
+    status = Status(state="waiting for labels", text="3 of the 20 answers are there.")
     assert progress_line(status, {}, 3) == "waiting for labels · 3 answers · 3 of the 20 answers are there."
-    assert progress_line({"state": "starting", "text": ""}, {}, 49) == "starting · 49 answers"
+    assert progress_line(Status(state="starting"), {}, 49) == "starting · 49 answers"
     row = {"step": 7, "reward": 0.5, "kl": 1.25, "policy_version": 2, "reward_version": 3}
-    line = progress_line({"state": "training"}, row, 25)
+    line = progress_line(Status(state="training"), row, 25)
     assert line == "training · 25 answers · update 7 · reward +0.50 · KL 1.2 · policy 2 · reward model 3"
-    line = progress_line({"state": "training"}, row | {"reward": None, "kl": None}, 25)  # what was no finite number
+    line = progress_line(Status(state="training"), row | {"reward": None, "kl": None}, 25)  # what was no finite number
     assert "update 7 · reward – · KL – · policy 2" in line
 
 
@@ -133,7 +133,7 @@ def test_the_red_button_stops_the_making_of_the_worlds_policy(tmp_path: Path, mo
     def press(*_: Any, **__: Any) -> None:
         steps.append(len(steps))
         with Store(address) as store:
-            store.put("stop", {"by": "ann", "at": "now"})
+            STOP.write(store, StopRequest(by="ann"))
 
     monkeypatch.setattr(PrinterCallback, "on_step_begin", press)
     monkeypatch.setattr(ProgressCallback, "on_step_begin", press)
@@ -141,7 +141,7 @@ def test_the_red_button_stops_the_making_of_the_worlds_policy(tmp_path: Path, mo
     assert steps == [0]
     assert list((tmp_path / "cache" / "deep-rlhf").iterdir()) == []
     with Store(address) as store:
-        assert store.get("status")["state"] == "stopped"
+        assert (STATUS.read(store) or Status()).state == "stopped"
 
 
 def test_the_status_of_an_earlier_run_is_not_shown(
@@ -149,11 +149,11 @@ def test_the_status_of_an_earlier_run_is_not_shown(
 ) -> None:
     monkeypatch.setattr(loop_progress, "LOOK_EVERY", 600.0)  # it is this thread that looks
     with Store(tmp_path / "labels.db") as store:
-        tell(store, "stopped", 9, "The loop was interrupted.")
+        report_status(store, "stopped", step=9, text="The loop was interrupted.")
         progress = Progress(store)
         with progress:
             progress._show()
-            tell(store, "training", 9, "Update 10 is under way.")
+            report_status(store, "training", step=9, text="Update 10 is under way.")
             progress._show()
     assert capsys.readouterr().err == "starting · 0 answers\ntraining · 0 answers · Update 10 is under way.\n"
 

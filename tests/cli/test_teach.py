@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from deep_rlhf.cli import teach
 from deep_rlhf.cli.teach import TeachConfig
 from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.state import STATUS, Status
 from deep_rlhf.feedback.store import Store
 
 SECONDS = 120  # for anything that is waited for
@@ -82,7 +83,7 @@ def test_it_says_what_to_do_and_how_to_go_on(workplace: Path) -> None:
 def test_ctrl_c_saves_the_policy_and_ends_the_trainer(workplace: Path) -> None:
     AutoModelForCausalLM.from_pretrained(workplace / "run" / "model")
     with Store(workplace / "run" / "labels.db") as store:
-        assert store.get("status")["state"] == "stopped"
+        assert (STATUS.read(store) or Status()).state == "stopped"
         assert len(store.versions("reward")) >= 1
         assert sorted(store.samples())[0] == 0
     assert "Traceback" not in (workplace / "run" / "loop.log").read_text()
@@ -104,7 +105,7 @@ def test_the_trainer_ends_saved_when_teach_is_killed_even_where_ctrl_c_is_ignore
     process.wait(SECONDS)
     with Store(tmp_path / "run" / "labels.db") as store:
         deadline = time.monotonic() + SECONDS
-        while store.get("status")["state"] != "stopped" or not (tmp_path / "run" / "model").is_dir():
+        while (STATUS.read(store) or Status()).state != "stopped" or not (tmp_path / "run" / "model").is_dir():
             assert time.monotonic() < deadline, "the trainer goes on alone"
             time.sleep(0.05)
 

@@ -10,6 +10,7 @@ from deep_rlhf.feedback.annotators.base import SimulatedLabeler
 from deep_rlhf.feedback.annotators.simulated import AnnotatorHabits
 from deep_rlhf.feedback.loop.config import SessionConfig
 from deep_rlhf.feedback.loop.session import Session
+from deep_rlhf.feedback.state import STOP
 from deep_rlhf.feedback.store import Store
 
 PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not", "two fish", "moon or sun", "bad", "a"]
@@ -43,7 +44,7 @@ def policy_folder(make_model: Callable[..., Any], tokenizer: Any, folder: Path) 
 
 def make_session(model: str, folder: Path, store: Store, **settings: Any) -> Session:
     """A session with three simulated annotators, unless `labeler` says otherwise."""
-    store.put("stop", None)
+    STOP.write(store, None)
     others = {name: settings.pop(name) for name in ("labeler", "pace", "on_update") if name in settings}
     return Session(
         SessionConfig(**(SETTINGS | settings)),

@@ -16,6 +16,7 @@ from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.reward_refit.bootstrap import bag_id, is_outside
 from deep_rlhf.feedback.reward_refit.ensemble import RefitSettings, RewardFit, classifier_of
 from deep_rlhf.feedback.reward_refit.versions import RefitJob, Refits
+from deep_rlhf.feedback.state import ANNOTATORS
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.ops.preference import bootstrap_weights
@@ -141,7 +142,7 @@ def test_a_refit_is_told_who_errs_and_what_was_ranked_together(make_model, make_
         store.add([Comparison(prompt="the cat ", answers=ranking)])
         answer_all(store, better, {"ann": 0.0, "bob": 0.0, "flips": 1.0})
         refits.run()
-        found = {one.name: one.error_rate for one in store.annotators()}
+        found = {one.name: one.error_rate for one in ANNOTATORS.read(store) or []}
         refits.run()
     assert max(found["ann"], found["bob"]) < 0.1 < 0.2 < found["flips"]
     assert [given["noise"] for _, given in told] == [{}, {}, found, found]  # the watchers too

@@ -13,6 +13,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.annotators.base import People
 from deep_rlhf.feedback.questions.schedule import LabelSchedule
+from deep_rlhf.feedback.state import (
+    ANNOTATORS,
+    FORECAST,
+    HEARTBEAT,
+    SELECTION,
+    STATUS,
+    STOP,
+    AccuracyForecast,
+    Status,
+    StopRequest,
+)
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.reward import RewardModel
 
@@ -63,10 +74,10 @@ def test_the_store_tells_the_whole_story(batched: tuple[Path, Store]) -> None:
     assert {label.annotator for label in labels} == {"simulated-1", "simulated-2", "simulated-3"}
     first = [label for label in labels if label.event_id <= rewards[0].last_event]
     assert {label.comparison.why_selected for label in first} == {"initial"}
-    assert {one.name for one in store.annotators()} == {"simulated-1", "simulated-2", "simulated-3"}
-    assert store.get("outlook")["labels"] >= 64
-    assert set(store.get("choosing")) == {"chosen", "random"}
-    assert store.get("status")["state"] == "stopped"
+    assert {one.name for one in ANNOTATORS.read(store) or []} == {"simulated-1", "simulated-2", "simulated-3"}
+    assert (FORECAST.read(store) or AccuracyForecast()).labels >= 64
+    assert set(store.get(SELECTION.key)) == {"chosen", "random"}
+    assert (STATUS.read(store) or Status()).state == "stopped"
 
 
 def test_a_batched_session_waits_for_people_and_asks_on_where_they_skip(policy: str, tmp_path: Path) -> None:
@@ -113,7 +124,7 @@ def test_the_same_seed_is_the_same_session_and_it_can_be_stopped(
         session = make_session(policy, tmp_path, store, watchers=2, on_update=press)
         assert session.run() == "stopped"
         assert store.metrics() == expected[:4]
-        assert store.get("status")["state"] == "stopped"
+        assert (STATUS.read(store) or Status()).state == "stopped"
 
 
 def test_the_asynchronous_loop_learns_while_people_answer_and_another_process_refits(
@@ -133,7 +144,7 @@ def test_the_asynchronous_loop_learns_while_people_answer_and_another_process_re
         assert rows[-1]["labels"] > rows[0]["labels"]  # labels came while the policy learned
         versions = store.versions("reward")
         assert versions[-1].labels > versions[0].labels
-        assert store.get("heartbeat")
+        assert HEARTBEAT.read(store)
     assert "started again" not in caplog.text
     assert session.process is not None
     assert session.process._process is None  # and it is gone
@@ -153,7 +164,7 @@ def test_the_red_button_stops_a_session_and_the_next_one_goes_on(policy: str, tm
 
         def press(row: dict[str, Any]) -> None:
             if row["step"] == 2:
-                store.put("stop", {"by": "ann", "at": "now"})
+                STOP.write(store, StopRequest(by="ann"))
                 session.halter.wait(60)
 
         session = make_session(policy, tmp_path, store, on_update=press)
@@ -162,7 +173,7 @@ def test_the_red_button_stops_a_session_and_the_next_one_goes_on(policy: str, tm
         labels = store.label_count()
         again = make_session(policy, tmp_path, store, updates=3)
         assert again.run() == "done"
-        assert store.get("stop") is None
+        assert STOP.read(store) is None
         assert store.label_count() >= labels
         rows, rewards = store.metrics(), store.versions("reward")
         assert [row["step"] for row in rows] == [1, 2, 3]

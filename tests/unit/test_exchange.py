@@ -15,8 +15,9 @@ from postgres import Server, postgres  # noqa: F401
 from deep_rlhf.cli.reward import RewardArguments, load_splits
 from deep_rlhf.data.preferences import load_preferences
 from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.exchange.export import export_labels, import_answers, preferences_of, read_answers
+from deep_rlhf.feedback.exchange.export import export_labels, import_answers, read_answers
 from deep_rlhf.feedback.records import Comparison
+from deep_rlhf.feedback.reward_refit.preferences import all_preferences
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.types import Preference
 
@@ -87,7 +88,7 @@ def label_everything(store: Store) -> None:
 
 def test_answers_become_preferences(store: Store) -> None:
     label_everything(store)
-    found = [(p.prompt, p.a, p.b, p.mu, p.annotator) for p in preferences_of(store.labels())]
+    found = [(p.prompt, p.a, p.b, p.mu, p.annotator) for p in all_preferences(store.labels())]
     assert found == [
         ("\n\nHuman: Hi?\n\nAssistant:", " Yes, \x00 Wörter", " No ✓", 0.0, "anna"),
         ("tie", "x", "y", 0.5, "anna"),
@@ -104,7 +105,7 @@ def test_answers_become_preferences(store: Store) -> None:
 
 def test_a_ranking_of_k_counts_as_k_minus_1_pairs_under_one_name(store: Store) -> None:
     label_everything(store)
-    ranking = [p for p in preferences_of(store.labels()) if p.prompt == "ranking"]
+    ranking = [p for p in all_preferences(store.labels()) if p.prompt == "ranking"]
     assert sum(p.weight for p in ranking) == pytest.approx(3)
     assert len({p.id for p in ranking}) == 6
     assert len({p.id.split("-")[0] for p in ranking}) == 1
@@ -112,7 +113,7 @@ def test_a_ranking_of_k_counts_as_k_minus_1_pairs_under_one_name(store: Store) -
 
 def test_the_same_texts_have_the_same_id_whoever_judges_them(store: Store) -> None:
     label_everything(store)
-    hi = [p for p in preferences_of(store.labels()) if "Hi?" in p.prompt]
+    hi = [p for p in all_preferences(store.labels()) if "Hi?" in p.prompt]
     assert {p.annotator for p in hi} == {"anna", "bert"}
     assert len({p.id for p in hi}) == 1
 
@@ -129,7 +130,7 @@ def test_what_is_exported_is_loaded_as_it_was_labelled(store: Store, tmp_path: P
     assert written.left_out == {"can't tell": 1, "gold": 1, "repeat": 1}
     assert (written.answers, written.rows) == (6, 11)
     loaded, report = load_preferences(str(tmp_path / target), split="train", template="plain")
-    assert [plain(p) for p in loaded] == [plain(p) for p in preferences_of(store.labels())]
+    assert [plain(p) for p in loaded] == [plain(p) for p in all_preferences(store.labels())]
     assert report.dropped == {"chosen equals rejected": 1}
     in_hh, _ = load_preferences(str(tmp_path / target), split="train")
     assert (in_hh[0].prompt, in_hh[0].a) == (loaded[0].prompt, loaded[0].a)  # as the policy read and wrote them

@@ -13,6 +13,7 @@ from torch import nn
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.loop.checkpoints import only_here
 from deep_rlhf.feedback.loop.stop_signal import Halted, Halter
+from deep_rlhf.feedback.state import HEARTBEAT, STOP, StopRequest
 from deep_rlhf.feedback.store import Store
 
 
@@ -25,7 +26,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def test_the_red_button_ends_a_wait(store: Store) -> None:
     with Halter(store, nn.Identity()) as halter:
         halter.check()
-        threading.Timer(0.1, store.put, ("stop", {"by": "ann", "at": "now"})).start()
+        threading.Timer(0.1, STOP.write, (store, StopRequest(by="ann"))).start()
         with pytest.raises(Halted) as halted:
             halter.wait(60)
         assert halted.value.ending == "stopped"
@@ -62,10 +63,10 @@ def test_the_first_ctrl_c_is_a_wish_and_the_second_interrupts(store: Store) -> N
 def test_a_sign_of_life_is_in_the_store(store: Store) -> None:
     with Halter(store, nn.Identity()):
         for _ in range(200):
-            if store.get("heartbeat"):
+            if HEARTBEAT.read(store):
                 break
             threading.Event().wait(0.05)
-    assert store.get("heartbeat")
+    assert HEARTBEAT.read(store)
 
 
 def test_two_loops_do_not_run_in_one_folder_or_on_one_store(tmp_path: Path) -> None:
@@ -76,12 +77,12 @@ def test_two_loops_do_not_run_in_one_folder_or_on_one_store(tmp_path: Path) -> N
         with only_here(here, store):
             with pytest.raises(UserError, match="Another loop is running"), only_here(here, other):
                 pass
-            store.put("heartbeat", datetime.now(UTC).isoformat(timespec="seconds"))
+            HEARTBEAT.write(store, datetime.now(UTC))
             with pytest.raises(UserError, match=r"^The store .*labels\.db' is worked on by another loop, in .*here on"):
                 only_here(there, store).__enter__()
-            store.put("heartbeat", (datetime.now(UTC) - timedelta(minutes=1)).isoformat(timespec="seconds"))
+            HEARTBEAT.write(store, datetime.now(UTC) - timedelta(minutes=1))
             with only_here(there, store):  # the other one was killed long ago
                 pass
-        store.put("heartbeat", datetime.now(UTC).isoformat(timespec="seconds"))
+        HEARTBEAT.write(store, datetime.now(UTC))
         with only_here(there, store):  # the other one has ended
             pass

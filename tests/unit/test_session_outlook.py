@@ -8,6 +8,7 @@ import pytest
 
 from deep_rlhf.feedback.monitoring.forecast import blind_pairs, choosing, outlook, recent_versions, win_rate
 from deep_rlhf.feedback.records import Comparison, Label, Version
+from deep_rlhf.feedback.state import ArmFigures
 
 
 def label(number: int, choice: str | None, **comparison: Any) -> Label:
@@ -27,24 +28,24 @@ def label(number: int, choice: str | None, **comparison: Any) -> Label:
 
 def test_more_labels_are_expected_to_bring_what_they_brought() -> None:
     steep = outlook([(50, 0.6, 500), (100, 0.7, 1000), (200, 0.8, 2000)], 200)
-    assert steep["accuracy_now"] == pytest.approx(0.8, abs=0.02)
-    assert steep["accuracy_then"] == pytest.approx(0.8 + 0.1 * 0.585, abs=0.02)  # log₂(300 / 200) = 0.585
-    assert "80%" in steep["text"] or "79%" in steep["text"]
+    assert steep.accuracy_now == pytest.approx(0.8, abs=0.02)
+    assert steep.accuracy_then == pytest.approx(0.8 + 0.1 * 0.585, abs=0.02)  # log₂(300 / 200) = 0.585
+    assert "80%" in steep.text or "79%" in steep.text
     flat = outlook([(50, 0.7, 5000), (100, 0.7, 5000), (200, 0.7, 5000)], 200)
-    assert flat["accuracy_then"] - flat["accuracy_now"] < 0.005
+    assert flat.accuracy_then - flat.accuracy_now < 0.005
     falling = outlook([(50, 0.8, 500), (400, 0.6, 500)], 400)
-    assert falling["accuracy_then"] >= falling["accuracy_now"]  # more labels never promise harm
+    assert falling.accuracy_then >= falling.accuracy_now  # more labels never promise harm
 
 
 def test_a_few_answers_hardly_move_the_expected_slope() -> None:
     told = outlook([(20, 0.4, 5), (40, 0.9, 5)], 40)
-    slope = (told["accuracy_then"] - told["accuracy_now"]) / 1.807  # log₂(140 / 40)
+    slope = (told.accuracy_then - told.accuracy_now) / 1.807  # log₂(140 / 40)
     assert 0.025 < slope < 0.05
 
 
 def test_without_predictions_there_is_no_outlook() -> None:
-    assert outlook([], 20)["accuracy_now"] is None
-    assert outlook([(0, 0.5, 0)], 20)["accuracy_then"] is None
+    assert outlook([], 20).accuracy_now is None
+    assert outlook([(0, 0.5, 0)], 20).accuracy_then is None
 
 
 def test_choosing_is_compared_with_the_random_arm() -> None:
@@ -58,9 +59,9 @@ def test_choosing_is_compared_with_the_random_arm() -> None:
         label(7, "a", why_selected="initial"),
     ]
     told = choosing(labels, {1: 1.0, 3: 0.2, 4: 0.25})
-    assert told["chosen"] == {"answers": 2, "accuracy": 0.75, "informative": pytest.approx(0.9855, abs=1e-3)}
-    assert told["random"] == {"answers": 2, "accuracy": 0.5, "informative": pytest.approx(1.0)}  # 2 bits and none
-    assert choosing([], {})["chosen"] == {"answers": 0, "accuracy": None, "informative": None}
+    assert told.chosen == ArmFigures(answers=2, accuracy=0.75, informative=pytest.approx(0.9855, abs=1e-3))
+    assert told.random == ArmFigures(answers=2, accuracy=0.5, informative=pytest.approx(1.0))  # 2 bits and none
+    assert choosing([], {}).chosen == ArmFigures(answers=0, accuracy=None, informative=None)
 
 
 def test_the_win_rate_is_of_the_newer_policy_whatever_its_side() -> None:
@@ -74,8 +75,8 @@ def test_the_win_rate_is_of_the_newer_policy_whatever_its_side() -> None:
     ]
     told = win_rate(labels)
     assert told is not None
-    assert (told["rate"], told["answers"]) == (0.625, 4)
-    assert 0 < told["low"] < 0.625 < told["high"] < 1
+    assert (told.rate, told.answers) == (0.625, 4)
+    assert 0 < told.low < 0.625 < told.high < 1
     assert win_rate(labels[-1:]) is None
 
 
@@ -103,6 +104,6 @@ def test_blind_pairs_of_old_and_of_discarded_policies_do_not_count_for_the_polic
     new = [label(70 + i, "a", why_selected="win_rate", writers=(9 + 12 * (i % 2), 0)) for i in range(5)]
     found = win_rate(blind_pairs(old + gone + new, recent))
     assert found is not None
-    assert [found[name] for name in ("rate", "answers", "first", "last")] == [1.0, 5, 9, 21]
+    assert (found.rate, found.answers, found.first, found.last) == (1.0, 5, 9, 21)
     many = [label(i, "a", why_selected="win_rate", writers=(9, 0)) for i in range(100)]
     assert [one.event_id for one in blind_pairs(many, recent)] == list(range(40, 100))

@@ -12,12 +12,12 @@ import pytest
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.reward_refit import worker
+from deep_rlhf.feedback.reward_refit.preferences import training_preferences
 from deep_rlhf.feedback.reward_refit.versions import (
     RefitJob,
     Refits,
     Refitted,
     newest_version,
-    preferences_for_training,
     start_answers,
     write_start_answers,
 )
@@ -89,7 +89,7 @@ def test_each_answer_is_learned_once_and_what_measures_is_not_learned(tmp_path: 
                 of_three = len(question.comparison.answers) == 3
                 given = {"ranks": (1, 2, 3)} if of_three else {"choice": "a" if person == "ann" else "b"}
                 store.answer(question.id, person, token=f"{person} {question.id}", **given)
-        preferences, source = preferences_for_training(store.labels())
+        preferences, source = training_preferences(store.labels())
     assert [(one.a, one.b, one.mu) for one in preferences if source[one.id].comparison_id == both] == [
         ("x", "y", 1.0),
         ("x", "y", 0.0),

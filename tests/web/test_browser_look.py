@@ -7,6 +7,7 @@ from page_keys import Add, Visit, open_model, press, wait_saved
 from payloads import PAYLOADS
 
 from deep_rlhf.feedback.records import Alarm, AnnotatorFigures, Comparison, Version
+from deep_rlhf.feedback.state import ANNOTATORS
 from deep_rlhf.feedback.store import Store
 
 
@@ -25,7 +26,7 @@ def test_the_model_tab_shows_the_loop_and_changes_by_itself(visit: Visit, store:
     store.put("choosing", {"chosen": {"answers": 12, "accuracy": 0.5, "informative": 0.3}, "random": {"answers": 3}})
     store.put("alpha", 0.37)
     figures = AnnotatorFigures(name="anna", answers=1, error_rate=0.1, error_rate_interval=(0.02, 0.5), agreement=0.75)
-    store.set_annotators([figures])
+    ANNOTATORS.write(store, [figures])
     open_model(page)
     for text in (
         *("63%", "40% to 80%, by 16 blind answers", "61% → 68%", "It will foresee 68%.", "0.37", "None so far."),

@@ -8,6 +8,7 @@ import pytest
 from page_client import HH, Client
 
 from deep_rlhf.feedback.records import AnnotatorFigures, Comparison, Version
+from deep_rlhf.feedback.state import ANNOTATORS, Status
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.access.auth import add_account
 from deep_rlhf.web.app import WebSettings, create_app
@@ -36,7 +37,7 @@ def learn(store: Store, number: int) -> None:
     """A reward model learns from all answers."""
     last = store.last_event()
     store.add_version(Version(kind="reward", number=number, step=0, labels=last, last_event=last))
-    store.set_annotators([AnnotatorFigures(name="bert", answers=2, error_rate=0.1, error_rate_interval=(0.0, 0.2))])
+    ANNOTATORS.write(store, [AnnotatorFigures(name="bert", answers=2, error_rate=0.1, error_rate_interval=(0.0, 0.2))])
 
 
 def test_every_answer_can_be_traced_to_its_first_use(client: Client, store: Store) -> None:
@@ -133,13 +134,13 @@ def test_without_accounts_reasons_are_told_once_the_answer_is_used(
 def test_a_trainer_is_missed_after_a_minute(
     state: str | None, beat: int | None, told: int | None, silent: int | None
 ) -> None:
-    def ago(seconds: int | None) -> str | None:
-        return None if seconds is None else (NOW - timedelta(seconds=seconds)).isoformat(timespec="seconds")
+    def ago(seconds: int | None) -> datetime | None:
+        return None if seconds is None else NOW - timedelta(seconds=seconds)
 
-    status = {} if state is None else {"state": state, "at": ago(told)}
+    status = Status() if state is None else Status(state=state, at=ago(told))
     found = silent_since(status, ago(beat), NOW)
     assert found == (None if silent is None else NOW - timedelta(seconds=silent))
-    assert silent_since(status, "no time", NOW) is None
+    assert silent_since(status, None, NOW) is None
 
 
 def test_a_stop_is_only_asked_for_until_the_trainer_says_that_it_stopped(client: Client, store: Store) -> None:

@@ -13,10 +13,10 @@ from deep_rlhf.cli.loop_config import GUARDED, LoopConfig, mean_taste, open_labe
 from deep_rlhf.cli.loop_progress import Progress
 from deep_rlhf.cli.training_bar import show_training_bar
 from deep_rlhf.cli.world_policy import cached_world_policy, world_policy_folder
-from deep_rlhf.feedback.loop.build import tell
 from deep_rlhf.feedback.loop.checkpoints import only_here
 from deep_rlhf.feedback.loop.session import Session
 from deep_rlhf.feedback.loop.stop_signal import Halted
+from deep_rlhf.feedback.state import STOP, report_status, stop_requested
 from deep_rlhf.feedback.store import Store
 
 logger = logging.getLogger(__name__)
@@ -35,12 +35,12 @@ def main(argv: list[str] | None = None) -> None:
     address = config.store_address
     with Store(address) as store, only_here(folder, store), Progress(store):
         if not os.environ.get(GUARDED):  # `teach` has released the button, and somebody may have pressed it since
-            store.put("stop", None)
+            STOP.write(store, None)
         labeler = open_labeler(config)
         try:
             model = config.model or _world_policy(store)
         except Halted:
-            tell(store, "stopped", 0, "The loop was stopped while its policy was being made.")
+            report_status(store, "stopped", step=0, text="The loop was stopped while its policy was being made.")
             logger.info("The loop was stopped while its policy was being made; the same command begins again.")
             return
         session = Session(
@@ -71,11 +71,12 @@ def _world_policy(store: Store) -> str:
     """
 
     def check() -> None:
-        if store.get("stop"):
+        if stop_requested(store):
             raise Halted("stopped")
 
     if not world_policy_folder().is_dir():
-        tell(store, "pretraining", 0, "The small policy learns its English: a minute or two, the first time only.")
+        text = "The small policy learns its English: a minute or two, the first time only."
+        report_status(store, "pretraining", step=0, text=text)
     return str(cached_world_policy(on_step=check))
 
 

@@ -5,6 +5,7 @@ import threading
 from types import TracebackType
 from typing import Any, Self
 
+from deep_rlhf.feedback.state import STATUS, Status
 from deep_rlhf.feedback.store import Store, StoreError
 
 LOOK_EVERY = 1.0  # seconds
@@ -19,7 +20,7 @@ class Progress:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._earlier = store.get("status")
+        self._earlier = STATUS.read(store)
         self._left = threading.Event()
         self._row: dict[str, Any] = {}
         self._shown = ""
@@ -46,28 +47,28 @@ class Progress:
                 continue
 
     def _show(self) -> None:
-        status = self._store.get("status")
+        status = STATUS.read(self._store)
         if status is None or status == self._earlier:
-            status = {"state": "starting", "text": ""}
+            status = Status(state="starting")
         for row in self._store.metrics(after=self._newest):
             self._newest, self._row = row["id"], row
         line = progress_line(status, self._row, self._store.label_count())
         if sys.stderr.isatty():
             sys.stderr.write("\r" + line[:WIDTH].ljust(WIDTH))
             sys.stderr.flush()
-        elif status["state"] != self._shown:
-            self._shown = status["state"]
+        elif status.state != self._shown:
+            self._shown = status.state
             sys.stderr.write(line + "\n")
 
 
-def progress_line(status: dict[str, Any], row: dict[str, Any], labels: int) -> str:
+def progress_line(status: Status, row: dict[str, Any], labels: int) -> str:
     """What is known now, in one line."""
-    parts = [status["state"], f"{labels} answers"]
+    parts = [status.state, f"{labels} answers"]
     if row:
         reward, kl = row["reward"], row["kl"]  # None: not finite
         parts += [f"update {row['step']}", f"reward {'–' if reward is None else f'{reward:+.2f}'}"]
         parts.append(f"KL {'–' if kl is None else f'{kl:.1f}'}")
         parts += [f"policy {row['policy_version']}", f"reward model {row['reward_version']}"]
-    elif text := status.get("text"):
-        parts.append(text)
+    elif status.text:
+        parts.append(status.text)
     return " · ".join(parts)

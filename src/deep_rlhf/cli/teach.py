@@ -19,6 +19,7 @@ from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
 from deep_rlhf.cli.loop_config import GUARDED, STORE_VARIABLE, LoopConfig
 from deep_rlhf.cli.loop_progress import Progress
 from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.state import STOP
 from deep_rlhf.feedback.store import Store
 
 HOST = "127.0.0.1"
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
     folder = output_folder(config.output_dir)
     with Store(config.store_address) as store:
-        store.put("stop", None)
+        STOP.write(store, None)
         page = create_app(store, WebSettings(host=HOST, port=config.port))
         with Server(page, HOST, config.port) as server:
             progress = Progress(store)

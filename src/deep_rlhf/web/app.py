@@ -10,6 +10,7 @@ from fastapi import Depends, FastAPI
 from starlette.responses import PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from deep_rlhf.feedback.state import STORE_ID
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.access.account_routes import account_routes
 from deep_rlhf.web.access.auth import Accounts, new_token
@@ -23,7 +24,6 @@ from deep_rlhf.web.settings import WebSettings
 
 __all__ = ["WebSettings", "create_app"]
 
-STORE_ID = "store_id"
 STATIC = Path(str(files("deep_rlhf.web") / "static"))
 
 
@@ -58,6 +58,6 @@ def create_app(store: Store, settings: WebSettings | None = None) -> FastAPI:
 
 def id_of(store: Store) -> str:
     """What tells this store from every other one, whose questions have the same numbers; made once."""
-    if store.get(STORE_ID) is None:
-        store.put(STORE_ID, new_token())
-    return str(store.get(STORE_ID))  # read again: another server may have put its own meanwhile
+    if STORE_ID.read(store) is None:
+        STORE_ID.write(store, new_token())
+    return STORE_ID.read(store) or ""  # read again: another server may have written its own meanwhile

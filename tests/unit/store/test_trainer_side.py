@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 from store_parts import START, Clock, asked, pair, pairs
 
-from deep_rlhf.feedback.records import Alarm, AnnotatorFigures, Comparison, Version
+from deep_rlhf.feedback.records import Alarm, Comparison, Version
 from deep_rlhf.feedback.store import Store, StoreError
 
 # ---- what the trainer reads
@@ -82,17 +82,6 @@ def test_versions_samples_metrics_alarms_and_state(store: Store, clock: Clock) -
     store.add_alarm(Alarm(name="kl", step=4, action="warn", message="?", figure=float("nan"), limit=1.0))
     assert store.alarms()[0] == alarm
     assert store.alarms()[1].figure != store.alarms()[1].figure
-
-    figures = AnnotatorFigures(name="anna", answers=3, error_rate=0.1, error_rate_interval=(0.0, 0.3), agreement=0.7)
-    store.set_annotators([AnnotatorFigures(name="x", answers=1, error_rate=0.5, error_rate_interval=(0.0, 1.0))])
-    store.set_annotators([figures])
-    assert store.annotators() == [figures]
-
-    assert (store.get("stop"), store.get("alpha", 0.5)) == (None, 0.5)
-    store.put("stop", {"by": "anna", "at": clock.now.isoformat()})
-    assert store.get("stop")["by"] == "anna"
-    store.put("stop", None)
-    assert store.get("stop", "default") is None
 
 
 # ---- accounts

@@ -1,11 +1,11 @@
-"""Answers as preferences for training, and to and from files that `reward_modeling.py` takes as they are."""
+"""Answers to and from files that `reward_modeling.py` takes as they are."""
 
 import gzip
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,15 +16,12 @@ from deep_rlhf.data.layouts import columns_of, detect_format
 from deep_rlhf.data.readers import BadRow
 from deep_rlhf.data.sources import Row, Tally, read_rows, split_names
 from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.exchange.foreign_rows import MARKS, ForeignRows, answer_of, preferences, rows_of
+from deep_rlhf.feedback.exchange.foreign_rows import MARKS, ForeignRows, answer_of, rows_of
 from deep_rlhf.feedback.records import Label
+from deep_rlhf.feedback.reward_refit.preferences import FOR_RELIABILITY
 from deep_rlhf.feedback.store import GivenAnswer, Store, StoreError
-from deep_rlhf.types import Preference, RowReport
+from deep_rlhf.types import RowReport
 
-FOR_RELIABILITY = (
-    "gold",
-    "repeat",
-)  # they measure people; to train on them would count a pair twice, or teach a riddle
 TOGETHER = 50  # answers imported in one transaction: people who label meanwhile wait no longer than for that
 FILES = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -36,22 +33,6 @@ class Exported:
     answers: int
     rows: int
     left_out: dict[str, int] = field(default_factory=dict)
-
-
-def preferences_of(labels: Iterable[Label]) -> list[Preference]:
-    """What answers say about which text is better, in order.
-
-    A tie is 1/2 and "can't tell" says nothing (Christiano et al. 2017, section 2.2.2); a ranking makes all its pairs.
-    Gold and repeated questions only measure the annotator. Answers that are equal tell nothing apart, so they are
-    dropped as `load_preferences` drops them.
-    """
-    return [
-        pair
-        for label in labels
-        if label.comparison.why_selected not in FOR_RELIABILITY
-        for pair in preferences(label)
-        if pair.a.strip() != pair.b.strip()
-    ]
 
 
 def export_labels(store: Store, target: str | Path, *, everything: bool = False) -> Exported:

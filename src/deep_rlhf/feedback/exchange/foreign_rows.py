@@ -9,9 +9,7 @@ of a ranking too; each of their rankings counts as one.)
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from itertools import combinations
 from typing import Any, cast, get_args
 
 from deep_rlhf.data.chat import Template
@@ -19,42 +17,13 @@ from deep_rlhf.data.layouts import VOTES, Format, text_of, to_preference
 from deep_rlhf.data.readers import BadRow
 from deep_rlhf.data.sources import Row
 from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.records import CHOICES, MU, Choice, Comparison, Label, Reason
+from deep_rlhf.feedback.records import CHOICES, Choice, Comparison, Label, Reason
+from deep_rlhf.feedback.reward_refit.preferences import label_preferences, text_id
 from deep_rlhf.feedback.store import GivenAnswer
 from deep_rlhf.types import Preference
 
 MARKS = ("prompt", "a", "b", "mu", "question", "token")  # a file with all these columns is an export
 NOBODY = "import"  # whose answer it is where the file does not say
-
-
-def text_id(prompt: str, answers: tuple[str, ...]) -> str:
-    """16 hexadecimal digits: the same for the same texts, so that a pair judged twice is in the same bag."""
-    return hashlib.sha256(json.dumps([prompt, *answers]).encode()).hexdigest()[:16]
-
-
-def preferences(label: Label) -> Iterator[Preference]:
-    """What an answer says, as preferences: nothing for "can't tell", one for a pair, all pairs of a ranking."""
-    comparison = label.comparison
-    prompt, answers = comparison.prompt, comparison.answers
-    name = text_id(prompt, answers)
-    if label.ranks is None:
-        mu = MU[label.choice or "cant_tell"]
-        if mu is not None:
-            yield Preference(
-                prompt=prompt, a=answers[0], b=answers[1], mu=mu, id=name, source="store", annotator=label.annotator
-            )
-        return
-    for i, j in combinations(range(len(answers)), 2):
-        yield Preference(
-            prompt=prompt,
-            a=answers[i],
-            b=answers[j],
-            mu=(1.0 + (label.ranks[i] < label.ranks[j]) - (label.ranks[i] > label.ranks[j])) / 2,
-            weight=2 / len(answers),
-            id=f"{name}-{i}-{j}",
-            source="store",
-            annotator=label.annotator,
-        )
 
 
 def rows_of(answer: GivenAnswer) -> list[dict[str, Any]]:
@@ -92,7 +61,7 @@ def rows_of(answer: GivenAnswer) -> list[dict[str, Any]]:
             "annotator": pair.annotator,
             **shared,
         }
-        for pair in list(preferences(label)) or [nothing]
+        for pair in label_preferences(label) or [nothing]
     ]
 
 

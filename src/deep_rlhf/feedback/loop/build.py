@@ -1,7 +1,6 @@
 """What a session is made of, from its settings: the trainer of the policy, the refits, the schedule of labels."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -149,9 +148,3 @@ def label_schedule(config: SessionConfig) -> LabelSchedule | None:
 def weights_of(model: PreTrainedModel) -> int:
     """How many numbers it has learned."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def tell(store: Store, state: str, step: int, text: str) -> None:
-    """Puts what goes on into the store, for the page."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    store.put("status", {"state": state, "step": step, "text": text, "at": now})

@@ -13,6 +13,7 @@ from typing import Any
 from deep_rlhf.algorithms.online.build import trainable_tensors
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.errors import UserError
+from deep_rlhf.feedback.state import ACTIVE_LOOP, HEARTBEAT, START_POLICY
 from deep_rlhf.feedback.store import Store, StoreError
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
 
@@ -38,7 +39,7 @@ class Saved:
         """`policy`: fingerprint of the start. Raises UserError if store or folder belong to another policy."""
         self._folder, self._store, self._policy = folder / "checkpoints", store, policy
         self._folder.mkdir(parents=True, exist_ok=True)
-        known = store.get("start policy")
+        known = START_POLICY.read(store)
         if known not in (None, policy):
             raise UserError(
                 f"{store!r} holds answers about another policy than this one: give another --store, or the model that"
@@ -47,7 +48,7 @@ class Saved:
         found = latest_checkpoint(self._folder)
         if found is not None and found.state["policy"] != policy:
             raise UserError(f"'{folder}' holds the run of another policy: give another --output_dir.")
-        store.put("start policy", policy)
+        START_POLICY.write(store, policy)
         self._found = found.state if found is not None else None
 
     def newest(self) -> dict[str, Any] | None:
@@ -87,18 +88,14 @@ def only_here(folder: Path, store: Store) -> Iterator[None]:
                 f"Another loop is running in '{folder}': stop it first, or give another --output_dir."
             ) from error
         here = f"{folder.resolve()} on {socket.gethostname()}"
-        other, beat = store.get("loop"), store.get("heartbeat")
-        if other not in (None, here) and beat is not None and _age(beat) < SILENCE:
+        other, beat = ACTIVE_LOOP.read(store), HEARTBEAT.read(store)
+        if other not in (None, here) and beat is not None and datetime.now(UTC) - beat < SILENCE:
             raise UserError(
                 f"{store!r} is worked on by another loop, in {other}: stop it first, or give another --store."
             )
-        store.put("loop", here)
+        ACTIVE_LOOP.write(store, here)
         try:
             yield
         finally:
             with suppress(StoreError):  # the database may be away; then others wait until the heartbeat is old
-                store.put("loop", None)
-
-
-def _age(moment: str) -> timedelta:
-    return datetime.now(UTC) - datetime.fromisoformat(moment)
+                ACTIVE_LOOP.write(store, None)

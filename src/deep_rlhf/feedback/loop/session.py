@@ -27,7 +27,6 @@ from deep_rlhf.feedback.loop.build import (
     open_rewards,
     refit_job,
     save_models,
-    tell,
     version_of,
     weights_of,
 )
@@ -40,14 +39,15 @@ from deep_rlhf.feedback.monitoring.monitor import Judge, Monitor
 from deep_rlhf.feedback.questions.candidates import LogOdds
 from deep_rlhf.feedback.questions.questions import Asker, Questions
 from deep_rlhf.feedback.records import Alarm, Label, Row, Version
+from deep_rlhf.feedback.reward_refit.preferences import training_preferences
 from deep_rlhf.feedback.reward_refit.versions import (
     Refits,
     Refitted,
     check_settings,
     newest_version,
-    preferences_for_training,
 )
 from deep_rlhf.feedback.reward_refit.worker import RefitProcess
+from deep_rlhf.feedback.state import WIN_RATE, LoopState, report_status
 from deep_rlhf.feedback.store import Store, Unavailable
 from deep_rlhf.models.reward import RewardModel
 
@@ -128,7 +128,7 @@ class Session:
     def run(self) -> Ending:
         """Goes on until `config.updates` are done, an alarm or the red button stops it, or Ctrl-C; then saves all.
 
-        The button ("stop" in the store) is for the caller to release before; whoever presses it after that is heard.
+        The button (state.STOP) is for the caller to release before; whoever presses it after that is heard.
         """
         with self.halter, kept_memory():
             try:
@@ -261,7 +261,7 @@ class Session:
         """
         scorer, watcher = open_rewards(refitted, self.trainer)
         self._refresh_labels()
-        fitted, _ = preferences_for_training([one for one in self._labels if one.event_id <= refitted.last_event])
+        fitted, _ = training_preferences([one for one in self._labels if one.event_id <= refitted.last_event])
         raised = self.monitor.new_reward(scorer, fitted, self.progress.step)
         is_new = refitted.number > self.progress.reward_version  # not so when a stopped session goes on
         if is_new:
@@ -295,11 +295,11 @@ class Session:
             step=self.progress.step,
             labels=self._refitted.labels if self._refitted else 0,
             last_event=self._refitted.last_event if self._refitted else 0,
-            figures=(figures or {}) | ({"win_rate": float(won["rate"])} if won else {}),
+            figures=(figures or {}) | ({"win_rate": won.rate} if won and won.rate is not None else {}),
         )
         judge = self._watcher or scorer
         self.versions.add(version, judge, self._labels, self.monitor.figures)
-        self.store.put("win_rate", forecast.win_rate(self._blind_pairs()))
+        WIN_RATE.write(self.store, forecast.win_rate(self._blind_pairs()))
         self.progress.policy_version, self.progress.version_step = number, self.progress.step
         self.store.withdraw(older_than_policy=number)
 
@@ -362,7 +362,7 @@ class Session:
         if self.store.last_event() == last:
             return
         self._labels = self.store.labels()
-        self.store.put("win_rate", forecast.win_rate(self._blind_pairs()))
+        WIN_RATE.write(self.store, forecast.win_rate(self._blind_pairs()))
 
     def _blind_pairs(self) -> list[Label]:
         return forecast.blind_pairs(self._labels, forecast.recent_versions(self.store.versions("policy")))
@@ -386,11 +386,11 @@ class Session:
             },
         )
 
-    def _tell(self, state: str, text: str) -> None:
+    def _tell(self, state: LoopState, text: str) -> None:
         if text == self._told:
             return
         with contextlib.suppress(Unavailable):  # the page is told the next time
-            tell(self.store, state, self.progress.step, text)
+            report_status(self.store, state, step=self.progress.step, text=text)
             self._told = text
 
     def start_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

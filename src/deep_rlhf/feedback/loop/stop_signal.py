@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
+from deep_rlhf.feedback.state import HEARTBEAT, stop_requested
 from deep_rlhf.feedback.store import Store, StoreError
 
 logger = logging.getLogger(__name__)
@@ -94,10 +95,10 @@ class Halter:
         beat = 0.0
         while not self._left.wait(LOOK_EVERY):
             try:
-                if self._store.get("stop"):
+                if stop_requested(self._store):
                     self.halt("stopped")
                 if time.monotonic() - beat > BEAT_EVERY:
                     beat = time.monotonic()
-                    self._store.put("heartbeat", datetime.now(UTC).isoformat(timespec="seconds"))
+                    HEARTBEAT.write(self._store, datetime.now(UTC))
             except StoreError as error:  # the database is away for a moment; the button is looked at again
                 logger.debug("%s", error)

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from deep_rlhf.evaluation.comparison import wilson_interval
 from deep_rlhf.feedback.records import MU, WAYS, Label, Version
+from deep_rlhf.feedback.state import AccuracyForecast, ArmFigures, PolicyWinRate, SelectionFigures
 
 NEXT = 100  # labels looked ahead
 SLOPE, SLOPE_PRECISION = 0.03, 400.0  # accuracy per doubling that is expected, and how many answers that is worth
@@ -15,7 +15,7 @@ RECENT_VERSIONS = 10  # of the policy, that a win rate may be about
 BACK_AT = "back_at"  # among the figures of a version that a roll-back made: the one that it is again
 
 
-def outlook(history: Sequence[tuple[float, float, int]], labels: int) -> dict[str, Any]:
+def outlook(history: Sequence[tuple[float, float, int]], labels: int) -> AccuracyForecast:
     """The accuracy of the reward model now and after the next hundred labels, by a line over log₂(labels).
 
     history: (labels learned from, accuracy on the answers that came next, how many those were), refit by refit. The
@@ -24,7 +24,7 @@ def outlook(history: Sequence[tuple[float, float, int]], labels: int) -> dict[st
     points = [(math.log2(known), share, answers) for known, share, answers in history if known > 0 and answers > 0]
     if not points:
         text = "It takes two reward models to say what more answers will bring."
-        return {"labels": labels, "next": NEXT, "accuracy_now": None, "accuracy_then": None, "text": text}
+        return AccuracyForecast(labels=labels, next=NEXT, text=text)
     total = sum(weight for *_, weight in points)
     x0 = sum(x * weight for x, _, weight in points) / total
     y0 = sum(y * weight for _, y, weight in points) / total
@@ -39,10 +39,10 @@ def outlook(history: Sequence[tuple[float, float, int]], labels: int) -> dict[st
         f"The reward model foresees {now:.0%} of the next answers; after {NEXT} more it is expected to foresee"
         f" {then:.0%}."
     )
-    return {"labels": labels, "next": NEXT, "accuracy_now": now, "accuracy_then": then, "text": text}
+    return AccuracyForecast(labels=labels, next=NEXT, accuracy_now=now, accuracy_then=then, text=text)
 
 
-def choosing(labels: Sequence[Label], predicted: Mapping[int, float]) -> dict[str, dict[str, float | int | None]]:
+def choosing(labels: Sequence[Label], predicted: Mapping[int, float]) -> SelectionFigures:
     """Of the questions chosen here and of the random ones: answers, how many the reward model foresaw, what it learned.
 
     predicted: P(a is better) by comparison id, by the newest reward model but for the members that learned from that
@@ -54,7 +54,7 @@ def choosing(labels: Sequence[Label], predicted: Mapping[int, float]) -> dict[st
         is_own = not label.imported and label.comparison.predicted is not None
         if is_own and label.choice in ("a", "b") and reason in WAYS:
             arms["random" if reason == "random" else "chosen"].append(label)
-    found: dict[str, dict[str, float | int | None]] = {}
+    found: dict[str, ArmFigures] = {}
     for arm, own in arms.items():
         foreseen = [0.5 + 0.5 * _sign(_right(label, label.comparison.predicted)) for label in own]
         gains = [
@@ -62,11 +62,11 @@ def choosing(labels: Sequence[Label], predicted: Mapping[int, float]) -> dict[st
             for label in own
             if label.comparison_id in predicted
         ]
-        found[arm] = {"answers": len(own), "accuracy": _mean(foreseen), "informative": _mean(gains)}
-    return found
+        found[arm] = ArmFigures(answers=len(own), accuracy=_mean(foreseen), informative=_mean(gains))
+    return SelectionFigures(**found)
 
 
-def win_rate(pairs: Sequence[Label]) -> dict[str, float | int] | None:
+def win_rate(pairs: Sequence[Label]) -> PolicyWinRate | None:
     """How often the newer of two policies won these blind pairs, with the 95 % interval; None: no pairs.
 
     Beside it the first and the last version that they are about.
@@ -77,7 +77,7 @@ def win_rate(pairs: Sequence[Label]) -> dict[str, float | int] | None:
     rate = sum(won.values()) / len(won)
     low, high = wilson_interval(rate, len(won))
     newer = [max(label.comparison.writers) for label in pairs if label.event_id in won]
-    return {"rate": rate, "low": low, "high": high, "answers": len(won), "first": min(newer), "last": max(newer)}
+    return PolicyWinRate(rate=rate, low=low, high=high, answers=len(won), first=min(newer), last=max(newer))
 
 
 def blind_pairs(labels: Sequence[Label], recent: Collection[int]) -> list[Label]:

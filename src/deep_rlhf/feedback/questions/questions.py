@@ -21,10 +21,10 @@ from deep_rlhf.feedback.questions.candidates import (
     win_rate_pairs,
 )
 from deep_rlhf.feedback.records import FOR_LABEL, MU, Choice, Comparison, Label, Reason
+from deep_rlhf.feedback.state import QUESTION_CURSOR, QuestionCursor
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.types import Scorer
 
-STATE = "questions"  # under which the store keeps how far prompts and draws have come
 BETWEEN_REPEATS = 10  # answers of a person before a question may come again
 PRESENT = 100  # the newest answers, whose annotators are taken to be there
 PER_PERSON = 3  # questions that wait for each of them
@@ -51,21 +51,20 @@ class Questions:
         self._gold = read_gold(config.gold_questions) if config.gold_questions else []
         self._labels: list[Label] = []
         self._repeated: set[int] = set()  # questions that were asked again
-        self._go_on(store.get(STATE))
+        self._go_on(QUESTION_CURSOR.read(store) or QuestionCursor())
 
-    def _go_on(self, state: dict[str, int] | None) -> None:
+    def _go_on(self, cursor: QuestionCursor) -> None:
         """From where an earlier run was, so that nothing is asked twice."""
-        state = state or {}
-        self._draws = state.get("draws", 0)
-        self._golden = state.get("gold", 0)
-        self._prompts.position = state.get("prompts", 0)
+        self._draws, self._golden = cursor.draws, cursor.gold
+        self._prompts.position = cursor.prompts
         if self._held_out:
-            self._held_out.position = state.get("held_out", 0)
+            self._held_out.position = cursor.held_out
 
     def _keep(self) -> None:
         held_out = self._held_out.position if self._held_out else 0
-        state = {"draws": self._draws, "gold": self._golden, "prompts": self._prompts.position, "held_out": held_out}
-        self.store.put(STATE, state)
+        prompts = self._prompts.position
+        cursor = QuestionCursor(draws=self._draws, gold=self._golden, prompts=prompts, held_out=held_out)
+        QUESTION_CURSOR.write(self.store, cursor)
 
     def missing(self, wanted: int | None) -> int:
         """How many more questions should wait; `wanted`: the labels that are still wanted at all, None for any number.

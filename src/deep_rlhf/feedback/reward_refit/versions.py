@@ -19,14 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.annotators import reliability
-from deep_rlhf.feedback.exchange.export import preferences_of
 from deep_rlhf.feedback.monitoring import forecast
-from deep_rlhf.feedback.records import FOR_LABEL, Label
+from deep_rlhf.feedback.records import Label
 from deep_rlhf.feedback.reward_refit.ensemble import Fitted, RefitSettings, RewardFit, classifier_of
+from deep_rlhf.feedback.reward_refit.preferences import training_preferences
+from deep_rlhf.feedback.state import AGREEMENT, ANNOTATORS, FORECAST, SELECTION
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.load import load_language_model, load_tokenizer
 from deep_rlhf.runtime.run_directory import replace_folder, write_summary
-from deep_rlhf.types import Preference
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,8 @@ class Refits:
         labels = [label for label in self.store.labels() if label.event_id <= event]
         self._open()
         assert self._fit is not None
-        preferences, asked = preferences_for_training(labels)
-        people = {one.name: one.error_rate for one in self.store.annotators()}
+        preferences, asked = training_preferences(labels)
+        people = {one.name: one.error_rate for one in ANNOTATORS.read(self.store) or []}
         told: dict[str, Any] = {
             "noise": people,
             "together": {name: label.comparison.answers for name, label in asked.items()},
@@ -152,29 +152,12 @@ class Refits:
     def _tell(self, labels: list[Label], predicted: Mapping[int, float], count: int, *, pairs: int) -> None:
         """Puts the figures of people, of choosing and of what more labels will bring into the store."""
         assert self._fit is not None
-        self.store.set_annotators(reliability.figures(labels, predicted))
-        self.store.put("alpha", reliability.alpha(labels))
-        self.store.put("choosing", forecast.choosing(labels, predicted))
+        ANNOTATORS.write(self.store, reliability.figures(labels, predicted))
+        AGREEMENT.write(self.store, reliability.alpha(labels))
+        SELECTION.write(self.store, forecast.choosing(labels, predicted))
         each = count / pairs  # a ranking is one answer and several pairs
         history = [(known * each, share, told) for known, share, told in self._fit.progress.history]
-        self.store.put("outlook", forecast.outlook(history, count))
-
-
-def preferences_for_training(labels: list[Label]) -> tuple[list[Preference], dict[str, Label]]:
-    """The preferences that labels make, and by the id of each the label it is from.
-
-    An id is of one answer, for two people may be asked the same. Blind pairs are left out: what people say of them is
-    held against what the reward model says, which must not have learned it.
-    """
-    preferences: list[Preference] = []
-    source: dict[str, Label] = {}
-    for label in labels:
-        if label.comparison.why_selected not in FOR_LABEL:
-            continue
-        for number, made in enumerate(preferences_of([label])):
-            preferences.append(replace(made, id=f"{label.event_id}-{number}"))
-            source[preferences[-1].id] = label
-    return preferences, source
+        FORECAST.write(self.store, forecast.outlook(history, count))
 
 
 def newest_version(folder: Path) -> Refitted | None:

@@ -10,7 +10,6 @@ from typing import Any, Literal, Self
 
 from deep_rlhf.feedback.records import (
     Alarm,
-    AnnotatorFigures,
     Choice,
     Comparison,
     Label,
@@ -131,20 +130,12 @@ class Store:
         """All alarms, the oldest first."""
         return self._database.read(trainer_api.alarms)
 
-    def set_annotators(self, figures: Sequence[AnnotatorFigures]) -> None:
-        """Replaces the figures of the annotators by those of the latest fit."""
-        self._database.write(lambda db: trainer_api.set_annotators(db, figures))
-
-    def annotators(self) -> list[AnnotatorFigures]:
-        """The latest figures of the annotators."""
-        return self._database.read(trainer_api.annotators)
-
     def put(self, name: str, value: Any) -> None:
-        """Keeps a small JSON value under a name."""
+        """Writes a small JSON value under a key of feedback.state."""
         self._database.write(lambda db: trainer_api.put(db, name, value))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value under a name, `default` if none was ever put there."""
+        """The JSON value under a key, `default` if there is none. feedback.state has a typed reader for each key."""
         return self._database.read(lambda db: trainer_api.get(db, name, default))
 
     # ---- the people's side

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, exists, func, insert, or_, select, update
 
-from deep_rlhf.feedback.records import FOR_LABEL, Alarm, AnnotatorFigures, Comparison, Label, Row, Version
+from deep_rlhf.feedback.records import FOR_LABEL, Alarm, Comparison, Label, Row, Version
 from deep_rlhf.feedback.store.engine import EVENTS_LOCK, METRICS_LOCK, lock
 from deep_rlhf.feedback.store.errors import StoreError
 from deep_rlhf.feedback.store.mapping import (
@@ -28,7 +28,6 @@ from deep_rlhf.feedback.store.statements import EFFECTIVE, RAN_OUT, C, E, L, tab
 
 VERSIONS, METRICS, SAMPLES = table_of(VersionRow), table_of(MetricsRow), table_of(SampleRow)
 ALARMS, STATE = table_of(AlarmRow), table_of(StateRow)
-ANNOTATORS = "store: annotators"  # the state in which the latest fit is kept
 
 
 def add(db: Connection, comparisons: Sequence[Comparison], now: datetime) -> list[int]:
@@ -139,19 +138,6 @@ def alarms(db: Connection) -> list[Alarm]:
     """All alarms, the oldest first."""
     columns = [column for column in ALARMS.c if column.name != "id"]
     return [Alarm(**row) for row in db.execute(select(*columns).order_by(ALARMS.c.id)).mappings()]
-
-
-def set_annotators(db: Connection, figures: Sequence[AnnotatorFigures]) -> None:
-    """The latest fit replaces the one before."""
-    put(db, ANNOTATORS, [asdict(one) for one in figures])
-
-
-def annotators(db: Connection) -> list[AnnotatorFigures]:
-    """The latest fit."""
-    return [
-        AnnotatorFigures(**{**one, "error_rate_interval": tuple(one["error_rate_interval"])})
-        for one in get(db, ANNOTATORS, [])
-    ]
 
 
 def put(db: Connection, name: str, value: Any) -> None:

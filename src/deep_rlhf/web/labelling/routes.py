@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from deep_rlhf.feedback.records import MOST_ANSWERS, Choice, Question
+from deep_rlhf.feedback.state import ANNOTATORS, STATUS, Status
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.access.auth import Person, Problem, new_token
 from deep_rlhf.web.access.gate import Known
@@ -69,8 +70,8 @@ def label_routes(store: Store) -> APIRouter:
             return see(request, "/login")
         shown = [_html(request, question) for question in store.ask(person.name, count=AHEAD)]
         progress = progress_of(store, person.name)
-        status = store.get("status") or {}
-        preparing = status.get("text") if status.get("state") == "pretraining" else None
+        status = STATUS.read(store) or Status()
+        preparing = status.text if status.state == "pretraining" else None
         return page(
             request,
             "label.html",
@@ -170,7 +171,7 @@ def ranks_of(form: FormData) -> list[int]:
 
 def progress_of(store: Store, name: str) -> dict[str, Any]:
     """How a person is getting on."""
-    annotators = store.annotators()
+    annotators = ANNOTATORS.read(store) or []
     figures = next((one for one in annotators if one.name == name), None)
     return {
         "answered": store.answered(name),

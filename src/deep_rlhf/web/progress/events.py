@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from deep_rlhf.feedback.state import shown_values
 from deep_rlhf.feedback.store import Store, Unavailable
 from deep_rlhf.web.access.auth import Problem
 from deep_rlhf.web.access.gate import Known
@@ -22,7 +23,6 @@ LOOK_EVERY = 1.0  # seconds
 ALIVE_EVERY = 15.0  # seconds, after which it is asked who listens, and a comment shows that the connection is there
 RETRY = 2000  # milliseconds until a browser connects again
 MOST_LISTENERS, MOST_PER_PERSON = 300, 12
-STATE = ("status", "stop", "outlook", "alpha", "win_rate", "choosing")
 
 State = dict[str, Any]  # what is told, by kind
 
@@ -130,7 +130,7 @@ class Hub:
                 "rows": self._rows,
                 "versions": [policies, rewards],
                 "alarms": len(store.alarms()),
-                **{name: store.get(name) for name in STATE},
+                **shown_values(store),
             },
         }
 

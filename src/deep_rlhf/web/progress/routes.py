@@ -7,6 +7,7 @@ from fastapi import APIRouter, Form, Query
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from deep_rlhf.feedback.state import STOP, StopRequest
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.access.auth import Person, Visitor
 from deep_rlhf.web.access.gate import Admin, Known
@@ -55,7 +56,7 @@ def model_routes(store: Store) -> APIRouter:
     @router.post("/stop")
     def stop(request: Request, admin: Admin, sure: Annotated[bool, Form()] = False) -> Response:
         if sure:
-            store.put("stop", {"by": admin.name, "at": datetime.now(UTC).isoformat(timespec="seconds")})
+            STOP.write(store, StopRequest(by=admin.name, at=datetime.now(UTC)))
         return see(request, "/model")
 
     return router

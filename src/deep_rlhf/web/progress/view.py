@@ -9,6 +9,19 @@ from typing import Any
 from markupsafe import Markup
 
 from deep_rlhf.feedback.records import Label, Version
+from deep_rlhf.feedback.state import (
+    AGREEMENT,
+    ANNOTATORS,
+    FORECAST,
+    HEARTBEAT,
+    SELECTION,
+    STATUS,
+    STOP,
+    WIN_RATE,
+    PolicyWinRate,
+    SelectionFigures,
+    Status,
+)
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.progress.charts import Chart, Line, chart, interval
 from deep_rlhf.web.rendering.markdown import short
@@ -94,60 +107,56 @@ def use_of(label: Label, uses: Sequence[Use]) -> Use | None:
     return next((use for use in uses if use.events[0] < label.event_id <= use.events[1]), None)
 
 
-def choosing_says(choosing: dict[str, Any] | None) -> str:
+def choosing_says(choosing: SelectionFigures | None) -> str:
     """Whether choosing questions pays, in a sentence."""
-    chosen, random = (choosing or {}).get("chosen", {}), (choosing or {}).get("random", {})
-    taught = (_figure(chosen.get("informative")), _figure(random.get("informative")))
-    if min(chosen.get("answers") or 0, random.get("answers") or 0) < ENOUGH or None in taught:
+    chosen, random = (choosing or SelectionFigures()).chosen, (choosing or SelectionFigures()).random
+    if min(chosen.answers, random.answers) < ENOUGH or chosen.informative is None or random.informative is None:
         return f"Too few answers to say: it takes {ENOUGH} to chosen and {ENOUGH} to random questions."
-    difference = (taught[0] or 0) - (taught[1] or 0)
+    difference = chosen.informative - random.informative
     if abs(difference) < 0.01:
         return "So far chosen questions teach as much as random ones."
     return f"So far chosen questions teach {'more' if difference > 0 else 'less'} than random ones."
 
 
-def win_rate_bar(win_rate: dict[str, Any] | None) -> Markup | None:
+def win_rate_bar(win_rate: PolicyWinRate | None) -> Markup | None:
     """The win rate with its interval, as a picture."""
-    values = [_figure((win_rate or {}).get(name)) for name in ("rate", "low", "high")]
-    known = [value for value in values if value is not None]
-    return interval(*known) if len(known) == 3 else None
+    if win_rate is None or win_rate.rate is None or win_rate.low is None or win_rate.high is None:
+        return None
+    return interval(win_rate.rate, win_rate.low, win_rate.high)
 
 
 def now(store: Store) -> dict[str, Any]:
     """How the loop stands: its state and alarms."""
-    status = store.get("status") or {}
+    status = STATUS.read(store) or Status()
     return {
         "status": status,
-        "runs": status.get("state") not in (None, "stopped"),
-        "silent_since": silent_since(status, store.get("heartbeat"), datetime.now(UTC)),
-        "stop": store.get("stop"),
+        "runs": status.is_running,
+        "silent_since": silent_since(status, HEARTBEAT.read(store), datetime.now(UTC)),
+        "stop": STOP.read(store),
         "alarms": store.alarms()[-SHOWN_ALARMS:][::-1],
         "icons": ICONS,
     }
 
 
-def silent_since(status: dict[str, Any], heartbeat: Any, now: datetime) -> datetime | None:
+def silent_since(status: Status, heartbeat: datetime | None, now: datetime) -> datetime | None:
     """When a trainer that should be running gave its last sign of life, if that was too long ago."""
-    if status.get("state") in (None, "stopped", "pretraining"):  # while it pretrains, nothing beats yet
+    if not status.is_running or status.state == "pretraining" or heartbeat is None:  # pretraining has no heartbeat
         return None
-    moments = [_moment(heartbeat), _moment(status.get("at"))]
-    if moments[0] is None:
-        return None
-    last = max(moment for moment in moments if moment is not None)
+    last = max(heartbeat, status.at or heartbeat)
     return last if now - last > LONGEST_SILENCE else None
 
 
 def figures(store: Store, metrics: Metrics) -> dict[str, Any]:
     """The headline figures and curves."""
     rewards = store.versions("reward")
-    win_rate = store.get("win_rate")
+    win_rate = WIN_RATE.read(store)
     return {
         "labels": store.label_count(),
         "waiting": store.waiting(),
         "win_rate": win_rate,
         "win_rate_bar": win_rate_bar(win_rate),
-        "outlook": store.get("outlook"),
-        "alpha": _figure(store.get("alpha")),
+        "outlook": FORECAST.read(store),
+        "alpha": AGREEMENT.read(store),
         "charts": charts_of(metrics, store.versions("policy")),
         "reward": rewards[-1] if rewards else None,
     }
@@ -161,11 +170,11 @@ def history(store: Store, *, admin: bool, accounts: bool) -> dict[str, Any]:
     administrator and labels, so the reasons wait there, too.
     """
     uses = uses_of(store.versions("reward"), store.versions("policy"))
-    choosing = store.get("choosing")
+    choosing = SELECTION.read(store)
     return _traced(store, uses, SHOWN_LABELS, admin=admin, accounts=accounts) | {
         "choosing": choosing,
         "choosing_says": choosing_says(choosing),
-        "annotators": store.annotators(),
+        "annotators": ANNOTATORS.read(store) or [],
         "uses": uses[:SHOWN_REWARDS],
         "more_uses": max(0, len(uses) - SHOWN_REWARDS),
     }
@@ -217,14 +226,6 @@ def compared(store: Store, first: int | None, second: int | None) -> dict[str, A
         "follows": shown[1] is None,
         "rows": [(prompt, answers[left].get(prompt), answers[right].get(prompt)) for prompt in prompts],
     }
-
-
-def _moment(value: Any) -> datetime | None:
-    try:
-        moment = datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        return None
-    return moment if moment.tzinfo else None
 
 
 def _figure(value: Any) -> float | None:
