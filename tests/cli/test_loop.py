@@ -17,7 +17,7 @@ from deep_rlhf.data.synthetic import generate_prompts
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.annotators.base import People
 from deep_rlhf.feedback.annotators.replay import Replay
-from deep_rlhf.feedback.state import AGREEMENT, STATUS, STOP, Status, StopRequest
+from deep_rlhf.feedback.state import AGREEMENT, STATUS, STOP, Status, StopRequest, report_status
 from deep_rlhf.feedback.store import Store
 
 SMALL = [
