@@ -204,7 +204,7 @@ def make_session(
     updates = scale.updates * len(scale.refits)
     config = SessionConfig(
         **{"mode": "batched", "seed": seed, "choose_by": way, "updates": updates, "batched_updates": scale.updates},
-        **{"initial_labels": scale.refits[0], "labels": scale.refits[-1], "watchers": 0, "fixed_prompts": 1},
+        **{"initial_labels": scale.refits[0], "labels": scale.refits[-1], "held_out_members": 0, "fixed_prompts": 1},
         **{"win_rate_share": 0.0, "repeat_share": 0.0, "overlap_share": 0.0, "version_every": updates + 1},
         alarms=["reward_sign=off"],  # a curve of few labels shows what a bad reward model does, too
         **scale.session,

@@ -22,7 +22,7 @@ from deep_rlhf.feedback.store import Store
 
 SMALL = [
     *("--mode=batched", "--updates=2", "--batched_updates=1", "--initial_labels=12", "--labels=20", "--seed=1"),
-    *("--batch_size=8", "--mini_batch_size=8", "--max_new_tokens=6", "--max_prompt_length=40", "--watchers=0"),
+    *("--batch_size=8", "--mini_batch_size=8", "--max_new_tokens=6", "--max_prompt_length=40", "--held_out_members=0"),
     *("--fixed_prompts=1", "--threads=1", "--members=2"),
 ]
 

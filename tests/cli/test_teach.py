@@ -22,7 +22,7 @@ from deep_rlhf.feedback.store import Store
 SECONDS = 120  # for anything that is waited for
 SMALL = [
     *("--labeler=simulated", "--taste=short", "--pace=0.02", "--initial_labels=8", "--refit_after=8", "--seed=1"),
-    *("--batch_size=8", "--mini_batch_size=8", "--max_new_tokens=6", "--watchers=0", "--members=2"),
+    *("--batch_size=8", "--mini_batch_size=8", "--max_new_tokens=6", "--held_out_members=0", "--members=2"),
     *("--fixed_prompts=2", "--threads=1", "--save_every=1"),
 ]
 

@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
     **{"seed": 1, "updates": 9, "initial_labels": 48, "labels": 96, "label_decay": 50, "mode": "batched"},
     **{"batch_size": 32, "mini_batch_size": 32, "ppo_epochs": 4, "learning_rate": 3e-3, "init_kl_coef": 0.005},
     **{"max_new_tokens": TOKENS, "max_prompt_length": 40, "template": "plain", "reward_learning_rate": 3e-3},
-    **{"members": 3, "watchers": 0, "fixed_prompts": 2, "batched_updates": 3, "refit_after": 12},
+    **{"members": 3, "held_out_members": 0, "fixed_prompts": 2, "batched_updates": 3, "refit_after": 12},
 }
 
 

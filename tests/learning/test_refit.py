@@ -10,10 +10,10 @@ import torch
 from test_reward_learning import comparisons
 
 from deep_rlhf.algorithms.supervised.reward_trainer import RewardTrainer
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError, DataError, ModelError
 from deep_rlhf.feedback.annotators.reliability import Answered, fit_error_rates
 from deep_rlhf.feedback.records import Comparison
-from deep_rlhf.feedback.reward_refit.bootstrap import bag_id, is_outside
+from deep_rlhf.feedback.reward_refit.bootstrap import bag_id, is_held_out
 from deep_rlhf.feedback.reward_refit.ensemble import RefitSettings, RewardFit, classifier_of
 from deep_rlhf.feedback.reward_refit.versions import RefitJob, Refits
 from deep_rlhf.feedback.state import ANNOTATORS
@@ -64,8 +64,8 @@ def test_it_goes_on_learning_from_refit_to_refit(new_fit):
     assert found[0] < 0.85
     assert found[-1] > 0.9
     assert fitted.accuracy > 0.7  # of predictions before learning: 95 % of the answers are right
-    assert len(fit.progress.history) == 3
-    assert [known for known, _, _ in fit.progress.history] == [40, 80, 160]
+    assert len(fit.state.history) == 3
+    assert [known for known, _, _ in fit.state.history] == [40, 80, 160]
     assert fitted.oob_accuracy == pytest.approx([0.9] * 3, abs=0.15)
 
 
@@ -92,7 +92,7 @@ def test_who_answers_at_random_is_found_and_hurts_less(new_fit):
     fit, blind, rates = new_fit(), new_fit(), {}
     for count in (120, 210, 300):
         blind.fit(mixed[:count])
-        fitted = fit.fit(mixed[:count], noise={name: rate.rate for name, rate in rates.items()})
+        fitted = fit.fit(mixed[:count], error_rates={name: rate.rate for name, rate in rates.items()})
         told = {pair.id: pair for pair in mixed}
         rates = fit_error_rates(
             [
@@ -132,7 +132,7 @@ def test_a_refit_is_told_who_errs_and_what_was_ranked_together(make_model, make_
     monkeypatch.setattr(RewardFit, "fit", fit)
     settings = {"template": "plain", "max_length": 64, "members": 3, "learning_rate": 3e-3}
     settings |= {"batch_size": 16, "label_noise": 0.1}
-    job = RefitJob(policy="", first=20, after=8, growth=0.1, settings=settings, watchers=2)
+    job = RefitJob(policy="", initial_labels=20, refit_after=8, refit_growth=0.1, settings=settings, held_out_members=2)
     policy = make_model("gpt2", spread=0.02, n_positions=64)
     better = {(pair.prompt, pair.a, pair.b): pair.mu for pair in comparisons(240, seed=16)}
     ranking = ("gold", "red", "the sun")
@@ -145,10 +145,10 @@ def test_a_refit_is_told_who_errs_and_what_was_ranked_together(make_model, make_
         found = {one.name: one.error_rate for one in ANNOTATORS.read(store) or []}
         refits.run()
     assert max(found["ann"], found["bob"]) < 0.1 < 0.2 < found["flips"]
-    assert [given["noise"] for _, given in told] == [{}, {}, found, found]  # the watchers too
+    assert [given["error_rates"] for _, given in told] == [{}, {}, found, found]  # the held-out ensemble too
     for preferences, given in told:
         ranked = [pair.id for pair in preferences if {pair.a, pair.b} <= set(ranking)]
-        assert [given["together"][name] for name in ranked] == [ranking] * 3
+        assert [given["ranking_responses"][name] for name in ranked] == [ranking] * 3
 
 
 def answer_all(store: Store, better: dict[tuple[str, str, str], float], people: dict[str, float]) -> None:
@@ -186,7 +186,7 @@ def test_a_fit_that_was_saved_goes_on_as_if_it_had_not_been(new_fit, tmp_path):
 
 def test_what_is_no_fit_is_refused(new_fit, tmp_path):
     new_fit().model.save(tmp_path)
-    with pytest.raises(UserError, match="can be fitted again"):
+    with pytest.raises(ModelError, match="fitted again"):
         RewardFit.load(tmp_path)
 
 
@@ -215,7 +215,7 @@ def bags_of(pair: Preference) -> str:
 def test_predictions_are_by_members_without_the_pair(new_fit):
     pairs = comparisons(60, seed=7)
     weights = bootstrap_weights([bags_of(pair) for pair in pairs], 3)
-    weights[[is_outside(bags_of(pair)) for pair in pairs]] = 0.0
+    weights[[is_held_out(bags_of(pair)) for pair in pairs]] = 0.0
     fit = new_fit()
     assert fit.fit(pairs[:40]).predictions.keys() == {pairs[row].id for row in range(40) if 0 in weights[row]}
     before = probabilities(fit, pairs).mean(dim=1)
@@ -228,7 +228,7 @@ def test_predictions_are_by_members_without_the_pair(new_fit):
         else:
             expected = after[row, unseen].mean() if unseen.any() else before[row]
             assert fitted.predictions[pair.id] == pytest.approx(expected.item(), abs=1e-5)
-    assert fit.progress.predicted[pairs[50].id] == pytest.approx(before[50].item(), abs=1e-5)
+    assert fit.state.predicted[pairs[50].id] == pytest.approx(before[50].item(), abs=1e-5)
 
 
 def probabilities(fit: RewardFit, pairs: list[Preference]) -> torch.Tensor:
@@ -239,7 +239,7 @@ def probabilities(fit: RewardFit, pairs: list[Preference]) -> torch.Tensor:
 def test_nobody_learns_from_a_pair_in_nobodys_bag(new_fit):
     pairs = comparisons(40, seed=7)
     in_no_bag = bootstrap_weights([bags_of(pair) for pair in pairs], 3).sum(dim=1) == 0
-    out = {pair.id for row, pair in enumerate(pairs) if in_no_bag[row] or is_outside(bags_of(pair))}
+    out = {pair.id for row, pair in enumerate(pairs) if in_no_bag[row] or is_held_out(bags_of(pair))}
     assert 2 < len(out) < 20
     one, other = new_fit(), new_fit()
     fitted = one.fit(pairs)
@@ -256,11 +256,11 @@ def test_accuracy_is_of_what_was_predicted_before_anything_was_learned_of_it(new
     fit = new_fit()
     assert fit.fit(pairs[:30]).accuracy is None
     fitted = fit.fit([*pairs, *others])
-    predicted = fit.progress.predicted
+    predicted = fit.state.predicted
     assert {predicted[pair.id] for pair in [*pairs[:30], *others]} == {None}  # the first ones, and what repeats them
     right = [float((predicted[pair.id] > 0.5) == (pair.mu == 1)) for pair in pairs[30:]]
     assert fitted.accuracy == pytest.approx(sum(right) / 20)
-    assert fit.progress.history == [(30, pytest.approx(sum(right) / 20), 20)]
+    assert fit.state.history == [(30, pytest.approx(sum(right) / 20), 20)]
 
 
 def test_all_pairs_of_a_ranking_are_in_the_same_bags(new_fit):
@@ -272,15 +272,15 @@ def test_all_pairs_of_a_ranking_are_in_the_same_bags(new_fit):
         for i in range(4)
         for j in range(i)
     ]
-    together = {pair.id: groups[int(pair.id.split("-")[0])] for pair in pairs}
+    ranking_responses = {pair.id: groups[int(pair.id.split("-")[0])] for pair in pairs}
     fit = new_fit()
-    fitted = fit.fit(pairs, together=together)
-    out = {number for number, texts in groups.items() if is_outside(bag_id("p", texts, 0))}
+    fitted = fit.fit(pairs, ranking_responses=ranking_responses)
+    out = {number for number, texts in groups.items() if is_held_out(bag_id("p", texts, 0))}
     assert out
     known = {name for name in fitted.predictions if fitted.predictions[name] is not None}
     for number in out:
         assert {pair.id for pair in pairs if pair.id.startswith(f"{number}-")} <= known
-    by_member = fit.progress.outside
+    by_member = fit.state.out_of_bag
     for number in groups:  # what is out of a member's bag is so with all of its pairs
         assert len({pair.id in by_member for pair in pairs if pair.id.startswith(f"{number}-")}) == 1
 
@@ -293,7 +293,7 @@ def test_all_pairs_of_a_ranking_are_in_the_same_batch(new_fit, monkeypatch):
         for number in groups
         for i, j in itertools.combinations(range(3), 2)
     ]
-    together = {pair.id: groups[int(pair.id.split("-")[0])] for pair in pairs}
+    ranking_responses = {pair.id: groups[int(pair.id.split("-")[0])] for pair in pairs}
     batches, loss = list[Counter](), RewardTrainer.compute_loss
 
     def look(self, model, inputs, *rest, **options):
@@ -301,7 +301,7 @@ def test_all_pairs_of_a_ranking_are_in_the_same_batch(new_fit, monkeypatch):
         return loss(self, model, inputs, *rest, **options)
 
     monkeypatch.setattr(RewardTrainer, "compute_loss", look)
-    new_fit(batch_size=8).fit(pairs, together=together)
+    new_fit(batch_size=8).fit(pairs, ranking_responses=ranking_responses)
     trained = [batch for batch in batches if sum(batch.values()) == 6]
     assert len(trained) > 4
     assert {share % 3 for batch in trained for share in batch.values()} == {0}
@@ -313,38 +313,38 @@ def test_only_the_newest_short_pairs_with_weight_are_kept(new_fit):
     pairs[-1] = replace(pairs[-1], a="gold " * 70)
     pairs[-2] = replace(pairs[-2], weight=0.0)
     fit = new_fit(most_labels=12)
-    with pytest.raises(UserError, match="No pair is left"):
+    with pytest.raises(DataError, match="1 have more than 64 tokens"):
         fit.fit(pairs[-1:])
     fit.fit(pairs[:12])
     fitted = fit.fit(pairs)
     assert (fitted.labels, fitted.left_out) == (10, 2)
-    assert fit.progress.predicted.keys() == {pair.id for pair in pairs[8:18]}
-    assert fit.progress.outside.keys() <= fit.progress.predicted.keys()
+    assert fit.state.predicted.keys() == {pair.id for pair in pairs[8:18]}
+    assert fit.state.out_of_bag.keys() <= fit.state.predicted.keys()
 
 
 def test_a_few_of_many_pairs_are_measured_and_the_others_keep_their_prediction(new_fit):
     pairs = comparisons(40, seed=13)
     fit = new_fit(pairs=(8, 16))
     fit.fit(pairs[:16])
-    before = dict(fit.progress.outside)
+    before = dict(fit.state.out_of_bag)
     fitted = fit.fit(pairs)
     changed = {name for name, p in before.items() if fitted.predictions[name] != p}
     assert 0 < len(changed) < len(before)  # eight of the first 32 are looked at again, by lot, and the newest eight
     newest = {pair.id for pair in pairs[-8:]}
     assert newest <= fitted.predictions.keys()
-    assert fit.progress.outside.keys() & newest
+    assert fit.state.out_of_bag.keys() & newest
 
 
 def test_without_a_pair_for_anybodys_bag_it_says_so(new_fit):
-    out = [pair for pair in comparisons(40, seed=7) if is_outside(bags_of(pair))]
-    with pytest.raises(UserError, match="more labels"):
+    out = [pair for pair in comparisons(40, seed=7) if is_held_out(bags_of(pair))]
+    with pytest.raises(DataError, match="more labels"):
         new_fit().fit(out)
 
 
 def test_members_are_normalised_on_recent_answers(new_fit):
     pairs = comparisons(40, seed=11)
     fit = new_fit()
-    fit.fit(pairs, recent=[(pair.prompt, pair.a) for pair in TEST])
+    fit.fit(pairs, normalise_on=[(pair.prompt, pair.a) for pair in TEST])
     on_recent = scores(fit, "a")
     assert on_recent.mean(dim=0).tolist() == pytest.approx([0.0] * 3, abs=1e-4)
     assert on_recent.std(dim=0, correction=0).tolist() == pytest.approx([1.0] * 3, abs=1e-4)
@@ -366,5 +366,5 @@ def test_l2_draws_the_trunk_to_its_beginning_and_the_heads_to_zero(new_fit):
 
 @pytest.mark.parametrize("settings", [{"members": 0}, {"ratio": (1.5, 1.1)}, {"ratio": (0.9, 1.1)}])
 def test_settings_that_are_refused(settings):
-    with pytest.raises(UserError, match="must"):
+    with pytest.raises(ConfigError, match="must"):
         RefitSettings(**settings)

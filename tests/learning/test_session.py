@@ -37,7 +37,7 @@ def policy(make_model: Callable[..., Any], tokenizer: Any, tmp_path_factory: pyt
 def batched(policy: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("batched")
     with Store(folder / "store.db", seed=1) as store:
-        assert make_session(policy, folder, store, watchers=2).run() == "done"
+        assert make_session(policy, folder, store, held_out_members=2).run() == "done"
     return folder, Store(folder / "store.db")
 
 
@@ -121,7 +121,7 @@ def test_the_same_seed_is_the_same_session_and_it_can_be_stopped(
             if row["step"] == 4:
                 session.halter.halt()  # as the red button does, which is looked at twice a second
 
-        session = make_session(policy, tmp_path, store, watchers=2, on_update=press)
+        session = make_session(policy, tmp_path, store, held_out_members=2, on_update=press)
         assert session.run() == "stopped"
         assert store.metrics() == expected[:4]
         assert (STATUS.read(store) or Status()).state == "stopped"

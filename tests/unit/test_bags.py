@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from deep_rlhf.feedback.reward_refit.bootstrap import (
-    OUTSIDE,
-    accuracies,
-    adapted,
+    HELD_OUT_SHARE,
     bag_id,
     bag_losses,
-    is_outside,
-    outside,
+    held_out_accuracies,
+    held_out_mask,
+    is_held_out,
 )
+from deep_rlhf.feedback.reward_refit.regularisation import adapted_weight_decay
 
 LN3 = math.log(3)  # σ(ln 3) = ¾
 
@@ -27,9 +27,9 @@ def test_a_question_is_in_the_same_bags_from_whichever_side_it_is_seen() -> None
 
 def test_a_sixth_of_the_pairs_is_in_nobodys_bag_and_stays_there() -> None:
     names = [f"pair {number}" for number in range(6000)]
-    out = [is_outside(name) for name in names]
-    assert sum(out) / 6000 == pytest.approx(OUTSIDE, abs=0.015)  # standard error 0.005
-    assert out == [is_outside(name) for name in names]
+    out = [is_held_out(name) for name in names]
+    assert sum(out) / 6000 == pytest.approx(HELD_OUT_SHARE, abs=0.015)  # standard error 0.005
+    assert out == [is_held_out(name) for name in names]
 
 
 def features(*rows: tuple[float, list[float]]) -> list[dict]:
@@ -64,13 +64,13 @@ def test_weights_of_pairs_and_the_noise_of_their_annotators_count() -> None:
 
 def test_without_pairs_on_one_side() -> None:
     assert math.isnan(bag_losses(REWARDS[:2], FOUR[:2], torch.ones(2), 0.0)[1])
-    assert outside(FOUR).tolist() == [False, False, True, True]
+    assert held_out_mask(FOUR).tolist() == [False, False, True, True]
 
 
 def test_accuracy_is_of_pairs_in_nobodys_bag() -> None:
     rows = features((1.0, [1.0, 1.0]), (1.0, [0.0, 0.0]), (0.0, [0.0, 0.0]), (0.5, [0.0, 0.0]))
-    assert accuracies(REWARDS, rows) == [0.5, 0.5]
-    assert accuracies(REWARDS[:2], rows[:2]) == [1.0, 0.5]
+    assert held_out_accuracies(REWARDS, rows) == [0.5, 0.5]
+    assert held_out_accuracies(REWARDS[:2], rows[:2]) == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_accuracy_is_of_pairs_in_nobodys_bag() -> None:
     ],
 )
 def test_the_weight_decay_follows_the_ratio(ratio: float, factor: float) -> None:
-    assert adapted(60.0, ratio, (1.1, 1.5)) == pytest.approx(60.0 * factor)
+    assert adapted_weight_decay(60.0, ratio, (1.1, 1.5)) == pytest.approx(60.0 * factor)
 
 
 def test_the_weight_decay_has_bounds() -> None:
-    assert adapted(1500.0, 9.0, (1.1, 1.5)) == 2000.0
-    assert adapted(2.0, 0.9, (1.1, 1.5)) == 1.0
+    assert adapted_weight_decay(1500.0, 9.0, (1.1, 1.5)) == 2000.0
+    assert adapted_weight_decay(2.0, 0.9, (1.1, 1.5)) == 1.0

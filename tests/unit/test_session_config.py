@@ -20,7 +20,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "samples_per_prompt": {"samples_per_prompt": 3, "ranked_answers": 4},
     "labels=10": {"labels": 10},
     "mini_batch_size": {"mini_batch_size": 128},
-    "watchers": {"watchers": 1},
+    "held_out_members": {"held_out_members": 1},
     "needs labels": {"mode": "batched"},
     "template": {"template": "poem"},
     "alarm": {"alarms": ["kl=high"]},

@@ -9,22 +9,22 @@ from typing import Any
 
 import pytest
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ResourceError
 from deep_rlhf.feedback.records import Comparison
-from deep_rlhf.feedback.reward_refit import worker
+from deep_rlhf.feedback.reward_refit import supervisor
 from deep_rlhf.feedback.reward_refit.preferences import training_preferences
+from deep_rlhf.feedback.reward_refit.supervisor import RefitProcess
 from deep_rlhf.feedback.reward_refit.versions import (
     RefitJob,
     Refits,
     Refitted,
     newest_version,
-    start_answers,
-    write_start_answers,
+    start_responses,
+    write_start_responses,
 )
-from deep_rlhf.feedback.reward_refit.worker import RefitProcess
 from deep_rlhf.feedback.store import Store
 
-JOB = RefitJob(policy="nowhere", first=20, after=8, growth=0.1, settings={}, watchers=0)
+JOB = RefitJob(policy="nowhere", initial_labels=20, refit_after=8, refit_growth=0.1, settings={}, held_out_members=0)
 
 
 class Counting:
@@ -71,10 +71,10 @@ def test_the_newest_whole_version_is_found(tmp_path: Path) -> None:
     assert Refits(JOB, tmp_path, Counting()).newest == found  # type: ignore[arg-type]
 
 
-def test_start_answers_are_kept(tmp_path: Path) -> None:
-    assert start_answers(tmp_path) is None
-    write_start_answers(tmp_path, [("p", "é"), ("q", "b")])
-    assert start_answers(tmp_path) == [("p", "é"), ("q", "b")]
+def test_start_responses_are_kept(tmp_path: Path) -> None:
+    assert start_responses(tmp_path) is None
+    write_start_responses(tmp_path, [("p", "é"), ("q", "b")])
+    assert start_responses(tmp_path) == [("p", "é"), ("q", "b")]
 
 
 def test_each_answer_is_learned_once_and_what_measures_is_not_learned(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         path = tmp_path / "python"
         path.write_text(f"#!{sys.executable} -S\nimport os, sys\n{code}\n")
         path.chmod(0o755)
-        monkeypatch.setattr(worker.sys, "executable", str(path))
+        monkeypatch.setattr(supervisor.sys, "executable", str(path))
 
     return make
 
@@ -124,13 +124,14 @@ def test_a_process_that_dies_is_started_again_and_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(worker, "PAUSES", (0.0, 0.6))
+    monkeypatch.setattr(supervisor, "PAUSES", (0.0, 0.6))
     program("print('out of luck', flush=True); sys.exit(3)")
     process = RefitProcess(JOB, tmp_path, "labels.db")
-    with pytest.raises(UserError, match=r"ended 3 times in a row, with code 3 now: .*refits\.log' tells why"):
+    with pytest.raises(ResourceError, match=r"3 times in a row.* code 3.*refits\.log"):
         waited(lambda: process.poll(0))
-    assert caplog.text.count("ended with code 3 and is started again;") == 1  # at once
-    assert caplog.text.count("ended with code 3 and is started again in 1 seconds;") == 1
+    assert caplog.text.count("ended with code 3") == 2
+    assert [line.count("in 1 seconds") for line in caplog.messages] == [0, 1]  # the first restart is immediate
+    assert all(str(tmp_path / "refits.log") in line for line in caplog.messages)
     assert (tmp_path / "refits.log").read_text() == "out of luck\n" * 3
     process.stop()
 

@@ -13,19 +13,19 @@ from deep_rlhf.feedback.loop.config import SessionConfig
 from deep_rlhf.feedback.questions.schedule import LabelSchedule
 from deep_rlhf.feedback.records import Version
 from deep_rlhf.feedback.reward_refit.versions import (
-    WATCHER,
+    HELD_OUT,
     RefitJob,
     Refitted,
     newest_version,
-    start_answers,
-    write_start_answers,
+    start_responses,
+    write_start_responses,
 )
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.load import load_language_model
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.runtime.run_directory import replace_folder
 
-START_ANSWERS = 128  # by which the scale of the reward is set
+START_RESPONSES = 128  # by which the scale of the reward is set
 
 
 class Schedule(Protocol):
@@ -75,9 +75,9 @@ def refit_job(config: SessionConfig, model: PreTrainedModel | str, weights: int)
     """What the refits are told."""
     return RefitJob(
         policy=model if isinstance(model, str) else "",
-        first=config.initial_labels,
-        after=config.refit_after,
-        growth=config.refit_growth,
+        initial_labels=config.initial_labels,
+        refit_after=config.refit_after,
+        refit_growth=config.refit_growth,
         settings={
             "members": config.members,
             "template": config.template,
@@ -87,14 +87,14 @@ def refit_job(config: SessionConfig, model: PreTrainedModel | str, weights: int)
             "batch_size": config.reward_batch_size,
             "label_noise": config.label_noise,
         },
-        watchers=config.watchers,
+        held_out_members=config.held_out_members,
     )
 
 
 def open_rewards(refitted: Refitted, trainer: PPOTrainer) -> tuple[RewardModel, RewardModel | None]:
     """A version of the reward model and the ensemble that watches, where and how the trainer computes."""
     found: list[RewardModel] = []
-    for folder in (refitted.path, refitted.path / WATCHER):
+    for folder in (refitted.path, refitted.path / HELD_OUT):
         if folder.is_dir():
             scorer = open_scorer(RewardModel.load(folder), trainer.runtime.device, trainer.config)
             assert isinstance(scorer, RewardModel)
@@ -102,12 +102,12 @@ def open_rewards(refitted: Refitted, trainer: PPOTrainer) -> tuple[RewardModel, 
     return found[0], found[1] if len(found) > 1 else None
 
 
-def have_start_answers(rewards: Path, trainer: PPOTrainer) -> None:
+def ensure_start_responses(rewards: Path, trainer: PPOTrainer) -> None:
     """Makes the answers of the start policy that the reward is scaled on, if they are not there yet."""
-    if start_answers(rewards) is None:
-        prompts = [trainer.prompts[i % len(trainer.prompts)] for i in range(START_ANSWERS)]
+    if start_responses(rewards) is None:
+        prompts = [trainer.prompts[i % len(trainer.prompts)] for i in range(START_RESPONSES)]
         texts = trainer.generate(prompts, seed=trainer.config.seed, reference=True)
-        write_start_answers(rewards, list(zip(prompts, texts, strict=True)))
+        write_start_responses(rewards, list(zip(prompts, texts, strict=True)))
 
 
 def save_models(folder: Path, rewards: Path, trainer: PPOTrainer) -> None:

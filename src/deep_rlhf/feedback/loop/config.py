@@ -71,9 +71,9 @@ class SessionConfig:
         default=None, metadata={"help": "of the reward model; default: 5e-4 for a small policy, 1e-5 for others"}
     )
     reward_batch_size: int = field(default=16, metadata={"help": "pairs per step of the reward model"})
-    watchers: int = field(
+    held_out_members: int = field(
         default=2,
-        metadata={"help": "members of a second ensemble, fitted in other bags, that only watches; 0: none"},
+        metadata={"help": "size of a held-out ensemble, used only to detect over-optimisation; 0 for none"},
     )
     template: str = field(default="hh", metadata={"help": "how prompts and dialogues are written: hh or plain"})
 
@@ -130,8 +130,8 @@ class SessionConfig:
         for name in ("fixed_prompts", "refit_growth", "init_kl_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}.")
-        if self.watchers == 1 or self.watchers < 0 or self.members < 2:
-            raise UserError("An ensemble has at least 2 members; watchers=0 is for none.")
+        if self.held_out_members == 1 or self.held_out_members < 0 or self.members < 2:
+            raise UserError("An ensemble has at least 2 members; held_out_members=0 is for none.")
         get_template(self.template)
         if not 2 <= self.ranked_answers <= 9:
             raise UserError(f"ranked_answers must be 2 to 9, not {self.ranked_answers}.")

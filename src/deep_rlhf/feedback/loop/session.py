@@ -20,7 +20,7 @@ from deep_rlhf.accel.cpu.allocator import kept_memory
 from deep_rlhf.feedback.annotators.base import InBackground, Labeler, People
 from deep_rlhf.feedback.loop.build import (
     Schedule,
-    have_start_answers,
+    ensure_start_responses,
     known_reward,
     label_schedule,
     make_trainer,
@@ -40,13 +40,13 @@ from deep_rlhf.feedback.questions.candidates import LogOdds
 from deep_rlhf.feedback.questions.questions import Asker, Questions
 from deep_rlhf.feedback.records import Alarm, Label, Row, Version
 from deep_rlhf.feedback.reward_refit.preferences import training_preferences
+from deep_rlhf.feedback.reward_refit.supervisor import RefitProcess
 from deep_rlhf.feedback.reward_refit.versions import (
     Refits,
     Refitted,
-    check_settings,
+    check_continuation,
     newest_version,
 )
-from deep_rlhf.feedback.reward_refit.worker import RefitProcess
 from deep_rlhf.feedback.state import WIN_RATE, LoopState, report_status
 from deep_rlhf.feedback.store import Store, Unavailable
 from deep_rlhf.models.reward import RewardModel
@@ -95,7 +95,7 @@ class Session:
         self._pace, self._threads, self._store_url = pace, threads, store_url
         self.trainer = make_trainer(config, model, tokenizer, prompts)
         self.job = refit_job(config, model, weights_of(self.trainer.policy))
-        check_settings(self.output_dir / "rewards", self.job)
+        check_continuation(self.output_dir / "rewards", self.job)
         self.progress = Progress()
         self._saved = Saved(self.output_dir, store, fingerprint(self.trainer))
         self.halter = Halter(store, self.trainer.sampler.policy.trunk)
@@ -116,7 +116,7 @@ class Session:
         self._schedule = schedule or label_schedule(config)
         self._on_update = on_update or (lambda row: None)
         self._scorer: RewardModel | None = None
-        self._watcher: RewardModel | None = None
+        self._held_out: RewardModel | None = None
         self._refitted: Refitted | None = None  # the reward model that the policy learns against
         self.process: RefitProcess | None = None  # of async mode
         self._labels: list[Label] = []
@@ -218,7 +218,7 @@ class Session:
         self.store.withdraw(older_than_policy=self.progress.policy_version)
         if self.config.mode == "async":
             self._top_up()  # people need not wait for what comes now
-        have_start_answers(self.rewards, self.trainer)
+        ensure_start_responses(self.rewards, self.trainer)
         if (newest := newest_version(self.rewards)) is not None:
             self._adopt(newest, again=True)
 
@@ -237,7 +237,7 @@ class Session:
         rollout = self.trainer.last_rollout
         assert rollout is not None
         assert self._scorer is not None
-        row, raised = self.monitor.update(metrics, rollout, self._watcher)
+        row, raised = self.monitor.update(metrics, rollout, self._held_out)
         self._raised += raised
         self._refresh_labels()
         row |= {
@@ -259,7 +259,7 @@ class Session:
 
         `again`: it was there before, so a wrong sign has stopped the loop once. Now the next one is waited for.
         """
-        scorer, watcher = open_rewards(refitted, self.trainer)
+        scorer, held_out = open_rewards(refitted, self.trainer)
         self._refresh_labels()
         fitted, _ = training_preferences([one for one in self._labels if one.event_id <= refitted.last_event])
         raised = self.monitor.new_reward(scorer, fitted, self.progress.step)
@@ -274,9 +274,9 @@ class Session:
             self._raised += raised
             self._act()
         if is_new:
-            self.monitor.link(scorer, watcher)
+            self.monitor.link(scorer, held_out)
         self._scorer = self.trainer.scorer = scorer
-        self._watcher = watcher
+        self._held_out = held_out
         if is_new and self.progress.step > self.progress.version_step:
             self._new_version(scorer)  # it has learned against the reward model before
         self.progress.reward_version = refitted.number
@@ -297,7 +297,7 @@ class Session:
             last_event=self._refitted.last_event if self._refitted else 0,
             figures=(figures or {}) | ({"win_rate": won.rate} if won and won.rate is not None else {}),
         )
-        judge = self._watcher or scorer
+        judge = self._held_out or scorer
         self.versions.add(version, judge, self._labels, self.monitor.figures)
         WIN_RATE.write(self.store, forecast.win_rate(self._blind_pairs()))
         self.progress.policy_version, self.progress.version_step = number, self.progress.step
@@ -324,7 +324,7 @@ class Session:
         What led it astray is still there, so the KL penalty doubles.
         """
         assert self._scorer is not None
-        number = self.versions.best(self._watcher or self._scorer, self._labels)
+        number = self.versions.best(self._held_out or self._scorer, self._labels)
         self.versions.restore(number)
         self.monitor.rolled_back(self.versions.figures(number))
         self._new_version(self._scorer, {forecast.BACK_AT: float(number)})

@@ -47,16 +47,16 @@ class Monitor:
         sign = alarms.sign_self_test(scorer, pairs)
         return alarms.check({"reward_sign": sign}, self.watch.limits, step)  # each one anew
 
-    def link(self, scorer: Scorer, watcher: Scorer | None) -> None:
+    def link(self, scorer: Scorer, held_out: Scorer | None) -> None:
         """From now on these two say what answers earn. The series go on where they are, else none would ever end high.
 
         How far another fit is above or below is read off the newest answers, which both fits judge.
         """
-        if self._newest is None or watcher is None:
+        if self._newest is None or held_out is None:
             self._forget()
             return
         rollout, *before = self._newest
-        now = [float(one.score(rollout.prompts, rollout.responses).mean()) for one in (scorer, watcher)]
+        now = [float(one.score(rollout.prompts, rollout.responses).mean()) for one in (scorer, held_out)]
         self._shifts = (self._shifts[0] + before[0] - now[0], self._shifts[1] + before[1] - now[1])
         self._newest = (rollout, now[0], now[1])
 
@@ -82,7 +82,7 @@ class Monitor:
         answers = [won for _, won in pairs]
         self._win_rate_gap = alarms.win_rate_gap(predicted, answers, label_noise=label_noise)
 
-    def update(self, metrics: dict[str, float], rollout: Rollout, watcher: Scorer | None) -> tuple[Row, list[Alarm]]:
+    def update(self, metrics: dict[str, float], rollout: Rollout, held_out: Scorer | None) -> tuple[Row, list[Alarm]]:
         """The row of an update for the page, and its new alarms; `metrics` are the trainer's."""
         self._start = self._start or {"length": metrics["response_tokens"], "entropy": metrics["entropy"]}
         row: Row = {
@@ -95,8 +95,8 @@ class Monitor:
             "repetition": alarms.repetition(rollout.responses),
         }
         held_out_gap = None
-        if watcher is not None:
-            row["held_out_reward"] = float(watcher.score(rollout.prompts, rollout.responses).mean())
+        if held_out is not None:
+            row["held_out_reward"] = float(held_out.score(rollout.prompts, rollout.responses).mean())
             self._rewards.append(row["reward"] + self._shifts[0])
             self._watched.append(row["held_out_reward"] + self._shifts[1])
             self._rewards, self._watched = alarms.since_best(self._rewards, self._watched)
