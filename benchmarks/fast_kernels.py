@@ -19,8 +19,8 @@ from transformers.activations import NewGELUActivation
 
 from deep_rlhf.accel.cpu.attention import FastAttention
 from deep_rlhf.accel.cpu.kernels import use_fast_kernels
+from deep_rlhf.accel.cpu.packed import packed_weights
 from deep_rlhf.ops.logprobs import chunked_token_logprobs, token_logprobs
-from deep_rlhf.rollout.packed import packed_weights
 from deep_rlhf.runtime.precision import multiplies_bf16
 
 THREADS, CALLS = 2, 9

@@ -14,16 +14,15 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from deep_rlhf.accel.cpu.kernels import FastLinear
-from deep_rlhf.errors import UserError
+from deep_rlhf.accel.cpu.packed import packed_weights
+from deep_rlhf.errors import ResourceError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.rollout import engine as engine_module
 from deep_rlhf.rollout.cache import BufferedLayer
 from deep_rlhf.rollout.collect import prompt_batch
 from deep_rlhf.rollout.decoding import bytes_per_token
 from deep_rlhf.rollout.engine import Engine
-from deep_rlhf.rollout.generate import sampling_uniforms
-from deep_rlhf.rollout.packed import packed_weights
-from deep_rlhf.rollout.sampler import Sampled
+from deep_rlhf.rollout.sampler import Sampled, sampling_uniforms
 from deep_rlhf.runtime.precision import multiplies_bf16
 from deep_rlhf.types import PromptBatch
 
@@ -157,7 +156,7 @@ def test_when_ended_rows_leave_makes_no_difference(
     prompts, uniforms = batch(tokenizer, policy), sampling_uniforms(6, 0, len(PROMPTS), LIMIT)
     by_default = Engine(policy, eos_ids=STOPS).sample(prompts, uniforms)
     for share in (0.0, 0.999):  # never, and at once
-        monkeypatch.setattr(engine_module, "LEAVE_AT", share)
+        monkeypatch.setattr(engine_module, "COMPACT_AT", share)
         assert_same(by_default, Engine(policy, eos_ids=STOPS).sample(prompts, uniforms))
 
 
@@ -207,5 +206,5 @@ def test_out_of_memory_with_one_response_is_said(make_model: Callable[..., Any],
     limit = 4_000
     with torch.no_grad():
         cache = limit * bytes_per_token(policy)
-    with little_memory(cache // 4), pytest.raises(UserError, match="single response"):
+    with little_memory(cache // 4), pytest.raises(ResourceError, match="single response"):
         Engine(policy, eos_ids=[1]).sample(batch(tokenizer, policy, ["red"]), torch.rand(1, limit))

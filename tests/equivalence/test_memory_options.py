@@ -17,7 +17,7 @@ from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.models.quantisation import four_bit_layers
 from deep_rlhf.rollout.collect import collect, complete, prompt_batch
 from deep_rlhf.rollout.engine import Engine
-from deep_rlhf.rollout.generate import sampling_uniforms
+from deep_rlhf.rollout.sampler import sampling_uniforms
 from deep_rlhf.types import Rollout
 
 PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not", "two fish", "moon or sun", "bad", "a"]

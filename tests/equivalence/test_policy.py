@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ModelError
 from deep_rlhf.models.adapters import add_lora
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.models.trunk import position_ids
@@ -109,7 +109,7 @@ class ScaledLogits(GPT2LMHeadModel):
 
 def test_a_model_with_other_logits_is_refused() -> None:
     model = ScaledLogits(GPT2Config(vocab_size=43, n_embd=32, n_layer=1, n_head=4, initializer_range=0.2))
-    with pytest.raises(UserError, match="'gpt2' computes its logits in a way"):
+    with pytest.raises(ModelError, match="'gpt2' computes its logits"):
         Policy(model)
 
 

@@ -300,11 +300,11 @@ def test_a_critic_from_the_reward_model_begins_by_saying_what_it_says(
 def test_a_reward_model_that_cannot_be_a_critic_is_refused(
     make_trainer: Make, reward_model: RewardModel, make_tokenizer: Callable[..., Any]
 ) -> None:
-    with pytest.raises(UserError, match="critic=reward needs a reward model, but the reward is a function"):
+    with pytest.raises(UserError, match=r"critic=reward .*function"):
         make_trainer(critic="reward")
-    with pytest.raises(UserError, match="critic=reward needs a decoder as policy"):
+    with pytest.raises(UserError, match=r"critic=reward .*decoder as policy"):
         make_trainer("t5", critic="reward", reward=reward_model)
     trainer = make_trainer()
     reward_model.tokenizer = make_tokenizer(["another", "vocabulary"])
-    with pytest.raises(UserError, match="the policy's tokenizer, and this one has another"):
+    with pytest.raises(UserError, match="the policy's tokenizer"):
         make_critic("reward", trainer._policy, reward_model, trainer.tokenizer)

@@ -11,9 +11,9 @@ from torch import Tensor
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.rollout import engine as engine_module
 from deep_rlhf.rollout.collect import complete, prompt_batch
-from deep_rlhf.rollout.engine import Engine, draw
-from deep_rlhf.rollout.generate import eos_token_ids, generate_text, sampling_uniforms
-from deep_rlhf.rollout.sampler import Sampled
+from deep_rlhf.rollout.engine import Engine
+from deep_rlhf.rollout.generate import eos_token_ids, generate_text
+from deep_rlhf.rollout.sampler import Sampled, draw_tokens, sampling_uniforms
 from deep_rlhf.types import PromptBatch
 
 KINDS = ["gpt2", "llama", "gemma2", "t5", "bart", "lora"]
@@ -157,7 +157,7 @@ def test_draw_follows_the_distribution_at_its_temperature() -> None:
     logits = torch.tensor([1.0, -1.0, float("-inf"), 0.5, -3.0, 2.0])
     count = 20_000
     uniforms = torch.rand(count, generator=torch.Generator().manual_seed(0))
-    tokens = draw(logits.expand(count, -1), uniforms, 1.7).token_ids
+    tokens = draw_tokens(logits.expand(count, -1), uniforms, 1.7).token_ids
     observed = tokens.bincount(minlength=6).double()
     expected = (logits.double() / 1.7).softmax(0) * count
     assert observed[2] == 0
@@ -172,7 +172,7 @@ def test_draw_never_takes_an_impossible_token(seed: int) -> None:
     logits[:, ::3] = float("-inf")  # the first token among them
     logits[:, -7:] = float("-inf")  # and the last, where rounding of the total would land
     for uniform in (0.0, 2.0**-24, 0.5, 1.0 - 2.0**-24):
-        tokens = draw(logits, torch.full((50,), uniform), 1.0).token_ids
+        tokens = draw_tokens(logits, torch.full((50,), uniform), 1.0).token_ids
         assert torch.isfinite(logits.gather(1, tokens.unsqueeze(1))).all()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import RewardError
 from deep_rlhf.models.function_scorer import FunctionScorer
 from deep_rlhf.models.reward import load_scorer
 
@@ -21,8 +21,8 @@ RESPONSES = [f"r{row}" for row in range(6)]
 
 
 def said_by(function: Callable[..., Any], rows: int = 6, **options: Any) -> str:
-    """What a user is told; the function is known as f."""
-    with pytest.raises(UserError) as caught:
+    """The error's message; the function is called f."""
+    with pytest.raises(RewardError) as caught:
         FunctionScorer(function, "f", **options).score(PROMPTS[:rows], RESPONSES[:rows])
     return str(caught.value)
 
@@ -67,7 +67,7 @@ def test_a_function_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_a_wrong_function_is_told(spec: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(RewardError, match=words):
         load_scorer(spec)
 
 
@@ -143,7 +143,8 @@ def test_a_sample_that_raises(row: int, caplog: pytest.LogCaptureFixture) -> Non
             f"f raised KeyError: 'user_id' for 6 responses; sample {row} alone does the same: prompt 'q{row}', response"
             f" 'r{row}'."
         )
-    assert caplog.messages == ["f raised KeyError: 'user_id': looking for the sample by calling it on parts."]
+    (message,) = caplog.messages
+    assert message.startswith("f raised KeyError: 'user_id': ")
 
 
 def test_a_single_sample_is_not_looked_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -153,7 +154,7 @@ def test_a_single_sample_is_not_looked_for(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_what_was_raised_is_the_cause() -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RewardError) as caught:
         FunctionScorer(failing(with_sample(3), a_key_error), "f").score(PROMPTS, RESPONSES)
     assert isinstance(caught.value.__cause__, KeyError)
 
@@ -169,7 +170,7 @@ def test_an_error_of_many_lines_and_a_long_sample_are_shortened() -> None:
     def raising(prompts: list[str], responses: list[str]) -> Any:
         raise ValueError("one\n  two")
 
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RewardError) as caught:
         FunctionScorer(raising, "f").score(["q" * 100], ["r\n" * 100])
     prompt, response = "q" * 60, r"r\n" * 30
     assert (

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ModelError
 from deep_rlhf.models import load
 
 NO_BACKEND = """Couldn't instantiate the backend tokenizer from one of:\x20
@@ -44,6 +44,6 @@ def test_a_reason_is_a_whole_sentence(message: str, told: str, monkeypatch: pyte
         raise OSError(message)
 
     monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", fail)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ModelError) as error:
         load.load_tokenizer("gpt2")
     assert f"'gpt2': {told} Give a folder" in str(error.value)

@@ -20,7 +20,7 @@ from deep_rlhf.algorithms.supervised.reward import (
     train_reward_model,
 )
 from deep_rlhf.algorithms.supervised.reward_trainer import accuracy, collate, label_noise_of, pair_metrics
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ModelError, UserError
 from deep_rlhf.models.reward import RewardModel, init_reward_head
 from deep_rlhf.types import Preference
 
@@ -219,7 +219,7 @@ def test_the_same_template_is_not_told(folder, caplog):
 @pytest.mark.parametrize(("text", "words"), [("{", "not valid JSON"), ('{"mean": [0.0, 1.0]}', "all 1 members")])
 def test_a_broken_card_is_refused(folder, text, words):
     (folder / "reward_model.json").write_text(text)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(ModelError, match=words):
         RewardModel.load(folder)
 
 
@@ -228,11 +228,11 @@ def test_what_is_no_reward_model_is_refused(make_model, tokenizer, tmp_path):
     classifier("GPT2", 2).save_pretrained(tmp_path / "classes")
     for name in ("lm", "classes"):
         tokenizer.save_pretrained(tmp_path / name)
-    with pytest.raises(UserError, match="no reward head"):
+    with pytest.raises(ModelError, match="no reward head"):
         RewardModel.load(tmp_path / "lm")
-    with pytest.raises(UserError, match="2 classes"):
+    with pytest.raises(ModelError, match="2 classes"):
         RewardModel.load(tmp_path / "classes")
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(ModelError, match="nowhere"):
         RewardModel.load(tmp_path / "nowhere")
 
 

@@ -17,7 +17,8 @@ from deep_rlhf.errors import UserError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.rollout.collect import complete, prompt_batch
 from deep_rlhf.rollout.engine import Engine
-from deep_rlhf.rollout.generate import eos_token_ids, sampling_uniforms
+from deep_rlhf.rollout.generate import eos_token_ids
+from deep_rlhf.rollout.sampler import sampling_uniforms
 from deep_rlhf.types import Scorer
 
 

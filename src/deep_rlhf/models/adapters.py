@@ -1,4 +1,4 @@
-"""LoRA adapters by peft: small trainable matrices beside frozen weights (Hu et al. 2021)."""
+"""LoRA adapters by peft: small trainable matrices added to frozen weights (Hu et al. 2021)."""
 
 import copy
 from typing import Any
@@ -14,8 +14,8 @@ def add_lora(
 ) -> Any:
     """Wraps `model` in a peft.PeftModel whose only trainable weights are the adapters and `modules_to_save`.
 
-    Targets are peft's for the architecture, or every linear layer where peft names none. task_type is peft's, e.g.
-    "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS".
+    The target layers are peft's defaults for the architecture, or else every linear layer. task_type is one of peft's:
+    "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", …
     """
     from peft import LoraConfig, get_peft_model
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN_TARGETS
@@ -34,9 +34,9 @@ def add_lora(
 
 
 def merged(peft_model: Any) -> PreTrainedModel:
-    """A plain transformers copy with the adapters added into the weights; the original goes on training.
+    """A plain transformers copy with the adapters merged into the weights; the original is unchanged.
 
-    The copy of a model in 4 bits has whole weights, on the CPU: what it computes is what was trained.
+    A copy of a 4-bit model has dequantised weights, on the CPU, so it computes the same as the trained model.
     """
     if not is_four_bit(peft_model.get_base_model()):
         return copy.deepcopy(peft_model).merge_and_unload()

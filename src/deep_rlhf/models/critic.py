@@ -1,8 +1,8 @@
-"""The critic: how much reward a response will still earn, told from the state before each of its tokens.
+"""The critic: predicts the return from the hidden state before each response token.
 
-Three kinds, all a linear head on hidden states: `shared` reads the policy's own trunk (TRL ≤ 0.11) and costs nothing;
-`separate` has a trunk of its own that starts as the policy's; `reward` starts as the reward model, which already knows
-what good answers are (Stiennon et al. 2020; Huang et al. 2024).
+Three kinds, all with a linear value head: `shared` uses the policy's own trunk (TRL ≤ 0.11) and needs no extra memory;
+`separate` has a trunk of its own, initialised from the policy; `reward` is initialised from the reward model (Stiennon
+et al. 2020; Huang et al. 2024).
 """
 
 import copy
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
+from deep_rlhf.models.checks import is_causal_classifier
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.models.trunk import Trunk
@@ -20,7 +21,7 @@ from deep_rlhf.types import Completions, CriticKind, Scorer
 
 
 class Critic(nn.Module):
-    """A value head on the policy's trunk, or on one of its own."""
+    """A value head on the policy's trunk, or on a trunk of its own."""
 
     def __init__(self, head: nn.Linear, trunk: Trunk | None = None) -> None:
         super().__init__()
@@ -28,9 +29,9 @@ class Critic(nn.Module):
         self.own_trunk = trunk
 
     def forward(self, part: Completions, states: Tensor | None) -> Tensor:
-        """Values [n, R] of the states before each response token; `states` [n, R, H] are the policy's.
+        """Values [n, R] of the states before each response token.
 
-        A critic with a trunk of its own needs none.
+        `states` [n, R, H] are the policy's; a critic with its own trunk does not need them.
         """
         if self.own_trunk is not None:
             states = self.own_trunk.states(part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
@@ -42,7 +43,7 @@ class Critic(nn.Module):
 
 
 def make_critic(kind: CriticKind, policy: Policy, scorer: Scorer | None, tokenizer: PreTrainedTokenizerBase) -> Critic:
-    """The critic of a policy. Raises UserError if the reward model cannot be one."""
+    """Makes the critic of a policy. Raises ConfigError if the reward model cannot be used as one."""
     if kind == "reward":
         return _from_reward_model(policy, scorer, tokenizer).to(policy.device)
     embeddings = policy.language_model.get_output_embeddings()
@@ -54,34 +55,34 @@ def make_critic(kind: CriticKind, policy: Policy, scorer: Scorer | None, tokeniz
     trunk = Trunk(copy.deepcopy(policy.model))
     own_embeddings = trunk.language_model.get_output_embeddings()
     if own_embeddings.weight is not trunk.language_model.get_input_embeddings().weight:
-        own_embeddings.requires_grad_(False)  # a critic writes nothing
+        own_embeddings.requires_grad_(False)  # a critic generates no text
     return Critic(head, trunk).to(policy.device)
 
 
 def _from_reward_model(policy: Policy, scorer: Scorer | None, tokenizer: PreTrainedTokenizerBase) -> Critic:
-    """A copy of the reward model that says of every token what the reward model says of the last one."""
+    """A copy of the reward model whose value of every token is the reward that it gives to a text ending there."""
     if not isinstance(scorer, RewardModel):
-        raise UserError("critic=reward needs a reward model, but the reward is a function: use critic=separate.")
+        raise ConfigError("critic=reward needs a reward model, and the reward is a function: use critic=separate.")
     if not tokenizer.get_vocab().items() <= scorer.tokenizer.get_vocab().items():
-        raise UserError(
-            "critic=reward needs a reward model with the policy's tokenizer, and this one has another:"
+        raise ConfigError(
+            "critic=reward needs a reward model with the policy's tokenizer, and this one's differs:"
             " use critic=separate."
         )
     trunk = Trunk(copy.deepcopy(scorer.model).requires_grad_(True))
     score = getattr(trunk.language_model, "score", None)
-    if policy.is_seq2seq or not isinstance(score, nn.Linear) or not _reads_from_left_to_right(trunk, score):
-        raise UserError(
-            "critic=reward needs a decoder as policy and as reward model, which judges an unfinished answer as it"
-            f" does a whole one, and '{trunk.language_model.config.model_type}' does not: use critic=separate."
+    if policy.is_seq2seq or not isinstance(score, nn.Linear) or not is_causal_classifier(trunk, score):
+        raise ConfigError(
+            "critic=reward needs a causal decoder as policy and as reward model, so that it scores an unfinished"
+            f" response as a finished one; '{trunk.language_model.config.model_type}' is none: use critic=separate."
         )
     known, needed = (
         getattr(model.config, "max_position_embeddings", None)
         for model in (trunk.language_model, policy.language_model)
     )
     if known is not None and (needed is None or known < needed):
-        raise UserError(
-            f"critic=reward needs a reward model that reads as far as the policy, and this one ends at {known} tokens:"
-            " use critic=separate."
+        raise ConfigError(
+            "critic=reward needs a reward model with at least the policy's context length, and this one's is"
+            f" {known} tokens: use critic=separate."
         )
     head = nn.Linear(score.in_features, 1)
     std = scorer.std.to(score.weight.device)
@@ -92,17 +93,3 @@ def _from_reward_model(policy: Policy, scorer: Scorer | None, tokenizer: PreTrai
     score.requires_grad_(False)
     cast_weights(trunk, policy.dtype)
     return Critic(head, trunk)
-
-
-@torch.no_grad()
-def _reads_from_left_to_right(trunk: Trunk, score: nn.Linear) -> bool:
-    """Whether the classifier's output is its head on the last state, and no state depends on what follows it."""
-    if trunk.is_seq2seq:
-        return False
-    ids, other_end = torch.tensor([[3, 4], [3, 5]], device=trunk.device).split(1)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    states, others = trunk.run_trunk(ids, mask, use_cache=False), trunk.run_trunk(other_end, mask, use_cache=False)
-    own = trunk.language_model(input_ids=ids, attention_mask=mask.long()).logits
-    tolerance = 1e-4 if trunk.dtype == torch.float32 else 5e-2
-    pairs = ((states[:, 0], others[:, 0]), (score(states[:, 1]), own))
-    return all(torch.allclose(found, expected, atol=tolerance) for found, expected in pairs)

@@ -1,4 +1,4 @@
-"""Rewards from a user's own Python function, called so that what goes wrong in it is said in one sentence."""
+"""Rewards from a user's Python function; an error in it becomes a RewardError that names the sample."""
 
 import importlib
 import logging
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import RewardError
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 class FunctionScorer:
-    """A user's `function(prompts, responses)` that returns one number each; a Scorer with one member.
+    """A user's `function(prompts, responses)` that returns one number per response; a Scorer with one member.
 
-    It is called in a thread of its own, where it sees the caller's gradient mode and CUDA device, and may take
-    `timeout` seconds. NaN and infinity are rewards like any other here: what trains on them has to look.
+    It runs in a thread of its own, with the caller's gradient mode and CUDA device, for at most `timeout` seconds. NaN
+    and infinity are passed on: the trainer checks for them.
     """
 
     def __init__(
@@ -35,23 +35,23 @@ class FunctionScorer:
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """The function's rewards, [N, 1] float32.
 
-        Raises UserError, naming the sample, if the function raises, takes too long, or returns anything but one number
-        per response. The sample is found by calling it again on halves, each for at most `timeout` seconds.
+        Raises RewardError, naming the sample, if the function raises, takes too long, or does not return one number per
+        response. The sample is found by calling the function on halves, each for at most `timeout` seconds.
         """
         prompts, responses = list(prompts), list(responses)
         try:
             rewards = self._call(prompts, responses)
         except _Failure as failure:
-            raise UserError(self._diagnosis(failure, prompts, responses)) from failure.__cause__
+            raise RewardError(self._diagnosis(failure, prompts, responses)) from failure.__cause__
         return torch.tensor(rewards, dtype=torch.float32).reshape(-1, 1)
 
     def _call(self, prompts: list[str], responses: list[str]) -> list[float]:
-        """The function's rewards. Raises _Failure; KeyboardInterrupt, SystemExit and their like pass through."""
+        """The function's rewards. Raises _Failure; KeyboardInterrupt, SystemExit and the like pass through."""
         try:
             values = _in_time(self.timeout, lambda: _listed(self.function(list(prompts), list(responses))))
         except _TimeUp:
             raise _Failure(f"did not return within {self.timeout:g} s") from None
-        except Exception as error:  # whatever a user's function raises
+        except Exception as error:  # anything that a user's function raises
             raise _Failure(" ".join(f"raised {type(error).__name__}: {error}".split())) from error
         if not isinstance(values, list):
             raise _Failure(f"must return one number per response, but it returned a {type(values).__name__}")
@@ -66,7 +66,7 @@ class FunctionScorer:
         return rewards
 
     def _diagnosis(self, failure: "_Failure", prompts: list[str], responses: list[str]) -> str:
-        """One sentence: what happened, and with which sample."""
+        """One sentence: what failed, and for which sample."""
         rows, last = self._narrowed(failure, prompts, responses)
         first, text = rows[0], f"{self.name} {failure.reason}"
         sample = f"prompt {_short(prompts[first])}, response {_short(responses[first])}."
@@ -81,10 +81,10 @@ class FunctionScorer:
         return f"{text}; the batch of samples {first} to {rows[-1]} {same}, but neither half of it: {sample}"
 
     def _narrowed(self, failure: "_Failure", prompts: list[str], responses: list[str]) -> tuple[range, "_Failure"]:
-        """The smallest part of the batch that repeated halving finds to fail, and how it failed."""
+        """The smallest part of the batch found by repeated halving that fails, and how it failed."""
         rows = range(len(responses))
         if failure.row is None and len(rows) > 1:
-            logger.warning("%s %s: looking for the sample by calling it on parts.", self.name, failure.reason)
+            logger.warning("%s %s: calling it on parts of the batch to find the sample.", self.name, failure.reason)
         while failure.row is None and len(rows) > 1:
             middle = len(rows) // 2
             for half in (rows[:middle], rows[middle:]):
@@ -99,25 +99,27 @@ class FunctionScorer:
 
 
 def import_function(spec: str) -> FunctionScorer:
-    """The function that `python:module:function` names, looked for in the working directory, too. Raises UserError."""
+    """Imports `python:module:function`, also from the working directory. Raises RewardError."""
     module_name, _, function_name = spec.removeprefix("python:").partition(":")
     if not module_name or not function_name:
-        raise UserError(f"The reward '{spec}' should read python:module:function, like python:my_rewards:politeness.")
+        raise RewardError(
+            f"The reward '{spec}' must have the form python:module:function, such as python:my_rewards:politeness."
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module raises while it is imported
+    except Exception as error:  # anything that a user's module raises on import
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"Cannot import the module '{module_name}' of the reward '{spec}': {reason}.") from error
+        raise RewardError(f"Cannot import the module '{module_name}' of the reward '{spec}': {reason}.") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(f"The module '{module_name}' of the reward '{spec}' has no function '{function_name}'.")
+        raise RewardError(f"The module '{module_name}' of the reward '{spec}' has no function '{function_name}'.")
     return FunctionScorer(function, f"{module_name}.{function_name}")
 
 
 class _Failure(Exception):
-    """What one call of a user's function did wrong, and in which row if its answer tells."""
+    """An error of one call of a user's function, with its row if the returned values show it."""
 
     def __init__(self, reason: str, row: int | None = None) -> None:
         super().__init__(reason)
@@ -126,17 +128,17 @@ class _Failure(Exception):
 
 
 class _TimeUp(Exception):
-    """A call took too long; no TimeoutError, since a user's function may raise that itself."""
+    """A call took too long; not a TimeoutError, which a user's function may raise itself."""
 
 
 def _in_time(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns or raises in a daemon thread: one that hangs keeps neither the caller nor the exit waiting.
+    """Runs `call` in a daemon thread, so that one that hangs blocks neither the caller nor the exit of the program.
 
-    Raises _TimeUp after `seconds`. Ctrl-C ends the wait.
+    Returns or raises what `call` does, or raises _TimeUp after `seconds`. Ctrl-C ends the wait.
     """
     returned: list[T] = []
     raised: list[BaseException] = []
-    # both belong to a thread, and a new one starts with its own
+    # both are local to a thread, so the new one gets the caller's
     gradients = torch.is_grad_enabled()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
 
@@ -144,7 +146,7 @@ def _in_time(seconds: float, call: Callable[[], T]) -> T:
         try:
             with torch.set_grad_enabled(gradients), torch.cuda.device(device):
                 returned.append(call())
-        except BaseException as error:  # KeyboardInterrupt and SystemExit too are the caller's to handle
+        except BaseException as error:  # the caller handles KeyboardInterrupt and SystemExit, too
             raised.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -158,7 +160,7 @@ def _in_time(seconds: float, call: Callable[[], T]) -> T:
 
 
 def _listed(returned: Any) -> Any:
-    """An iterable's items as a list; what is none, or a tensor without dimensions, stays as it is."""
+    """An iterable's items as a list; anything else, or a tensor without dimensions, unchanged."""
     try:
         items = iter(returned)
     except TypeError:

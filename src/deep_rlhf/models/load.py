@@ -1,4 +1,4 @@
-"""Opens tokenizers and models by name or folder, with one clear sentence when it cannot be done."""
+"""Opens tokenizers and models by Hub name or folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,23 +16,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ModelError
 from deep_rlhf.models.quantisation import four_bit_config, keep_trainable
 
 T = TypeVar("T")
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a Hub name or folder. Raises UserError if there is none."""
+    """The fast tokenizer of a Hub name or folder. Raises ModelError if it cannot be opened."""
     return _opened("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
 
 
 def load_language_model(
     name: str, *, seq2seq: bool = False, in_4bit: bool = False, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A model that writes text, float32 on the CPU, dropout off. Raises UserError if it cannot be opened.
+    """A language model in float32 on the CPU, without dropout. Raises ModelError if it cannot be opened.
 
-    `in_4bit` quantises its layers, on the GPU where there is one; embeddings, norms and the head stay float32.
+    `in_4bit` quantises its linear layers, on the GPU if there is one; embeddings, norms and head stay float32. Without
+    bitsandbytes it raises ResourceError.
     """
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     what = "encoder-decoder" if seq2seq else "decoder-only language model"
@@ -41,34 +42,34 @@ def load_language_model(
         options["quantization_config"] = four_bit_config()
     model, loaded = _opened(what, name, lambda: auto.from_pretrained(name, **options))
     if loaded["missing_keys"]:
-        raise UserError(
-            f"'{name}' is no {what}: it lacks the weights {min(loaded['missing_keys'])}. Give a model that writes text,"
-            " such as gpt2 (or t5-small with use_seq2seq)."
+        raise ModelError(
+            f"'{name}' lacks weights of the {what}, such as {min(loaded['missing_keys'])}. Give a language model like"
+            " gpt2 (or t5-small with use_seq2seq)."
         )
     keep_trainable(model)
     return disable_dropout(model)
 
 
 def load_sequence_classifier(name: str, *, num_labels: int, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model with `num_labels` scalar heads, float32 on the CPU. Raises UserError if it cannot be opened."""
+    """A classifier with `num_labels` scalar heads, float32 on the CPU. Raises ModelError if it cannot be opened."""
     options = _options(trust_remote_code) | {"num_labels": num_labels, "problem_type": "regression"}
     auto = AutoModelForSequenceClassification
     return _opened("reward model", name, lambda: auto.from_pretrained(name, **options))
 
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Sets every dropout probability to 0, so that train and eval mode compute the same (Huang et al. 2024)."""
+    """Sets every dropout probability to 0, so that train and eval mode are identical (Huang et al. 2024)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in list(vars(module).items()):  # what is given to functional dropout, and layerdrop
+        for name, value in list(vars(module).items()):  # probabilities passed to functional dropout, and layerdrop
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
     return model
 
 
 def _first_sentence(error: Exception) -> str:
-    """What an error says in its first line, or up to the end of the list that the line begins; with a full stop."""
+    """The first line of an error's message, with the list that it introduces if it ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     end = 1
     while lines[0].endswith(":") and end < len(lines) and not lines[end - 1].endswith("."):
@@ -77,9 +78,9 @@ def _first_sentence(error: Exception) -> str:
 
 
 def no_configuration(error: Exception) -> str:
-    """Why a model has no configuration, to stand behind its name."""
+    """Why a model's configuration cannot be read, as a phrase to follow its name."""
     if isinstance(error.__cause__, LocalEntryNotFoundError):
-        return "cannot be opened (it is no folder and not in the cache, and the Hugging Face Hub was not reached)"
+        return "cannot be opened (no such folder, not in the cache, and the Hugging Face Hub cannot be reached)"
     return "has no readable config.json"
 
 
@@ -89,13 +90,15 @@ def _options(trust_remote_code: bool) -> dict[str, object]:
 
 def _opened(what: str, name: str, load: Callable[[], T]) -> T:
     if name.startswith((".", "/", "~")) and not Path(name).exists():
-        raise UserError(f"There is no folder '{name}' to open a {what} from: give one that save_pretrained wrote.")
+        raise ModelError(
+            f"There is no folder '{name}' to open the {what} from: give a folder written by save_pretrained."
+        )
     try:
         return load()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = _first_sentence(error)
         if reason.startswith("Unrecognized configuration class"):
-            reason = f"its architecture is no {what}."
-        raise UserError(
-            f"Cannot open the {what} '{name}': {reason} Give a folder that save_pretrained wrote, or a name on the Hub."
+            reason = "its architecture is of another kind."
+        raise ModelError(
+            f"Cannot open the {what} '{name}': {reason} Give a folder written by save_pretrained, or a Hub name."
         ) from error

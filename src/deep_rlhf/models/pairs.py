@@ -1,4 +1,4 @@
-"""Rewards of pairs from token ids: each answer on its own, or both behind the prompt, which a decoder then reads once.
+"""Rewards of pairs of responses: separately, or both in one sequence after their common prefix, computed once.
 
 A pair is one row, prefix | rest of a | rest of b: `input_ids` [B, T], padded on the right, and `lengths` [B, 3].
 """
@@ -16,16 +16,14 @@ from deep_rlhf.models.reward import reward_head
 
 logger = logging.getLogger(__name__)
 
-
-# Of the width of a forward pass: oneDNN compiles, and keeps, kernels for every shape.
-WIDTH_MULTIPLE = 32
+WIDTH_MULTIPLE = 32  # of forward passes: oneDNN compiles and keeps kernels for every shape
 
 
 class PairScorer:
-    """Turns pairs into rewards with a sequence classifier, plain or with adapters, the way that costs it least."""
+    """Computes the rewards of pairs with a sequence classifier, plain or with adapters."""
 
     def __init__(self, model: nn.Module, *, pad_token_id: int, longest: int) -> None:
-        """`longest`: tokens of the longest text that `model` will be given."""
+        """`longest`: tokens of the longest text to score."""
         self.pad_token_id = pad_token_id
         self.longest = longest
         self.head = reward_head(model)
@@ -33,10 +31,10 @@ class PairScorer:
 
     @torch.no_grad()
     def share_prefix(self, model: Any) -> None:
-        """From now on the common prefix of a pair is read once, if the rewards of `model` stay what they are.
+        """Turns on sharing of the common prefix of a pair if it does not change the rewards of `model`.
 
-        That is found by computing both ways for the longest texts: a model may read ahead, see only the nearest tokens,
-        or know positions and masks that a caller cannot give it.
+        Both ways are computed for texts of the maximum length: a model may not be causal, may use a sliding window, or
+        may not accept positions and masks.
         """
         vocabulary = model.get_input_embeddings().num_embeddings
         share = max(1, self.longest // 2)
@@ -52,20 +50,20 @@ class PairScorer:
             self.shares_prefix = True
             shared = self.rewards(model, ids, lengths, tokens=8 * share + 2 * WIDTH_MULTIPLE)
             self.shares_prefix = torch.allclose(shared, plain, atol=1e-4, rtol=1e-4)
-        except Exception as error:  # whatever a model raises that wants an EOS, or knows neither masks nor positions
-            logger.debug("No prefix is shared: %s", error)
+        except Exception as error:  # for example from a model that needs an EOS, or accepts no masks or positions
+            logger.debug("Prefixes are not shared: %s", error)
             self.shares_prefix = False
         finally:
             model.train(training)
 
     def tokens(self, lengths: list[list[int]]) -> list[int]:
-        """How many tokens, padding to a multiple of WIDTH_MULTIPLE included, the model reads of each pair."""
+        """The tokens computed for each pair, including the padding to a multiple of WIDTH_MULTIPLE."""
         return [sum(self._widths(row)) for row in lengths]
 
     def rewards(self, model: nn.Module, input_ids: Tensor, lengths: Tensor, *, tokens: int) -> Tensor:
-        """The rewards [B, 2, K] float32 of both answers, with at most `tokens` tokens in a forward pass.
+        """The rewards [B, 2, K] float32 of both responses, with at most `tokens` tokens in a forward pass.
 
-        `model` is the one that was given, or a wrapper around it. What is of like length goes through it together.
+        `model` is the constructor's, or a wrapper around it. Texts of similar length share a forward pass.
         """
         widths = [width for row in lengths.tolist() for width in self._widths(row)]
         if self.shares_prefix:
@@ -73,45 +71,45 @@ class PairScorer:
         batches = token_budget_batches(widths, tokens)
         outputs = []
         for batch in batches:
-            chosen, width = torch.tensor(batch, device=input_ids.device), widths[batch[0]]
+            rows, width = torch.tensor(batch, device=input_ids.device), widths[batch[0]]
             if self.shares_prefix:
-                outputs.append(self._shared(model, input_ids[chosen, :width], lengths[chosen]))
+                outputs.append(self._shared(model, input_ids[rows, :width], lengths[rows]))
             else:
-                outputs.append(self._plain(model, input_ids, lengths, chosen, width))
+                outputs.append(self._plain(model, input_ids, lengths, rows, width))
         order = torch.tensor([row for batch in batches for row in batch], device=input_ids.device).argsort()
         return torch.cat(outputs)[order].float().reshape(len(lengths), 2, -1)
 
     def _widths(self, lengths: list[int]) -> list[int]:
-        """Of the forward passes that a pair needs."""
+        """The padded widths of the sequences of a pair."""
         prefix, a, b = lengths
         if self.shares_prefix:
             return [_rounded(prefix + a + b)]
         return [max(text, min(_rounded(text), self.longest)) for text in (prefix + a, prefix + b)]
 
     def _plain(self, model: nn.Module, input_ids: Tensor, lengths: Tensor, sides: Tensor, width: int) -> Tensor:
-        """Logits [n, K] of some sides, where side 2 i is answer a of pair i, and 2 i + 1 its answer b."""
+        """Logits [n, K] of some `sides`: side 2 i is response a of pair i, and side 2 i + 1 its response b."""
         pairs, is_b = sides // 2, sides % 2
         prefix, a, b = lengths[pairs].unbind(1)
-        place = torch.arange(width, device=input_ids.device).expand(len(sides), -1)
-        real = place < (prefix + torch.where(is_b == 1, b, a))[:, None]
-        source = place + torch.where((is_b[:, None] == 1) & (place >= prefix[:, None]), a[:, None], 0)
+        column = torch.arange(width, device=input_ids.device).expand(len(sides), -1)
+        real = column < (prefix + torch.where(is_b == 1, b, a))[:, None]
+        source = column + torch.where((is_b[:, None] == 1) & (column >= prefix[:, None]), a[:, None], 0)
         ids = input_ids[pairs[:, None], source.where(real, 0)].where(real, self.pad_token_id)
         return model(input_ids=ids, attention_mask=real.long()).logits
 
     def _shared(self, model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Logits [n, 2, K] of whole pairs: b sees the prefix and itself, and its positions go on where the prefix ends.
+        """Logits [n, 2, K] of whole pairs: b attends to the prefix and itself, and its positions continue the prefix.
 
-        The classifier itself picks one token of a row, so what its head gives for every token is taken from the head.
+        The classifier returns the logits of one token per row, so a hook reads those of every token from its head.
         """
         prefix, a, b = lengths[:, :, None].unbind(1)  # [n, 1]
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        in_b = place >= prefix + a
-        in_a = (place >= prefix) & ~in_b
-        unseen = (place[:, None] < place) | (in_b[:, :, None] & in_a[:, None, :])  # [n, T, T]
+        column = torch.arange(input_ids.shape[1], device=input_ids.device)
+        in_b = column >= prefix + a
+        in_a = (column >= prefix) & ~in_b
+        hidden = (column[:, None] < column) | (in_b[:, :, None] & in_a[:, None, :])  # [n, T, T]
         dtype = self.head.weight.dtype
-        mask = torch.zeros(unseen.shape, dtype=dtype, device=place.device)  # added to scores: every backend takes it
-        mask.masked_fill_(unseen, torch.finfo(dtype).min)
-        positions = torch.where(in_b, (place - a).clamp(max=prefix + b - 1), place)  # the padding's stay in range
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=column.device)  # additive: every backend accepts it
+        mask.masked_fill_(hidden, torch.finfo(dtype).min)
+        positions = torch.where(in_b, (column - a).clamp(max=prefix + b - 1), column)  # in range for padding, too
         with _outputs(self.head) as outputs:
             model(input_ids=input_ids, attention_mask=mask[:, None], position_ids=positions)
         ends = torch.cat([prefix + a, prefix + a + b], dim=1) - 1
@@ -123,7 +121,7 @@ def _rounded(size: int) -> int:
 
 
 def common_prefix(a: Tensor, b: Tensor) -> int:
-    """How many tokens two answers with their prompt begin with alike; at least one of each is its own."""
+    """The number of common first tokens of two texts; at least one token of each is left to itself."""
     length = min(len(a), len(b)) - 1
     differs = (a[:length] != b[:length]).nonzero()
     return int(differs[0]) if len(differs) else length
@@ -131,7 +129,7 @@ def common_prefix(a: Tensor, b: Tensor) -> int:
 
 @contextmanager
 def _outputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What `module` returns while the context lasts."""
+    """Collects the outputs of `module` until the context ends."""
     outputs: list[Tensor] = []
     handle = module.register_forward_hook(lambda _, __, output: outputs.append(output))
     try:

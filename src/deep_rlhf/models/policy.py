@@ -1,6 +1,6 @@
-"""The policy: a language model whose logits are never materialised for a whole batch.
+"""The policy and the reference model: language models whose logits are never held for a whole batch.
 
-The trunk gives hidden states, and `head` turns as few of them as the caller likes into logits.
+The trunk returns hidden states, and `head` turns a chunk of them at a time into logits.
 """
 
 import copy
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deep_rlhf.errors import UserError
 from deep_rlhf.models.adapters import merged
+from deep_rlhf.models.checks import check_language_model
 from deep_rlhf.models.trunk import Trunk
 from deep_rlhf.ops.logprobs import chunked_kl_full, chunked_logprobs_and_entropy, chunked_token_logprobs
 
-# Of the logits held at once, which a training pass keeps until its backward pass.
+# Bytes of the logits held at once; a training pass keeps them until its backward pass.
 LOGIT_BYTES = {"cpu": 64 * 2**20}
 LOGIT_BYTES_OF_GPU = 2**30
 
@@ -26,12 +26,13 @@ class Policy(Trunk):
     """A decoder-only or encoder-decoder language model, plain or with adapters."""
 
     def __init__(self, model: Any) -> None:
-        """`model` is a transformers model or a peft.PeftModel around one; its dropout is switched off.
+        """`model` is a transformers model or a peft.PeftModel around one; its dropout is disabled.
 
-        Raises UserError if the model's logits are not those of its output embeddings, so no shortcut is ever wrong.
+        Raises ModelError if the model is not causal, or if its logits are not its output embeddings applied to the last
+        hidden state.
         """
         super().__init__(model)
-        self._check_head()
+        check_language_model(self, self.head)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] -> logits [..., V], as the model's own forward computes them."""
@@ -47,7 +48,7 @@ class Policy(Trunk):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def logprobs(self, states: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float) -> Tensor:
-        """log π(token | state) [n, R] in nats for the real tokens, 0 elsewhere; logits are divided by `temperature`."""
+        """log π(token | state) [n, R] in nats, 0 outside the mask; the logits are divided by `temperature`."""
         real = chunked_token_logprobs(
             states[response_mask],
             self.head,
@@ -55,12 +56,12 @@ class Policy(Trunk):
             temperature=temperature,
             chunk_size=self.chunk_size,
         )
-        return _scattered(real, response_mask)
+        return _scatter(real, response_mask)
 
     def logprobs_and_entropy(
         self, states: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """`logprobs`, and the entropy [n, R] in nats of the distribution each token is drawn from."""
+        """`logprobs`, and the entropy [n, R] in nats of the distribution of each token."""
         logprobs, entropy = chunked_logprobs_and_entropy(
             states[response_mask],
             self.head,
@@ -68,55 +69,31 @@ class Policy(Trunk):
             temperature=temperature,
             chunk_size=self.chunk_size,
         )
-        return _scattered(logprobs, response_mask), _scattered(entropy, response_mask)
+        return _scatter(logprobs, response_mask), _scatter(entropy, response_mask)
 
     @property
     def chunk_size(self) -> int:
-        """Tokens whose logits are held at once."""
+        """Number of tokens whose logits are held at once."""
         return self.chunk_size_of(LOGIT_BYTES.get(self.device.type, LOGIT_BYTES_OF_GPU))
 
     def chunk_size_of(self, logit_bytes: int) -> int:
-        """`chunk_size` where so many bytes may be held."""
+        """`chunk_size` for a budget of `logit_bytes`."""
         vocabulary = self.language_model.get_output_embeddings().weight.shape[0]
         return max(1, logit_bytes // (vocabulary * self.dtype.itemsize))
 
     def plain_model(self) -> PreTrainedModel:
-        """The language model as plain transformers saves and opens it: adapters merged in."""
+        """The language model as plain transformers can save and open it, with adapters merged."""
         return merged(self.model) if self.is_adapted else self.model
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        model = self.language_model
-        tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-        ids, other_end = torch.tensor([[1, 2], [1, 3]], device=self.device).split(1)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        if self.is_seq2seq:
-            own = model(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=ids).logits
-            states = self.run_trunk(ids, mask, encoder_hidden_states=self.encode(ids, mask), use_cache=False)
-        else:
-            own = model(input_ids=ids, attention_mask=mask.long()).logits
-            states = self.run_trunk(ids, mask, use_cache=False)
-            other = model(input_ids=other_end, attention_mask=mask.long()).logits
-            if not torch.allclose(other[:, 0], own[:, 0], atol=tolerance, rtol=tolerance):
-                raise UserError(
-                    f"The architecture '{model.config.model_type}' reads ahead, so it cannot write: use a decoder"
-                    " (GPT-2, Llama, …), or an encoder-decoder with use_seq2seq."
-                )
-        if not torch.allclose(self.head(states), own, atol=tolerance, rtol=tolerance):
-            raise UserError(
-                f"The architecture '{model.config.model_type}' computes its logits in a way this project does not know:"
-                " use a model whose logits are its output embeddings applied to the last hidden state."
-            )
 
 
 class Reference:
-    """The frozen model that the KL penalty is measured from: a copy, or an adapted policy with its adapters off."""
+    """The frozen model of the KL penalty: a copy of the policy, or the policy with its adapters disabled."""
 
     def __init__(self, policy: Policy, *, frozen: Policy | None = None) -> None:
-        """Copies the policy as it is now, unless its adapters can be switched off (then it costs no memory).
+        """Copies the policy's current weights, unless it has adapters to disable, which needs no memory.
 
-        `frozen`, a model without adapters, is the reference itself where there is one already; it may compute in
-        another format and on another device than the policy.
+        `frozen`, a model without adapters, is used as the reference itself; its dtype and device may differ from the
+        policy's.
         """
         if frozen is not None:
             self._policy = frozen.requires_grad_(False)
@@ -133,12 +110,12 @@ class Reference:
             else:
                 yield self._policy
 
-    def look(
+    def states_and_logprobs(
         self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """The states [n, R, H] before each response token, where the reference is, and log π₀(token) [n, R] in nats.
+        """The states [n, R, H] before each response token, and log π_ref(token | state) [n, R] in nats.
 
-        The log-probabilities are where the ids are; they are 0 outside the mask.
+        The states are on the reference's device, the log-probabilities on that of the ids and 0 outside the mask.
         """
         with self.model() as frozen:
             ids, mask = response_ids.to(frozen.device), response_mask.to(frozen.device)
@@ -149,9 +126,9 @@ class Reference:
     def kl(
         self, policy: Policy, states: Tensor, ref_states: Tensor, response_mask: Tensor, temperature: float
     ) -> Tensor:
-        """Exact KL(policy ‖ reference) in nats of each response token's distribution, [n, R], 0 outside the mask.
+        """Exact KL(policy ‖ reference) of each response token's distribution, [n, R] in nats, 0 outside the mask.
 
-        states and ref_states [n, R, H] are those of policy and reference, each on its device.
+        states and ref_states [n, R, H] are those of policy and reference, each on its own device.
         """
 
         def ref_head(hidden: Tensor) -> Tensor:
@@ -166,9 +143,9 @@ class Reference:
             temperature=temperature,
             chunk_size=policy.chunk_size,
         )
-        return _scattered(real, response_mask)
+        return _scatter(real, response_mask)
 
 
-def _scattered(real: Tensor, mask: Tensor) -> Tensor:
-    """Values [M] of the real tokens put back in their places [n, R], 0 elsewhere."""
+def _scatter(real: Tensor, mask: Tensor) -> Tensor:
+    """Puts the values [M] of the real tokens at their positions [n, R]; 0 elsewhere."""
     return torch.zeros(mask.shape, device=real.device).masked_scatter(mask, real)

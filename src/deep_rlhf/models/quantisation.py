@@ -1,6 +1,6 @@
-"""Layers in 4 bits under trainable adapters: NF4, doubly quantised, by bitsandbytes (QLoRA, Dettmers et al. 2023).
+"""4-bit layers below trainable adapters: NF4 with double quantisation by bitsandbytes (QLoRA, Dettmers et al. 2023).
 
-bitsandbytes is imported only once a model has such layers.
+bitsandbytes is imported only if a model has such layers.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from deep_rlhf.runtime.precision import require_bitsandbytes
 
 
 def four_bit_config() -> BitsAndBytesConfig:
-    """What from_pretrained needs to know. Raises UserError without bitsandbytes."""
+    """The quantisation settings for from_pretrained. Raises ResourceError without bitsandbytes."""
     require_bitsandbytes("load_in_4bit")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
 def is_four_bit(model: Any) -> bool:
-    """Whether a transformers model, or one with adapters, was loaded in 4 bits."""
+    """Whether a transformers model, plain or with adapters, was loaded in 4 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
@@ -35,21 +35,21 @@ def four_bit_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Stops a CPU from repacking the layers for inference, after which no gradient would pass through them."""
+    """Prevents a CPU from repacking the layers for inference, which would stop gradients through them."""
     for layer in four_bit_layers(model).values():
         layer.support_avx512bf16_for_cpu = False
 
 
 def compute_four_bit_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes the quantised layers multiply in `dtype`."""
+    """Sets the dtype in which the quantised layers multiply."""
     for layer in four_bit_layers(model).values():
         layer.compute_dtype = layer.weight.quant_state.dtype = dtype
 
 
 def unpack_four_bit(model: PreTrainedModel, deltas: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Gives `model` plain layers that compute what its quantised ones do, in place and on the CPU.
+    """Replaces the quantised layers of `model` by plain ones with the same weights, in place and on the CPU.
 
-    `deltas` {name of a layer: [out, in]} are added to the weights before they are rounded to the layer's format.
+    `deltas` {layer name: [out, in]} are added to the weights before these are rounded to the layer's dtype.
     """
     for name, layer in four_bit_layers(model).items():
         model.set_submodule(name, _unpacked(layer, deltas.get(name)))
@@ -65,7 +65,7 @@ def _unpacked(layer: Any, delta: Tensor | None) -> nn.Module:
     if delta is not None:
         weight = (weight.float() + delta).to(weight.dtype)
     with torch.device("meta"):
-        if issubclass(layer.source_cls, Conv1D):  # GPT-2's, which transformers turned round to quantise it
+        if issubclass(layer.source_cls, Conv1D):  # GPT-2's, which transformers transposed to quantise it
             plain: nn.Module = Conv1D(layer.out_features, layer.in_features)
             weight = weight.t().contiguous()
         else:

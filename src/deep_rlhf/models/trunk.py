@@ -1,4 +1,4 @@
-"""A transformer without its last layer: token ids in, hidden states out. Policy and critic stand on it."""
+"""A transformer without its output layer: token ids in, hidden states out. Policy and critic are built on it."""
 
 import inspect
 from typing import Any
@@ -12,18 +12,18 @@ from deep_rlhf.models.load import disable_dropout
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Positions that count real tokens only: the exclusive cumulative sum of the mask [n, L] (Huang et al. 2024)."""
+    """Positions [n, L] that count real tokens only: the exclusive cumulative sum of the mask (Huang et al. 2024)."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 class Trunk(nn.Module):
-    """What a decoder-only or encoder-decoder model, plain or with adapters, computes before its head."""
+    """A decoder-only or encoder-decoder model, plain or with adapters, up to its last hidden states."""
 
     def __init__(self, model: Any) -> None:
-        """`model` is a transformers model or a peft.PeftModel around one, changed here: no dropout, fast kernels."""
+        """`model`, a transformers model or a peft.PeftModel around one, is changed: no dropout, fast kernels."""
         super().__init__()
         use_fast_kernels(model)
-        self.model = disable_dropout(model).eval()  # a few models read dropout from their configuration
+        self.model = disable_dropout(model).eval()  # some models read dropout from their configuration
         self.is_adapted = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
         self.is_seq2seq: bool = bool(self.language_model.config.is_encoder_decoder)
         self._checkpoints = False
@@ -36,7 +36,7 @@ class Trunk(nn.Module):
 
     @property
     def trunk(self) -> nn.Module:
-        """What turns (decoder) token ids into hidden states."""
+        """The module that maps (decoder) token ids to hidden states."""
         model = self.language_model
         return model.get_decoder() if self.is_seq2seq else model.base_model
 
@@ -46,11 +46,11 @@ class Trunk(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the hidden states are computed in."""
+        """The dtype of the hidden states."""
         return self.language_model.get_input_embeddings().weight.dtype
 
     def checkpoint_activations(self) -> None:
-        """From now on activations are computed again in the backward pass instead of being kept (Chen et al. 2016)."""
+        """Turns on activation checkpointing: the backward pass recomputes activations (Chen et al. 2016)."""
         self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         self._checkpoints = True
 
@@ -61,19 +61,19 @@ class Trunk(nn.Module):
         return encoder(input_ids=prompt_ids, attention_mask=prompt_mask.long()).last_hidden_state
 
     def run_trunk(self, input_ids: Tensor, mask: Tensor, **extra: Any) -> Tensor:
-        """Hidden states [n, L, H] of the last L ids; `mask` covers cached tokens too."""
+        """Hidden states [n, L, H] of input_ids [n, L]; `mask` [n, cached + L] covers cached tokens, too."""
         self._set_mode()
         if self._takes_positions and not self.is_seq2seq:
             extra["position_ids"] = position_ids(mask)[:, -input_ids.shape[1] :]
         return self.trunk(input_ids=input_ids, attention_mask=mask.long(), **extra).last_hidden_state
 
     def start_ids(self, count: int) -> Tensor:
-        """[count, 1]: the token an encoder-decoder's responses begin after."""
+        """The decoder start token of an encoder-decoder, [count, 1]."""
         start = self.language_model.config.decoder_start_token_id
         return torch.full((count, 1), start, dtype=torch.int64, device=self.device)
 
     def states(self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor) -> Tensor:
-        """The hidden state before each response token, teacher-forced.
+        """The hidden state before each response token, by teacher forcing.
 
         prompt_ids, prompt_mask [n, P]; response_ids, response_mask [n, R] -> [n, R, H].
         """
@@ -95,6 +95,6 @@ class Trunk(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _set_mode(self) -> None:
-        """transformers checkpoints activations in train mode, where it refuses to use a cache of keys and values."""
+        """transformers checkpoints activations in train mode only, and refuses a key/value cache there."""
         if self._checkpoints:
             self.model.train(torch.is_grad_enabled())

@@ -1,4 +1,4 @@
-"""From per-token rewards to what the policy and the critic are trained towards."""
+"""Rewards per token, advantages, returns, and baselines of groups of responses."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,8 @@ from torch import Tensor
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """r_t = −β·KL_t, plus the score on the last real token (Ziegler et al. 2019, eq. 2).
 
-    scores [N], kl [N, R] nats, mask [N, R] -> [N, R], zero outside the mask. A response without tokens gets no score.
+    scores [N], kl [N, R] in nats, mask [N, R] bool, True for real tokens -> [N, R], zero outside the mask. A response
+    without tokens gets no score.
     """
     rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
     positions = torch.arange(mask.shape[1], device=mask.device)
@@ -18,9 +19,9 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: δ_t = r_t + γV_{t+1} − V_t, A_t = δ_t + γλA_{t+1} (Schulman 2016, eq. 16).
 
-    rewards, values, mask [N, R]; values[t] is of the state before token t, and the state after the last token is
-    worth 0. Returns (advantages, returns = advantages + values), zero outside the mask. Masked-out positions are
-    stepped over as if they were not there, wherever they stand.
+    rewards, values [N, R], mask [N, R] bool, True for real tokens; values[:, t] belongs to the state before token t,
+    and the value after the last token is 0. Returns (advantages, returns = advantages + values) [N, R], zero outside
+    the mask. Masked positions are skipped, also between real tokens.
     """
     rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
     values = torch.where(mask, values, torch.zeros_like(values))
@@ -37,7 +38,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 def leave_one_out(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of the OTHER samples of each sample's group (Kool et al. 2019; RLOO).
+    """Mean and unbiased standard deviation of the other samples in each sample's group (RLOO; Kool et al. 2019).
 
     rewards [N], group [N] ids -> (baseline [N], std [N]); std is 0 where fewer than two others exist, and the
     baseline of a group of one is 0.
@@ -51,7 +52,7 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_mean_std(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of each sample's whole group, itself included (GRPO; Shao et al. 2024).
+    """Mean and unbiased standard deviation of each sample's group, itself included (GRPO; Shao et al. 2024, §4.1).
 
     rewards [N], group [N] ids -> (mean [N], std [N]); std is 0 in a group of one.
     """

@@ -1,4 +1,4 @@
-"""How far the policy is from its reference, and how strongly that is punished."""
+"""KL divergence between policy and reference, and the adaptive KL coefficient."""
 
 from typing import Literal
 
@@ -41,9 +41,10 @@ def kl_estimate(
 
 
 def kl_full(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Exact KL(policy ‖ reference) from both full log-distributions [..., V] -> [...] in nats.
+    """Exact KL(policy ‖ reference) = Σ_v π(v) (log π(v) − log π_ref(v)), [..., V] -> [...] in nats.
 
-    A token that the policy never draws (−inf) adds nothing, whatever the reference says of it.
+    Both arguments are log-probabilities of the whole vocabulary. A token of probability 0 under the policy (−inf)
+    contributes 0.
     """
     probabilities = logprobs.exp()
     # −inf − (−inf) would be NaN
@@ -54,7 +55,7 @@ def kl_full(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def adapted_kl_coef(coef: float, kl: float, *, target: float, horizon: float, samples: int) -> float:
     """The next KL coefficient: β ← β (1 + clip(KL/target − 1, ±0.2) · n/horizon) (Ziegler et al. 2019, §2.2).
 
-    kl and target in nats per answer; n samples were drawn since the last change.
+    kl and target are in nats per response; n = `samples` responses were drawn since the last change.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return coef * (1.0 + error * samples / horizon)

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens from hidden states, without ever holding [batch, length, vocabulary]."""
+"""Log-probabilities, entropy and KL from hidden states, without ever holding [batch, length, vocabulary]."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,16 +14,16 @@ from deep_rlhf.ops.kl import kl_full
 def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / T)[token]: logits [..., V], token_ids [...] -> [...] in nats, float32.
 
-    The temperature divides the logits wherever they are used, in sampling and in training alike (Huang et al. 2024).
+    The temperature T divides the logits in sampling and in training alike (Huang et al. 2024).
     """
     scaled = logits.float() / temperature
     return scaled.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(logits / T) over the last dimension, in nats: H = log Z − Σ p·z.
+    """Entropy of softmax(z), z = logits / T, in nats: H = log Σ exp z − Σ p·z; [..., V] -> [...].
 
-    A suppressed token (a logit of −inf) adds nothing.
+    A suppressed token (a logit of −inf) contributes 0.
     """
     # −inf · 0 would be NaN; the lowest finite number · 0 is 0
     scaled = (logits.float() / temperature).clamp(min=torch.finfo(torch.float32).min)
@@ -40,15 +40,15 @@ def chunked_token_logprobs(
 ) -> Tensor:
     """`token_logprobs(head(hidden), token_ids)` with at most [chunk_size, V] logits alive at any time.
 
-    hidden [M, H] states before each token, head maps [m, H] -> [m, V], token_ids [M] -> [M]. A single chunk keeps its
-    logits for the backward pass; of several, each is computed again there, so memory stays flat at the price of one
-    more product with the head. The gradient has no gradient of its own.
+    hidden [M, H] states before each token, head maps [m, H] -> [m, V], token_ids [M] -> [M] in nats. A single chunk
+    keeps its logits for the backward pass; several are recomputed there, which bounds memory at the cost of one more
+    product with the head. It cannot be differentiated twice.
     """
 
-    def of_chunk(states: Tensor, ids: Tensor) -> Tensor:
+    def logprobs_of(states: Tensor, ids: Tensor) -> Tensor:
         return _TokenLogprobs.apply(head(states), ids, temperature)
 
-    return _by_chunks(of_chunk, hidden, token_ids, chunk_size)
+    return _by_chunks(logprobs_of, hidden, token_ids, chunk_size)
 
 
 def chunked_logprobs_and_entropy(
@@ -59,16 +59,16 @@ def chunked_logprobs_and_entropy(
     temperature: float = 1.0,
     chunk_size: int = 512,
 ) -> tuple[Tensor, Tensor]:
-    """As `chunked_token_logprobs`, and the entropy before each token: (logprobs [M], entropy [M]), both with gradient.
+    """`chunked_token_logprobs` and the entropy of each token's distribution from the same logits.
 
-    The logits are made once for both.
+    Returns (logprobs [M], entropy [M]) in nats, both with gradients.
     """
 
-    def of_chunk(states: Tensor, ids: Tensor) -> Tensor:
+    def both_of(states: Tensor, ids: Tensor) -> Tensor:
         logits = head(states)
         return torch.stack([token_logprobs(logits, ids, temperature), entropy(logits, temperature)])
 
-    logprobs, entropies = _by_chunks(of_chunk, hidden, token_ids, chunk_size)
+    logprobs, entropies = _by_chunks(both_of, hidden, token_ids, chunk_size)
     return logprobs, entropies
 
 
@@ -84,7 +84,7 @@ def chunked_kl_full(
     """`kl_full` of the next token under policy and reference, [M] in nats, float32, without gradient.
 
     hidden and ref_hidden [M, H] states before each token; the heads map [m, H] -> [m, V]. At most two [chunk_size, V]
-    logits are alive at any time; both are divided by the temperature. A token suppressed in both adds nothing.
+    logits are alive at any time; both are divided by the temperature. A token suppressed in both contributes 0.
     """
     with torch.no_grad():
         return torch.cat(
@@ -99,18 +99,18 @@ def chunked_kl_full(
 
 
 def _by_chunks(
-    of_chunk: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, token_ids: Tensor, chunk_size: int
+    function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, token_ids: Tensor, chunk_size: int
 ) -> Tensor:
     chunks = list(zip(hidden.split(chunk_size), token_ids.split(chunk_size), strict=True))
     if len(chunks) == 1 or not torch.is_grad_enabled():
-        return torch.cat([of_chunk(states, ids) for states, ids in chunks], dim=-1)
-    return torch.cat([checkpoint(of_chunk, states, ids, use_reentrant=False) for states, ids in chunks], dim=-1)
+        return torch.cat([function(states, ids) for states, ids in chunks], dim=-1)
+    return torch.cat([checkpoint(function, states, ids, use_reentrant=False) for states, ids in chunks], dim=-1)
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """`token_logprobs` of logits [m, V] that keeps them alone, and turns them into their gradient in place.
+    """`token_logprobs` of logits [m, V] that saves only the logits and overwrites them with their gradient.
 
-    Plain autograd would hold four tensors of their size, and go over memory ten times instead of three.
+    Plain autograd would save four tensors of that size and pass over memory ten times instead of three.
     """
 
     @staticmethod
@@ -119,36 +119,36 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.temperature = temperature
         logprobs = torch.empty(len(logits), device=logits.device)
         for rows in _blocks(logits):
-            whole = scaled(logits[rows], temperature).log_softmax(1)
-            logprobs[rows] = whole.gather(1, token_ids[rows].unsqueeze(1)).squeeze(1)
+            distribution = scaled(logits[rows], temperature).log_softmax(1)
+            logprobs[rows] = distribution.gather(1, token_ids[rows].unsqueeze(1)).squeeze(1)
         return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, token_ids = ctx.saved_tensors
-        ctx.maybe_clear_saved_tensors()  # what is in them now is good for nothing else
-        along = gradient / -ctx.temperature
+        ctx.maybe_clear_saved_tensors()  # they are overwritten below
+        scale = gradient / -ctx.temperature
         for rows in _blocks(logits):
             # d log p(token) / d logit_v = 1[v = token] − p(v)
-            away = scaled(logits[rows], ctx.temperature).softmax(1)
-            away.scatter_add_(1, token_ids[rows].unsqueeze(1), away.new_full((len(away), 1), -1.0))
-            logits[rows] = away.mul_(along[rows].unsqueeze(1))
+            difference = scaled(logits[rows], ctx.temperature).softmax(1)
+            difference.scatter_add_(1, token_ids[rows].unsqueeze(1), difference.new_full((len(difference), 1), -1.0))
+            logits[rows] = difference.mul_(scale[rows].unsqueeze(1))
         return logits, None, None
 
 
-BLOCK = 524_288  # logits worked on at once on a CPU: 2 MB in float32 stay in its cache
+BLOCK = 524_288  # logits processed at once on a CPU: 2 MB in float32 stay in its cache
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Slices of the rows of logits [m, V]; all of them at once on a GPU."""
+    """Slices of the rows of logits [m, V]; a single slice on a GPU."""
     count, width = logits.shape
     size = 1 + (BLOCK // width if logits.device.type == "cpu" else count)
     return (slice(start, start + size) for start in range(0, count, size))
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature in float32; the logits themselves where that is the same, else a copy."""
+    """logits / temperature in float32; the logits themselves if they are unchanged, else a copy."""
     if temperature == 1.0:
         return logits.float()
     return logits / temperature if logits.dtype == torch.float32 else logits.float().div_(temperature)

@@ -1,4 +1,4 @@
-"""The preference model: how rewards become the probability that a person prefers one answer."""
+"""Preference models: losses of reward models and policies on pairs of responses, and bootstrap weights."""
 
 import hashlib
 import math
@@ -19,10 +19,10 @@ def bradley_terry_loss(
 ) -> Tensor:
     """Cross-entropy of P(a ≻ b) = σ(r_a − r_b) against mu, per pair; all of one shape (Christiano et al. 2017, eq. 1).
 
-    mu is 1, 0, or ½ for a tie. `margin` ≥ 0 must be beaten by the preferred answer: σ(r_w − r_l − m) (Touvron et al.
-    2023, eq. 2). With `label_noise` e, a share e of answers is uniformly random: p' = (1 − e) p + e/2 (Christiano et
-    al. 2017, §2.2.3: 10 %), computed in log space. It may differ from pair to pair, 0…1: an annotator who errs more
-    often has smaller gradients.
+    mu is the probability that a is better: 1, 0, or ½ for a tie. With `margin` m ≥ 0 the preferred response must win by
+    m: σ(r_w − r_l − m) (Touvron et al. 2023, eq. 2). With `label_noise` e, a share e of the labels is uniformly random:
+    p' = (1 − e) p + e/2 (Christiano et al. 2017, §2.2.3, with 10 %), computed in log space. It may differ from pair to
+    pair, 0…1: labels of less reliable annotators have smaller gradients.
     """
     difference = rewards_a - rewards_b
 
@@ -49,8 +49,8 @@ def dpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Bradley–Terry loss of the implicit rewards r = β log(π/π_ref), per pair (Rafailov et al. 2023, eq. 7).
 
-    logprobs of whole answers (summed over their tokens) under policy and reference, all [N]; mu and label_noise as in
-    `bradley_terry_loss`. Returns (loss [N], rewards of a [N], rewards of b [N]).
+    All [N]: log-probabilities in nats of whole responses (summed over their tokens) under policy and reference; mu and
+    label_noise as in `bradley_terry_loss`. Returns (loss [N], rewards of a [N], rewards of b [N]).
     """
     rewards_a = beta * (logprobs_a - ref_logprobs_a)
     rewards_b = beta * (logprobs_b - ref_logprobs_b)
@@ -58,11 +58,11 @@ def dpo_loss(
 
 
 def bootstrap_weights(ids: Sequence[str], members: int) -> Tensor:
-    """How often each ensemble member sees each pair: Poisson(1) counts [B, K], float32; all ones for one member.
+    """Bootstrap weights: how often each ensemble member's sample contains each pair, [B, K] float32.
 
     Drawing |D| pairs with replacement gives each pair a Binomial(|D|, 1/|D|) ≈ Poisson(1) count (Oza & Russell 2001).
-    The count is a hash of pair id and member, so a member's bag survives refits, and its weight-0 pairs (a share 1/e)
-    are what it never saw: an independent member's validation set (Christiano et al. 2017, §2.2.3).
+    The count is a hash of pair id and member, so it is the same in every refit. The pairs of weight 0 (a share 1/e) are
+    the member's validation set (Christiano et al. 2017, §2.2.3). A single member has weight 1 for all pairs.
     """
     if members == 1:
         return torch.ones(len(ids), 1)

@@ -1,4 +1,4 @@
-"""From the reward model's scores to the one number per answer that the policy is trained on."""
+"""Shaping of scores: from the members' scores of a response to the one number that the policy maximises."""
 
 from typing import Literal
 
@@ -7,16 +7,17 @@ from torch import Tensor
 
 EnsembleKind = Literal["mean", "uncertainty", "min"]
 MissingEOS = Literal["replace", "subtract"]
-Moments = tuple[float, float, float]  # how many values were seen, their mean, their (biased) variance
+Moments = tuple[float, float, float]  # count, mean and biased variance of the values so far
 
-FIRST_MOMENTS: Moments = (1e-24, 0.0, 1.0)  # of nothing seen yet, as in TRL
+FIRST_MOMENTS: Moments = (1e-24, 0.0, 1.0)  # before any value, as in TRL
 
 
 def ensemble_score(scores: Tensor, kind: EnsembleKind, std_coef: float) -> Tensor:
-    """One score per answer from the K members', [N, K] -> [N] (Coste et al. 2023).
+    """One score per response from the K members' scores, [N, K] -> [N] (Coste et al. 2023).
 
-    `mean`; `uncertainty` mean − λ·std, unbiased and 0 for one member (the paper has the variance, which is no reward's
-    unit); `min` the worst case. `std_coef` λ counts for `uncertainty` alone.
+    `mean`; `uncertainty`: mean − λ·std; `min`: the worst case. The std is unbiased, and 0 for one member; the paper
+    uses the variance, whose unit is not that of a reward. λ = `std_coef` is used by `uncertainty` alone. Raises
+    ValueError for another kind.
     """
     if kind == "mean":
         return scores.mean(1)
@@ -29,23 +30,24 @@ def ensemble_score(scores: Tensor, kind: EnsembleKind, std_coef: float) -> Tenso
 
 
 def penalise_missing_eos(scores: Tensor, finished: Tensor, penalty: float, mode: MissingEOS) -> Tensor:
-    """Scores [N] of answers, where those that did not end with EOS (finished [N] bool False) pay for it.
+    """Penalises the scores [N] of responses that did not end with EOS (False in finished [N] bool).
 
-    `replace`: their score is −penalty (Huang et al. 2024, with penalty 1); `subtract`: it is `penalty` less (TRL).
+    `replace`: their score becomes −penalty (Huang et al. 2024, with penalty 1); `subtract`: score − penalty (TRL).
+    Raises ValueError for another mode.
     """
     if mode == "replace":
-        punished = torch.full_like(scores, -penalty)
+        penalised = torch.full_like(scores, -penalty)
     elif mode == "subtract":
-        punished = scores - penalty
+        penalised = scores - penalty
     else:
         raise ValueError(f"unknown penalty for a missing EOS {mode!r}: choose replace or subtract")
-    return torch.where(finished, scores, punished)
+    return torch.where(finished, scores, penalised)
 
 
 def updated_moments(moments: Moments, values: Tensor) -> Moments:
-    """The moments after `values` [any shape, at least one] were seen too; start from `FIRST_MOMENTS`.
+    """Running moments including new `values` [any shape, at least one]; start with `FIRST_MOMENTS`.
 
-    Chan et al. 1979's update for two sets, as in TRL ≤ 0.11 (trl/core.py, RunningMoments), in float64 throughout.
+    The update of Chan et al. 1979 for two sets, as in TRL ≤ 0.11 (trl/core.py, RunningMoments), in float64.
     """
     count, mean, var = moments
     new = values.double()
@@ -57,7 +59,7 @@ def updated_moments(moments: Moments, values: Tensor) -> Moments:
 
 
 def moments_std(moments: Moments) -> float:
-    """The unbiased standard deviation √(var · n/(n − 1)); 1 before two values were seen, where it is undefined."""
+    """The unbiased standard deviation √(var · n/(n − 1)); 1 for fewer than two values."""
     count, _, var = moments
     return (var * count / (count - 1)) ** 0.5 if count > 1 else 1.0
 
@@ -65,8 +67,8 @@ def moments_std(moments: Moments) -> float:
 def scaled_scores(scores: Tensor, mean: float, std: float, *, center: bool, clip: float | None) -> Tensor:
     """Scores [any shape] divided by (std + the dtype's epsilon), then clamped to ±clip.
 
-    With `center` the mean is taken off first. TRL ≤ 0.11 (trl/trainer/ppo_trainer.py, step): use_score_scaling is the
-    division by the running std, use_score_norm the centring, score_clip the clamp.
+    With `center` the mean is subtracted first. In TRL ≤ 0.11 (trl/trainer/ppo_trainer.py, step) the division by the
+    running std is use_score_scaling, the centring use_score_norm, and the clamp score_clip.
     """
     shifted = scores - mean if center else scores
     scaled = shifted / (std + torch.finfo(scores.dtype).eps)

@@ -39,8 +39,9 @@ from deep_rlhf.planning.memory_plan import (
 )
 from deep_rlhf.rollout.collect import needs_states
 from deep_rlhf.rollout.decoding import Decoding, bytes_per_token
-from deep_rlhf.rollout.engine import CPU_BYTES, GPU_SHARE, draw
+from deep_rlhf.rollout.engine import CPU_BYTES, GPU_SHARE
 from deep_rlhf.rollout.passes import TOKENS, TOKENS_OF_GPU
+from deep_rlhf.rollout.sampler import draw_tokens
 from deep_rlhf.runtime.precision import cast_weights
 
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in doubly quantised NF4 (Dettmers et al. 2023)
@@ -180,7 +181,7 @@ def _sampling(policy: Policy, prompt: int, response: int, config: OnlineConfig, 
     def first_token() -> None:
         ids, mask = _ids(rows, prompt)
         decoding = Decoding(policy, ids, mask, response)
-        draw(policy.head(decoding.hidden), torch.zeros(rows, device=ids.device), config.temperature)
+        draw_tokens(policy.head(decoding.hidden), torch.zeros(rows, device=ids.device), config.temperature)
 
     cache = rows * (prompt + response - 1) * of_token[0]
     quantised = set(_frozen_layers(policy)) if config.load_in_4bit else set()

@@ -1,4 +1,4 @@
-"""A cache of keys and values in buffers allocated once: transformers' own is copied as a whole at every token."""
+"""Key/value cache in preallocated buffers; transformers' own cache is copied as a whole at every token."""
 
 from functools import partial
 from typing import Any
@@ -11,21 +11,21 @@ from deep_rlhf.models.policy import Policy
 
 
 def empty_cache(policy: Policy, capacity: int) -> DynamicCache | EncoderDecoderCache:
-    """A cache for at most `capacity` tokens that the policy's decoder reads or writes.
+    """A cache for at most `capacity` tokens of the policy's decoder.
 
-    Layers that hold less than every token (a sliding window, a recurrent state) are transformers' own.
+    Layers that do not hold every token (sliding window, recurrent state) are transformers' own.
     """
     if policy.is_seq2seq:
-        of_responses = DynamicCache()
-        of_responses.layer_class_to_replicate = partial(BufferedLayer, capacity)
-        return EncoderDecoderCache(of_responses, DynamicCache())
+        responses = DynamicCache()
+        responses.layer_class_to_replicate = partial(BufferedLayer, capacity)
+        return EncoderDecoderCache(responses, DynamicCache())
     cache = DynamicCache(config=policy.language_model.config)
     cache.layers = [BufferedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 class BufferedLayer(DynamicLayer):
-    """A layer of the cache whose keys and values are views into buffers [n, heads, capacity, d]."""
+    """A cache layer whose keys and values are views into buffers [n, heads, capacity, d]."""
 
     is_initialized: bool
 
@@ -46,7 +46,7 @@ class BufferedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Goes on with these rows, which may repeat; only the filled part of the buffers is copied."""
+        """Keeps these rows, which may repeat; only the filled part of the buffers is copied."""
         if self.is_initialized:
             keys, values = self.keys[indices], self.values[indices]
             self.is_initialized = False
@@ -57,7 +57,7 @@ class BufferedLayer(DynamicLayer):
 
 
 def cached_bytes(cache: DynamicCache | EncoderDecoderCache) -> int:
-    """What the keys and values of the tokens in the cache take."""
+    """Bytes of the keys and values in the cache."""
     if isinstance(cache, EncoderDecoderCache):
         return cached_bytes(cache.self_attention_cache) + cached_bytes(cache.cross_attention_cache)
     held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]

@@ -102,7 +102,7 @@ def collect(
                 seen["logprobs"][rows, :width] = policy.logprobs(here, ids, mask, temperature)
             if critic is not None:
                 seen["values"][rows, :width] = torch.where(mask, critic(part, here), 0.0)
-            ref_states, seen["ref_logprobs"][rows, :width] = reference.look(*context, temperature)
+            ref_states, seen["ref_logprobs"][rows, :width] = reference.states_and_logprobs(*context, temperature)
             if kl_penalty == "full" and here is not None:
                 seen["kl"][rows, :width] = reference.kl(policy, here, ref_states, mask, temperature)
         return seen

@@ -1,4 +1,4 @@
-"""A batch of prompts being continued, one token at a time."""
+"""Decodes a batch of prompts one token at a time."""
 
 import torch
 from torch import Tensor
@@ -8,17 +8,17 @@ from deep_rlhf.rollout.cache import cached_bytes, empty_cache
 
 
 class Decoding:
-    """The cache of one batch, its mask, and the state before the next token of each row."""
+    """The cache and mask of a batch, and the hidden state before the next token of each row."""
 
     hidden: Tensor  # [n, H]
 
     def __init__(self, policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, limit: int) -> None:
-        """Reads prompts [n, P] that will be continued by at most `limit` tokens; equal prompts are read once."""
-        distinct, which = torch.where(prompt_mask, prompt_ids, -1).unique(dim=0, return_inverse=True)
+        """Runs prompts [n, P] for responses of at most `limit` tokens; equal prompts are computed once."""
+        distinct, inverse = torch.where(prompt_mask, prompt_ids, -1).unique(dim=0, return_inverse=True)
         repeat = len(distinct) < len(prompt_ids)
         if repeat:
-            first = torch.empty(len(distinct), dtype=torch.int64, device=which.device)
-            first[which] = torch.arange(len(which), device=which.device)
+            first = torch.empty(len(distinct), dtype=torch.int64, device=inverse.device)
+            first[inverse] = torch.arange(len(inverse), device=inverse.device)
             prompt_ids, prompt_mask = prompt_ids[first], prompt_mask[first]
         self.policy = policy
         if policy.is_seq2seq:
@@ -28,11 +28,11 @@ class Decoding:
             self.mask = torch.ones_like(start, dtype=torch.bool)
             self._run(start)
         else:
-            self.cache = empty_cache(policy, prompt_ids.shape[1] + limit - 1)  # the last token is never read
+            self.cache = empty_cache(policy, prompt_ids.shape[1] + limit - 1)  # the last token is not fed back
             self.mask = prompt_mask
             self._run(prompt_ids)
         if repeat:
-            self.keep(which)
+            self.keep(inverse)
 
     def advance(self, tokens: Tensor) -> None:
         """Appends one token [n] to each row."""
@@ -40,26 +40,26 @@ class Decoding:
         self._run(tokens.unsqueeze(1))
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows, in this order; a row may be taken more than once."""
+        """Keeps these rows, in this order; a row may occur more than once."""
         self.cache.batch_select_indices(rows)
         self.mask, self.hidden = self.mask[rows], self.hidden[rows]
         if self.policy.is_seq2seq:
             self.encoder_states, self.encoder_mask = self.encoder_states[rows], self.encoder_mask[rows]
 
     def _run(self, input_ids: Tensor) -> None:
-        extra = {}
+        encoder = {}
         if self.policy.is_seq2seq:
-            extra = {
+            encoder = {
                 "encoder_hidden_states": self.encoder_states,
                 "encoder_attention_mask": self.encoder_mask.long(),
             }
-        states = self.policy.run_trunk(input_ids, self.mask, past_key_values=self.cache, use_cache=True, **extra)
+        states = self.policy.run_trunk(input_ids, self.mask, past_key_values=self.cache, use_cache=True, **encoder)
         self.hidden = states[:, -1]
 
 
 def bytes_per_token(policy: Policy) -> int:
-    """What the cache of one token takes, as measured on a prompt of one token (for some layers: at most)."""
+    """Bytes of the cache per token, measured on a prompt of one token (an upper bound for some layers)."""
     one = torch.zeros(1, 1, dtype=torch.int64, device=policy.device)
     decoding = Decoding(policy, one, torch.ones_like(one, dtype=torch.bool), 1)
-    tokens = 2 if policy.is_seq2seq else 1  # the start of the response is read, too
+    tokens = 2 if policy.is_seq2seq else 1  # the decoder also reads its start token
     return cached_bytes(decoding.cache) // tokens

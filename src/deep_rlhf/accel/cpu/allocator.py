@@ -1,47 +1,41 @@
-"""How the C library deals with the memory that tensors on a CPU come from."""
+"""Settings of glibc's memory allocator, from which tensors on a CPU come."""
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-# Options of glibc's mallopt. By default it raises both thresholds as large blocks are freed, up to the ones below; any
-# call of mallopt ends that for good, so afterwards they are what it would have come to.
+from deep_rlhf.accel.cpu.switch import libc_function
+
+# Options of glibc's mallopt. By default it raises both thresholds as large blocks are freed, up to the values in
+# DEFAULTS; any call of mallopt ends that adaptation for good, so these values are set afterwards.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
-AFTERWARDS = {MMAP_MAX: 65_536, MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 64 * 2**20}
-MEANWHILE = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}  # no block gets pages of its own, and none go back
+DEFAULTS = {MMAP_MAX: 65_536, MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 64 * 2**20}
+KEEP_FREED = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}  # no block has pages of its own, and none are returned
 
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """While it lasts, freed memory stays with the process for the next tensor, where the C library is glibc.
+    """Keeps freed memory in the process for the next tensor, until the context ends. No effect without glibc.
 
-    By default every large tensor is memory that the system gives and zeroes anew, page by page, in a tenth of the time
-    of a training.
+    By default the system provides and zeroes the pages of every large tensor anew, which takes a tenth of the time of a
+    training run.
     """
-    _set(MEANWHILE)
+    _set(KEEP_FREED)
     try:
         yield
     finally:
-        _set(AFTERWARDS)
+        _set(DEFAULTS)
         release_freed_memory()
 
 
 def release_freed_memory() -> None:
-    """Gives freed memory back to the system, where the C library is glibc."""
-    trim = _function("malloc_trim")
+    """Returns freed memory to the system. No effect without glibc."""
+    trim = libc_function("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 def _set(options: dict[int, int]) -> None:
-    mallopt = _function("mallopt")
+    mallopt = libc_function("mallopt")
     if mallopt is not None:
         for option, value in options.items():
             mallopt(option, value)
-
-
-def _function(name: str) -> Any:
-    """A function of the C library, or None where there is none of the name."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

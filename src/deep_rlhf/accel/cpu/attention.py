@@ -1,4 +1,4 @@
-"""Attention in bfloat16 on a CPU where PyTorch's fused kernel is slow: for single tokens, and in backward passes."""
+"""bfloat16 attention on a CPU where PyTorch's fused kernel is slow: for single tokens and in backward passes."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,17 +9,20 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-LONGEST = 256  # keys: beyond, the probabilities that a backward pass needs take too much memory
-FEW = 8  # queries
+from deep_rlhf.accel.cpu.switch import has_fast_attention
+
+MAX_KEYS = 256  # with more, the probabilities kept for the backward pass take too much memory
+MAX_QUERIES = 8  # without gradients; with more, the fused kernel is faster
 
 
 def fast_attention(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """`FastAttention` for models that can gain by it; for others nothing, since it looks at every call of PyTorch's."""
-    return FastAttention() if dtype == torch.bfloat16 and device.type == "cpu" else nullcontext()
+    """`FastAttention` for bfloat16 on a CPU, else a context without effect: the mode intercepts every PyTorch call."""
+    useful = dtype == torch.bfloat16 and device.type == "cpu" and has_fast_attention()
+    return FastAttention() if useful else nullcontext()
 
 
 class FastAttention(TorchFunctionMode):
-    """Within, models that compute in bfloat16 on a CPU attend by matrix products where that is faster."""
+    """Computes bfloat16 attention on a CPU by matrix products where that is faster, until the context ends."""
 
     def __torch_function__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -44,8 +47,8 @@ def _is_slow(
         and query.dim() == key.dim() == 4
         and query.shape[1] == key.shape[1]  # heads
         and dropout_p == 0.0
-        and not (attn_mask is not None and attn_mask.requires_grad)  # positions that are learned, as T5's
-        and (key.shape[2] <= LONGEST if query.requires_grad else query.shape[2] <= FEW)
+        and not (attn_mask is not None and attn_mask.requires_grad)  # learned positions, as in T5
+        and (key.shape[2] <= MAX_KEYS if query.requires_grad else query.shape[2] <= MAX_QUERIES)
     )
 
 
@@ -59,7 +62,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """As scaled_dot_product_attention: [n, heads, L, D], [n, heads, S, D], [n, heads, S, E] -> [n, heads, L, E]."""
+    """scaled_dot_product_attention of [n, heads, L, D], [n, heads, S, D], [n, heads, S, E] -> [n, heads, L, E]."""
     if is_causal:
         attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -67,7 +70,7 @@ def _attend(
 
 
 class _Attention(torch.autograd.Function):
-    """Scores and softmax in float32, as in the fused kernel; the probabilities are rounded."""
+    """Scores and softmax in float32, as in the fused kernel; the probabilities are rounded to the inputs' dtype."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -84,8 +87,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, probabilities = ctx.saved_tensors
-        of_value = probabilities.transpose(-1, -2) @ gradient
-        of_probabilities = (gradient @ value.transpose(-1, -2)).float()
-        of_scores = torch._softmax_backward_data(of_probabilities, probabilities.float(), -1, torch.float32)
-        of_scores = of_scores.mul_(ctx.scale).to(query.dtype)
-        return of_scores @ key, of_scores.transpose(-1, -2) @ query, of_value, None, None
+        value_grad = probabilities.transpose(-1, -2) @ gradient
+        probabilities_grad = (gradient @ value.transpose(-1, -2)).float()
+        scores_grad = torch._softmax_backward_data(probabilities_grad, probabilities.float(), -1, torch.float32)
+        scores_grad = scores_grad.mul_(ctx.scale).to(query.dtype)
+        return scores_grad @ key, scores_grad.transpose(-1, -2) @ query, value_grad, None, None

@@ -1,4 +1,4 @@
-"""Gradients of weights, added where they are kept: not made anew in each backward pass and added to the last ones."""
+"""Accumulates gradients of weights in place, instead of allocating a new gradient in each backward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,20 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from deep_rlhf.accel.cpu.kernels import FastConv1D, FastLinear
+from deep_rlhf.accel.cpu.switch import has_gradients_in_place
 
 
 @contextmanager
 def gradients_in_place(model: Any) -> Iterator[None]:
-    """Within, backward passes of a transformers model or a peft.PeftModel add to `grad` directly where they can.
+    """Makes backward passes of a transformers model or a peft.PeftModel add to `grad` directly, until the context ends.
 
-    That is in linear layers with fast kernels and in the table of token embeddings. Not for torch.autograd.grad, which
-    returns gradients instead.
+    This concerns linear layers with fast kernels and the token embeddings. It does not work with torch.autograd.grad.
     """
+    if not has_gradients_in_place():
+        yield
+        return
     layers = [module for module in model.modules() if isinstance(module, FastLinear | FastConv1D) and _is_free(module)]
     for layer in layers:
         layer.adds_gradients = True
     try:
-        with _of_table(model.get_input_embeddings()):
+        with _embeddings_in_place(model.get_input_embeddings()):
             yield
     finally:
         for layer in layers:
@@ -30,37 +33,37 @@ def gradients_in_place(model: Any) -> Iterator[None]:
 
 
 def _is_free(layer: Any) -> bool:
-    """Whether nobody waits for the gradient of its weight."""
+    """Whether no hook reads the gradient of its weight."""
     return not (layer.weight._backward_hooks or layer.weight._post_accumulate_grad_hooks)
 
 
 @contextmanager
-def _of_table(embedding: nn.Module) -> Iterator[None]:
-    """While it lasts, backward passes keep the gradients of tokens that were read, which join the table's at the end.
+def _embeddings_in_place(embedding: nn.Module) -> Iterator[None]:
+    """Collects the gradients of the embedded tokens and adds them to the embedding's gradient at the end.
 
-    Autograd would fill a gradient of the table's size with zeros in each of them, and add all of it to the last one.
+    Autograd would fill a gradient of the whole embedding with zeros in each backward pass, and add all of it.
     """
     if type(embedding) is not nn.Embedding or not embedding.weight.requires_grad or not _is_free(embedding):
-        yield  # others may scale what they read
+        yield  # a subclass may scale the embedding
         return
-    read = _Read(embedding)
+    pending = _PendingGradients(embedding)
 
     def cut(_: nn.Module, args: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
         leaf = embedded.detach()
         if torch.is_grad_enabled():
-            leaf.requires_grad_().register_hook(partial(read.add, args[0]))
+            leaf.requires_grad_().register_hook(partial(pending.add, args[0]))
         return leaf
 
     handle = embedding.register_forward_hook(cut)
     try:
         yield
-        read.join()
+        pending.flush()
     finally:
         handle.remove()
 
 
-class _Read:
-    """Gradients of tokens that were read from a table: no more of them than a quarter of its rows."""
+class _PendingGradients:
+    """Gradients of embedded tokens, not yet added to the embedding's; at most a quarter as many as it has rows."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         self.embedding = embedding
@@ -72,11 +75,11 @@ class _Read:
             gradient = gradient.masked_fill((ids == self.embedding.padding_idx).unsqueeze(-1), 0.0)
         self.parts.append((ids.flatten(), gradient.flatten(0, -2)))
         if sum(len(part) for part, _ in self.parts) > self.embedding.num_embeddings // 4:
-            self.join()
+            self.flush()
 
     @torch.no_grad()
-    def join(self) -> None:
-        """Adds what is kept to the table's gradient."""
+    def flush(self) -> None:
+        """Adds the pending gradients to the embedding's gradient."""
         weight = self.embedding.weight
         for ids, gradient in self.parts:
             if weight.grad is None:

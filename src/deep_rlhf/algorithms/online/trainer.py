@@ -29,8 +29,9 @@ from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.kl import adapted_kl_coef
 from deep_rlhf.rollout.collect import collect, complete, needs_states, prompt_batch
 from deep_rlhf.rollout.engine import Engine
-from deep_rlhf.rollout.generate import eos_token_ids, generate_text, sampling_uniforms
+from deep_rlhf.rollout.generate import eos_token_ids, generate_text
 from deep_rlhf.rollout.records import concatenate, moved
+from deep_rlhf.rollout.sampler import sampling_uniforms
 from deep_rlhf.runtime.checkpoint import (
     changed_flags,
     latest_checkpoint,

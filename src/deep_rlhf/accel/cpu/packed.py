@@ -1,7 +1,7 @@
-"""Matrix products with few rows on a CPU: weights in the layout that oneDNN reads fastest.
+"""Linear layers with packed weights: products of few rows, without gradients.
 
-Sampling multiplies a handful of rows by every weight, once for each token. oneDNN does that faster with weights
-that were packed beforehand (docs/speed.md, "Kernels"); packing costs about two such products.
+Sampling multiplies a few rows by every weight, once per token. oneDNN does that faster with weights that were
+reordered ("packed") beforehand (docs/speed.md, "Kernels"); packing takes about as long as two such products.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from deep_rlhf.accel.cpu.kernels import FastConv1D, FastLinear
-from deep_rlhf.runtime.precision import multiplies_bf16
+from deep_rlhf.accel.cpu.switch import has_fast_linear
 
 _Linear = FastLinear | FastConv1D
 
 
 @contextmanager
 def packed_weights(model: nn.Module) -> Iterator[None]:
-    """Within, a model on a CPU computes its plain linear layers from packed copies of the weights, without gradients.
+    """Makes the fast linear layers of a model on a CPU use packed copies of their weights, until the context ends.
 
-    The copies take as much memory as those weights. The weights must not change meanwhile.
+    The copies take as much memory as the weights, which must not change meanwhile. Gradients are not supported.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _Linear) and _can_be_packed(layer)]
     for layer in layers:
@@ -34,10 +34,8 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _can_be_packed(layer: _Linear) -> bool:
-    weight = layer.weight
-    known = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bf16(weight.device))
     plain = "forward" not in vars(layer)  # accelerate's hooks hide it, too
-    return weight.device.type == "cpu" and known and plain and torch.backends.mkldnn.is_available()
+    return plain and layer.weight.device.type == "cpu" and has_fast_linear(layer.weight.dtype)
 
 
 def _packed_forward(layer: _Linear) -> Callable[[Tensor], Tensor]:
