@@ -1,4 +1,4 @@
-"""Generated stand-ins for what the commands name, under the same names: tiny random models, text of the embedded world.
+"""Generated stand-ins for what the commands name, under the same names: tiny random models, text of the synthetic task.
 
 `from_pretrained` and our loader open a relative folder of that name, so the original's commands run offline as typed.
 """
@@ -52,7 +52,9 @@ def write_preferences(folder: Path) -> None:
     rows = []
     for prompt, answer in pairs[:220]:
         other = rng.choice(pairs)[1]
-        rows.append({"chosen": HH.prompt(prompt) + HH.answer(answer), "rejected": HH.prompt(prompt) + HH.answer(other)})
+        rows.append(
+            {"chosen": HH.prompt(prompt) + HH.response(answer), "rejected": HH.prompt(prompt) + HH.response(other)}
+        )
     same, long = rows[0]["chosen"], HH.prompt("Tell me more.") + " and so on" * 800
     rows.insert(3, {"chosen": same, "rejected": same})
     rows.insert(5, {"chosen": long, "rejected": long + " for ever"})
@@ -149,4 +151,4 @@ def _byte_level(special: list[str]) -> Tokenizer:
 
 
 def _texts() -> list[str]:
-    return [HH.prompt(prompt) + HH.answer(answer) for prompt, answer in sft_pairs(200, seed=2)]
+    return [HH.prompt(prompt) + HH.response(answer) for prompt, answer in sft_pairs(200, seed=2)]

@@ -33,8 +33,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, answers = random.Random(0), sft_pairs(100, seed=1)
     rows = [
         {
-            "chosen": HH.prompt(prompt) + HH.answer(answer),
-            "rejected": HH.prompt(prompt) + HH.answer(rng.choice(answers)[1]),
+            "chosen": HH.prompt(prompt) + HH.response(answer),
+            "rejected": HH.prompt(prompt) + HH.response(rng.choice(answers)[1]),
         }
         for prompt, answer in answers[:60]
     ]

@@ -10,7 +10,7 @@ import pytest
 
 from deep_rlhf.data.chat import HH
 from deep_rlhf.data.preferences import load_preferences
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError, DataError
 from deep_rlhf.types import Preference
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
@@ -82,7 +82,7 @@ def test_dropped_rows_are_counted_with_the_reason(write: Write) -> None:
     preferences, report = load_preferences(write(rows), split="train")
     assert [preference.a for preference in preferences] == [" So.", " So."]
     assert (report.read, report.kept) == (7, 2)
-    assert report.dropped == {"chosen equals rejected": 1, "empty answer": 2, "no shared prompt": 2}
+    assert report.dropped == {"chosen equals rejected": 1, "empty response": 2, "no shared prompt": 2}
 
 
 def test_sub_folder_becomes_the_subset(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ BAD_ROWS = [
     (
         {"prompt": [HI], "chosen": [SO], "rejected": [NO]},
         {"prompt": [HI], "chosen": [WHY], "rejected": [NO]},
-        "column 'chosen' must go on with the assistant, but does with user",
+        "column 'chosen' must continue with the assistant, not with user",
         "wrong type",
     ),
     (PAIR, {**PAIR, "mu": 1.5}, "column 'mu' must be a probability from 0 to 1, but is float 1.5", "wrong type"),
@@ -268,7 +268,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize(("good", "bad", "sentence", "reason"), BAD_ROWS)
 def test_malformed_rows(write: Write, good: Any, bad: Any, sentence: str, reason: str) -> None:
     name = write([good, bad, good])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(DataError) as caught:
         load_preferences(name, split="train")
     assert str(caught.value).startswith(f"{name}, line 2: ")
     assert sentence in str(caught.value)
@@ -283,17 +283,17 @@ def test_malformed_rows(write: Write, good: Any, bad: Any, sentence: str, reason
     [
         (
             {"chosn": "x", "rejected": "y"},
-            "understood: its columns are rejected, chosn; accepted are chosen + rejected",
+            "its columns are rejected, chosn; accepted are chosen + rejected",
         ),
-        ({"text": "x"}, "understood: its columns are text; accepted are"),
+        ({"text": "x"}, "its columns are text; accepted are"),
         ({"chosen": "x", "rejected": "y"}, "no column 'prompt' and its 'chosen' is no dialogue with '\\n\\nHuman:'"),
-        ({"prompt": "w", "a": "x", "b": "y"}, "has 'a' and 'b' but no mu, votes or label to say which is better"),
+        ({"prompt": "w", "a": "x", "b": "y"}, "has 'a' and 'b' but no mu, votes or label"),
     ],
 )
 def test_unknown_formats_list_what_is_accepted(write: Write, row: dict[str, str], sentence: str) -> None:
     name = write([row])
     for on_bad_rows in ("error", "skip"):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(DataError) as caught:
             load_preferences(name, split="train", on_bad_rows=on_bad_rows)
         assert sentence in str(caught.value)
         assert str(caught.value).startswith(name)
@@ -304,18 +304,18 @@ def test_unknown_formats_list_what_is_accepted(write: Write, row: dict[str, str]
     [
         ([], "error", "is empty: split 'train' holds no rows"),
         ([b" \n\n"], "error", "is empty: split 'train' holds no rows"),
-        ([{**TEXT, "chosen": " "}], "error", "split 'train': 0 of 1 rows kept; dropped: 1 empty answer"),
+        ([{**TEXT, "chosen": " "}], "error", "split 'train': 0 of 1 rows kept; dropped: 1 empty response"),
         ([b"{", b"}"], "skip", "split 'train': 0 of 2 rows kept; dropped: 2 bad JSON"),
     ],
 )
 def test_no_rows_left(write: Write, rows: list[Any], on_bad_rows: str, sentence: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(DataError) as caught:
         load_preferences(write(rows), split="train", on_bad_rows=on_bad_rows)
     assert sentence in str(caught.value)
 
 
 def test_unknown_template(write: Write) -> None:
-    with pytest.raises(UserError, match="there is no template 'h'; templates: hh, plain"):
+    with pytest.raises(ConfigError, match="there is no template 'h'; templates: hh, plain"):
         load_preferences(write([TEXT]), split="train", template="h")
 
 
@@ -330,14 +330,14 @@ def test_every_real_pair_is_its_dialogue_again(folder: str, split: str) -> None:
         pairs = [json.loads(line) for line in file]
     preferences, report = load_preferences(str(SHARED / "hh-rlhf"), split=split, data_dir=folder)
     assert report.read == len(pairs) == report.kept + sum(report.dropped.values())
-    assert set(report.dropped) <= {"empty answer", "chosen equals rejected"}
+    assert set(report.dropped) <= {"empty response", "chosen equals rejected"}
     assert report.kept >= len(pairs) - 4
     whole = {(pair["chosen"], pair["rejected"]) for pair in pairs}
     for preference in preferences:
         assert (preference.prompt + preference.a, preference.prompt + preference.b) in whole
         assert preference.prompt.startswith(H)
         assert HH.prompt(preference.prompt) == preference.prompt
-        assert [HH.answer(answer) for answer in (preference.a, preference.b)] == [preference.a, preference.b]
+        assert [HH.response(answer) for answer in (preference.a, preference.b)] == [preference.a, preference.b]
         assert preference.mu == 1.0
 
 
@@ -359,5 +359,5 @@ def test_real_votes(tmp_path: Path) -> None:
     assert preferences[0].id == votes[0]["id"]
     assert preferences[0].mu == pytest.approx(1.5 / 5)  # a2, equal, a2, a2, a1
     assert {preference.mu for preference in preferences} > {0.0, 0.5, 1.0}
-    with pytest.raises(UserError, match="no preferences that are understood: its columns are "):
+    with pytest.raises(DataError, match="no known layout of preferences: its columns are "):
         load_preferences(str(SHARED / "convarg/votes.jsonl.gz"), split="train")

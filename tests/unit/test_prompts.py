@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from deep_rlhf.data.prompts import load_prompts
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError, DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 H, A = "\n\nHuman:", "\n\nAssistant:"
@@ -90,7 +90,7 @@ def test_duplicates_are_those_of_the_rendered_text(tmp_path: Path) -> None:
 )
 def test_malformed_rows(tmp_path: Path, good: Any, bad: Any, sentence: str, reason: str) -> None:
     name = write(tmp_path, [good, bad])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(DataError) as caught:
         load_prompts(name, split="train")
     assert str(caught.value).startswith(f"{name}, line 2: ")
     assert sentence in str(caught.value)
@@ -108,18 +108,27 @@ def test_malformed_rows(tmp_path: Path, good: Any, bad: Any, sentence: str, reas
         ),
         ([{"chosen": "a", "rejected": "b"}], {}, "has no column 'prompt' and its 'chosen' is no dialogue"),
         ([{"user": "a"}], {"split": "test"}, "has no split 'test'; splits: train"),
-        ([{"user": "a"}], {"template": "plane"}, "there is no template 'plane'"),
-        ([{"user": "a"}], {"on_bad_rows": "ignore"}, "on_bad_rows is 'error' or 'skip'"),
         ([{"user": " "}], {}, "no rows are left of"),
         ([], {}, "is empty: split 'train' holds no rows"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(
-    tmp_path: Path, rows: list[Any], options: dict[str, str], sentence: str
-) -> None:
-    with pytest.raises(UserError) as caught:
+def test_unusable_data_is_one_sentence(tmp_path: Path, rows: list[Any], options: dict[str, str], sentence: str) -> None:
+    with pytest.raises(DataError) as caught:
         load_prompts(write(tmp_path, rows), **{"split": "train", **options})  # type: ignore[arg-type]
     assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [({"template": "plane"}, ("template", "'plane'")), ({"on_bad_rows": "ignore"}, ("on_bad_rows", "error", "skip"))],
+)
+def test_unknown_options_are_configuration_errors(
+    tmp_path: Path, options: dict[str, str], facts: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_prompts(write(tmp_path, [{"user": "a"}]), split="train", **options)  # type: ignore[arg-type]
+    assert all(fact in str(caught.value) for fact in facts)
     assert "\n" not in str(caught.value)
 
 

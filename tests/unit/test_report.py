@@ -20,7 +20,12 @@ HISTORY = [
     | ({"gold": 0.4 + 0.01 * i} if i % 10 == 0 else {})
     for i in range(30)
 ]
-HEADLINES, TRAINING, HEALTH, REWARD_MODEL = "Headline figures", ">Training</h2>", "Is PPO itself", ">Reward model</h2>"
+HEADLINES, TRAINING, HEALTH, REWARD_MODEL = (
+    "Headline figures",
+    ">Training</h2>",
+    "Diagnostics of the optimisation",
+    ">Reward model</h2>",
+)
 BEFORE_AND_AFTER, SAMPLES, STAGES = ">Samples before and after</h2>", ">Samples</h2>", ">Stages</h2>"
 CONFIG, FIGURES, NOTE = "<summary>Configuration", "<summary>All figures", "read this first"
 SECTIONS = {HEADLINES, TRAINING, HEALTH, REWARD_MODEL, BEFORE_AND_AFTER, SAMPLES, STAGES, CONFIG, FIGURES, NOTE}
@@ -134,7 +139,7 @@ def test_the_same_run_gives_the_same_file(tmp_path: Path, full: str) -> None:
 def test_text_that_is_not_unicode_does_not_cost_the_report(tmp_path: Path) -> None:
     html = report(tmp_path, samples=build_samples(["half a character \ud83d"], ["   "]))
     assert "half a character ?" in html
-    assert "(empty answer)" in html
+    assert "(empty response)" in html
 
 
 def test_samples_show_scores_gain_and_how_they_were_chosen(tmp_path: Path) -> None:
@@ -176,8 +181,8 @@ def test_tiles_by_hand() -> None:
     shown = {tile.label: (tile.value, tile.detail) for tile in tiles(summary)}
     assert shown["Judge score"][0] == "0.41 → 0.84"
     assert shown["Win rate"] == ("91%", "against the policy before (95% interval 85% to 95%)")
-    assert shown["KL from the reference"] == ("10.0", "nats per answer")
-    assert shown["Reward-model accuracy"] == ("78%", "longer-answer-wins baseline: 60%")
+    assert shown["KL from the reference"] == ("10.0", "nats per response")
+    assert shown["Reward-model accuracy"] == ("78%", "longer-response-wins baseline: 60%")
     assert shown["Response length"][0] == "14 → 23"
     assert shown["Time"][0] == "3.1 min"
     assert "Reward" not in shown
@@ -215,7 +220,7 @@ def test_a_curve_is_described_by_its_numbers() -> None:
     history = [{"step": 10 * i, "kl": value} for i, value in enumerate([0.5, 7.25, -1, 4])]
     (plot,) = training_curves(history)
     assert "0.5 at update 0, 4 at update 30, lowest -1, highest 7.25" in plot.description
-    assert "KL (nats per answer)" in plot.svg
+    assert "KL (nats per response)" in plot.svg
 
 
 def test_a_long_run_is_thinned_but_described_in_full() -> None:

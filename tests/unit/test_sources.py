@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deep_rlhf.data.sources import Row, Tally, closest_first, read_rows, split_names
-from deep_rlhf.errors import UserError
+from deep_rlhf.data.sources import SourceRow, Tally, closest_first, read_rows, split_names
+from deep_rlhf.errors import ConfigError, DataError
 
 ROWS = [{"prompt": "Why?", "n": "1"}, {"prompt": "Wie, “so”?\nÄh", "n": "2"}]
 
@@ -39,7 +39,7 @@ FILES = {
 }
 
 
-def read(name: object, on_bad_rows: str = "error", split: str = "train", **where: Any) -> tuple[list[Row], Tally]:
+def read(name: object, on_bad_rows: str = "error", split: str = "train", **where: Any) -> tuple[list[SourceRow], Tally]:
     tally = Tally(on_bad_rows)
     return list(read_rows(str(name), split=split, tally=tally, **where)), tally
 
@@ -110,7 +110,12 @@ BAD_FILES = [
     ("a.parquet", b"not parquet", "a.parquet is not a parquet file", None),
     ("a.jsonl.gz", GOOD, "a.jsonl.gz is not a complete gzip file", None),
     ("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], "a.jsonl.gz is not a complete gzip file", None),
-    ("a.xlsx", b"PK", "a.xlsx is of no known type; known are .jsonl, .json, .csv, .parquet, .txt, each also .gz", None),
+    (
+        "a.xlsx",
+        b"PK",
+        "a.xlsx has an unknown file type; known are .jsonl, .json, .csv, .parquet, .txt, each also .gz",
+        None,
+    ),
 ]
 
 
@@ -120,12 +125,12 @@ def test_bad_files_name_the_place_and_what_was_expected(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(DataError) as caught:
         read(path)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
     if reason is None:
-        with pytest.raises(UserError):
+        with pytest.raises(DataError):
             read(path, "skip")
     else:
         assert "on_bad_rows=skip" in str(caught.value)
@@ -137,7 +142,7 @@ def test_bad_files_name_the_place_and_what_was_expected(
 def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
     broken = pyarrow.array([b"x", b"\xff"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"prompt": broken}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet, row 2: expected UTF-8 text"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: expected UTF-8 text"):
         read(tmp_path / "a.parquet")
     rows, tally = read(tmp_path / "a.parquet", "skip")
     assert ([row.values for row in rows], tally.dropped) == ([{"prompt": "x"}], {"not UTF-8": 1})
@@ -148,19 +153,19 @@ def test_empty_files_have_no_rows_to_report(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     rows, tally = read(tmp_path / name)
     assert rows == []
-    with pytest.raises(UserError, match="is empty: split 'train' holds no rows"):
+    with pytest.raises(DataError, match="is empty: split 'train' holds no rows"):
         tally.report(name, "train", 0)
 
 
 def test_no_rows_left_says_why() -> None:
     tally = Tally("skip")
     tally.read, tally.dropped["bad JSON"] = 2, 2
-    with pytest.raises(UserError, match="no rows are left of x, split 'train': 0 of 2 rows kept; dropped: 2 bad JSON"):
+    with pytest.raises(DataError, match="no rows are left of x, split 'train': 0 of 2 rows kept; dropped: 2 bad JSON"):
         tally.report("x", "train", 0)
 
 
 def test_on_bad_rows_is_error_or_skip() -> None:
-    with pytest.raises(UserError, match="on_bad_rows is 'error' or 'skip', not 'ignore'"):
+    with pytest.raises(ConfigError, match="on_bad_rows must be 'error' or 'skip', not 'ignore'"):
         Tally("ignore")
 
 
@@ -196,43 +201,43 @@ def test_folder_reads_the_files_of_the_split(folder: Path) -> None:
     ],
 )
 def test_typos_list_what_exists(folder: Path, where: dict[str, str], sentence: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(DataError) as caught:
         read(folder, **where)
     assert sentence in str(caught.value)
 
 
 def test_a_file_holds_one_split_and_no_folders(tmp_path: Path) -> None:
     (tmp_path / "prefs.jsonl").write_bytes(GOOD)
-    with pytest.raises(UserError, match="has no split 'test'; splits: train"):
+    with pytest.raises(DataError, match="has no split 'test'; splits: train"):
         read(tmp_path / "prefs.jsonl", split="test")
-    with pytest.raises(UserError, match="is a file and has no sub-folder 'x'"):
+    with pytest.raises(DataError, match="is a file and has no sub-folder 'x'"):
         read(tmp_path / "prefs.jsonl", data_dir="x")
 
 
 def test_mistyped_paths_list_what_is_beside_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"no file or folder .*trian\.jsonl'.* holds: train\.jsonl, test\.jsonl"):
+    with pytest.raises(DataError, match=r"no file or folder .*trian\.jsonl'.* holds: train\.jsonl, test\.jsonl"):
         read(folder / "one/trian.jsonl")
-    with pytest.raises(UserError, match=r"no file or folder .*there is no .*three either"):
+    with pytest.raises(DataError, match=r"no file or folder .*there is no .*three either"):
         read(folder / "three/train.jsonl")
     monkeypatch.chdir(folder / "one")
     for number in range(30):
         Path(f"{number:02}").touch()  # as unlike as one another
     listed = r"test\.jsonl, train\.jsonl, 00, 01, 02, .*, 17, …$"
-    with pytest.raises(UserError, match=rf"no file or folder 'nosuch\.jsonl'; this folder holds: {listed}"):
+    with pytest.raises(DataError, match=rf"no file or folder 'nosuch\.jsonl'; this folder holds: {listed}"):
         read("nosuch.jsonl")
-    with pytest.raises(UserError, match="the name of a data set is empty"):
+    with pytest.raises(DataError, match="the name of a data set is empty"):
         read("")
 
 
 def test_folder_without_data(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no data files \(\.jsonl, "):
+    with pytest.raises(DataError, match=r"holds no data files \(\.jsonl, "):
         read(tmp_path)
 
 
 def test_the_same_split_twice_is_refused(tmp_path: Path) -> None:
     for name in ("train.jsonl", "train.jsonl.gz"):
         (tmp_path / name).write_bytes(GOOD)
-    with pytest.raises(UserError, match=r"holds 'train' twice, as train\.jsonl and train\.jsonl\.gz"):
+    with pytest.raises(DataError, match=r"holds 'train' twice, as train\.jsonl and train\.jsonl\.gz"):
         read(tmp_path)
 
 
@@ -243,10 +248,10 @@ def test_save_to_disk(tmp_path: Path) -> None:
     assert [row.values for row in read(tmp_path / "table")[0]] == ROWS
     rows, _ = read(tmp_path / "splits", split="test")
     assert [(row.where, row.values) for row in rows] == [(f"{tmp_path / 'splits' / 'test'}, row 1", ROWS[1])]
-    with pytest.raises(UserError, match="has no split 'tset'; splits: test, train"):
+    with pytest.raises(DataError, match="has no split 'tset'; splits: test, train"):
         read(tmp_path / "splits", split="tset")
     (tmp_path / "table/dataset_info.json").unlink()
-    with pytest.raises(UserError, match="is not a complete save_to_disk folder"):
+    with pytest.raises(DataError, match="is not a complete save_to_disk folder"):
         read(tmp_path / "table")
 
 
@@ -283,7 +288,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ],
 )
 def test_hub_typos_list_what_exists(hub: pytest.MonkeyPatch, where: dict[str, str], sentence: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(DataError) as caught:
         read("org/prefs", **where)
     assert str(caught.value).startswith(sentence)
     assert "\n" not in str(caught.value)
@@ -292,19 +297,19 @@ def test_hub_typos_list_what_exists(hub: pytest.MonkeyPatch, where: dict[str, st
 def test_hub_name_that_does_not_exist(hub: pytest.MonkeyPatch) -> None:
     for function in ("load_dataset", "get_dataset_split_names"):
         hub.setattr(datasets, function, failing(datasets.exceptions.DatasetNotFoundError("no such thing")))
-    with pytest.raises(UserError, match=r"neither a local .* nor a data set of the .*mean Anthropic/hh-rlhf\?"):
+    with pytest.raises(DataError, match=r"neither a local .* nor a data set of the .*mean Anthropic/hh-rlhf\?"):
         read("Anthropic/hh-rlfh")
-    with pytest.raises(UserError, match=r"neither a local .*check the name"):
+    with pytest.raises(DataError, match=r"neither a local .*check the name"):
         split_names("someone/something")
     found = [huggingface_hub.DatasetInfo(id="org/prefs")]
     hub.setattr(huggingface_hub.HfApi, "list_datasets", lambda self, author, limit: found)
-    with pytest.raises(UserError, match=r"did you mean org/prefs\?"):
+    with pytest.raises(DataError, match=r"did you mean org/prefs\?"):
         read("org/perfs")
 
 
 def test_hub_that_does_not_answer(hub: pytest.MonkeyPatch) -> None:
     hub.setattr(datasets, "load_dataset", failing(ConnectionError("Couldn't reach 'org/prefs' on the Hub")))
-    with pytest.raises(UserError, match=r"'org/prefs' is no local .*does not answer: Couldn't reach.*HF_ENDPOINT"):
+    with pytest.raises(DataError, match=r"'org/prefs' is no local .*does not answer: Couldn't reach.*HF_ENDPOINT"):
         read("org/prefs")
 
 

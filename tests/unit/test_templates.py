@@ -8,7 +8,7 @@ from deep_rlhf.data.chat import (
     render_messages,
     render_turns,
 )
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
 
 DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
 
@@ -31,17 +31,17 @@ def test_hh_prompt(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize("text", ["Sure", " Sure", "\n  Sure"])
 def test_hh_answer_follows_exactly_one_space(text: str) -> None:
-    assert HH.answer(text) == " Sure"
+    assert HH.response(text) == " Sure"
 
 
 def test_answers_keep_their_end_and_inner_spaces() -> None:
-    assert HH.answer("a  b\n") == " a  b\n"
+    assert HH.response("a  b\n") == " a  b\n"
 
 
 @pytest.mark.parametrize("text", ["", " Hi ", "\n\nHuman: Hi"])
 def test_plain_changes_nothing(text: str) -> None:
     plain = TEMPLATES["plain"]
-    assert (plain.prompt(text), plain.answer(text)) == (text, text)
+    assert (plain.prompt(text), plain.response(text)) == (text, text)
 
 
 def test_fingerprint_is_that_of_the_format_strings() -> None:
@@ -52,7 +52,7 @@ def test_fingerprint_is_that_of_the_format_strings() -> None:
 
 
 def test_unknown_template_lists_what_exists() -> None:
-    with pytest.raises(UserError, match=r"no template 'plane'.*plain, hh"):
+    with pytest.raises(ConfigError, match=r"no template 'plane'.*plain, hh"):
         get_template("plane")
 
 

@@ -56,7 +56,9 @@ def test_no_tracker_is_no_tracker() -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert usable_trackers(["wandb"], run_name="x") == []
-    assert caplog.messages == ["wandb is not installed (pip install wandb): training goes on without it."]
+    assert caplog.messages == [
+        "wandb is not installed: training continues without it (pip install 'deep-rlhf[wandb]')."
+    ]
 
 
 def test_wandb_without_a_key_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ from importlib import import_module
 from deep_rlhf import __version__
 from deep_rlhf.cli.commands import ALGORITHMS, COMMANDS
 from deep_rlhf.errors import ConfigError, UserError
+from deep_rlhf.extras import optional_packages
 
 
 def main() -> None:
@@ -36,10 +37,11 @@ def run(command: str, argv: list[str] | None = None) -> None:
         if command not in COMMANDS:
             raise ConfigError(f"There is no command '{command}': choose one of {', '.join(COMMANDS)}.")
         import_module("deep_rlhf.cli.console").calm_libraries()
-        if command in ALGORITHMS:
-            import_module("deep_rlhf.cli.online").main(command, argv)
-        else:
-            import_module(f"deep_rlhf.cli.{command}").main(argv)
+        with optional_packages(f"deep-rlhf {command}"):
+            if command in ALGORITHMS:
+                import_module("deep_rlhf.cli.online").main(command, argv)
+            else:
+                import_module(f"deep_rlhf.cli.{command}").main(argv)
         if "WORLD_SIZE" in os.environ:
             import_module("deep_rlhf.runtime.processes").leave_processes()
     except UserError as error:

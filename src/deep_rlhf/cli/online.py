@@ -18,7 +18,7 @@ from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_c
 from deep_rlhf.data.prompts import load_prompts
 from deep_rlhf.errors import UserError
 from deep_rlhf.evaluation.comparison import build_samples
-from deep_rlhf.evaluation.report import write_report
+from deep_rlhf.evaluation.report import write_report_if_installed
 from deep_rlhf.models.reward import RewardModel, load_scorer
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
 from deep_rlhf.types import RowReport, Scorer
@@ -75,7 +75,7 @@ def main(command: str, argv: list[str] | None = None) -> None:
     }
     with _told(output_dir):
         write_summary(run.path / "summary.json", summary)
-        report = write_report(
+        report = write_report_if_installed(
             run.path / "report.html",
             title=f"{command}: {config.exp_name}",
             summary={"seconds": summary["seconds"]},
@@ -84,7 +84,9 @@ def main(command: str, argv: list[str] | None = None) -> None:
             score_name="reward",
             config=dataclasses.asdict(_public(config)),
         )
-    files = {"Policy": output_dir / "model", "Report": report, "Metrics": run.path / "metrics.jsonl"}
+    files = {"Policy": output_dir / "model", "Metrics": run.path / "metrics.jsonl"} | (
+        {"Report": report} if report else {}
+    )
     for name, path in files.items():
         console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
 

@@ -48,7 +48,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pairs = [HH.prompt(prompt) + HH.answer(answer) for prompt, answer in sft_pairs(4_000, seed)]
+    pairs = [HH.prompt(prompt) + HH.response(answer) for prompt, answer in sft_pairs(4_000, seed)]
     tokenizer.train_from_iterator(pairs, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -80,7 +80,7 @@ def pretrain(
         )
     )
     texts = [("", text) for text in corpus(scale.corpus_texts, seed)]
-    answers = [(HH.prompt(prompt), HH.answer(answer)) for prompt, answer in sft_pairs(scale.sft_pairs, seed)]
+    answers = [(HH.prompt(prompt), HH.response(answer)) for prompt, answer in sft_pairs(scale.sft_pairs, seed)]
     for examples in (texts, answers):
         with TemporaryDirectory() as folder:
             train_sft(

@@ -1,4 +1,4 @@
-"""How a dialogue becomes text: the turn markers of hh-rlhf (Bai et al. 2022, arXiv 2204.05862), or none at all."""
+"""Dialogues as text: the turn markers of hh-rlhf (Bai et al. 2022, arXiv 2204.05862), or none."""
 
 import hashlib
 import json
@@ -6,30 +6,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deep_rlhf.data.sources import closest_first
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
 
 ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The strings around a prompt and an answer; empty strings leave text as it is."""
+    """The strings around a prompt and a response; empty strings leave text unchanged."""
 
     name: str
     human: str = "\n\nHuman:"
     assistant: str = "\n\nAssistant:"
-    separator: str = " "  # between a marker and the words of the turn
+    separator: str = " "  # between a marker and the text of the turn
 
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that change when any format string does."""
+        """Returns 16 hexadecimal digits that change with any of the strings."""
         strings = json.dumps([self.human, self.assistant, self.separator])
         return hashlib.sha256(strings.encode()).hexdigest()[:16]
 
     def prompt(self, text: str) -> str:
-        """Return `text` as a prompt that an answer can follow directly.
+        """Returns `text` as a prompt that a response can follow directly.
 
-        A bare string becomes one human turn; a dialogue that already begins with the human marker is kept, and closed
-        with the assistant's marker if that is missing, so rendering twice changes nothing.
+        A bare string becomes one human turn. A dialogue that begins with the human marker is kept, and the assistant's
+        marker is appended if it is missing, so rendering twice changes nothing.
         """
         if not self.human:
             return text
@@ -39,8 +39,8 @@ class Template:
         opening = self.human[: -len(self.human.lstrip())]
         return opening + words + ("" if words.endswith(self.assistant) else self.assistant)
 
-    def answer(self, text: str) -> str:
-        """Return `text` as it follows a prompt: after exactly one separator."""
+    def response(self, text: str) -> str:
+        """Returns `text` as it follows a prompt: after exactly one separator."""
         return self.separator + text.lstrip() if self.human else text
 
 
@@ -49,16 +49,16 @@ TEMPLATES = {template.name: template for template in (HH, Template("plain", huma
 
 
 def get_template(name: str) -> Template:
-    """Return the template called `name`; raises UserError with the names that exist."""
+    """Returns the template called `name`. Raises ConfigError, with the names that exist, if there is none."""
     if name not in TEMPLATES:
-        raise UserError(f"there is no template '{name}'; templates: {closest_first(name, TEMPLATES)}")
+        raise ConfigError(f"there is no template '{name}'; templates: {closest_first(name, TEMPLATES)}")
     return TEMPLATES[name]
 
 
 def render_turns(messages: Sequence[Mapping[str, str]]) -> str:
-    """Return messages of roles system, user and assistant as hh text.
+    """Returns messages with the roles system, user and assistant as hh-rlhf text.
 
-    hh text has no system turn: a system message opens the human turn that follows it.
+    hh-rlhf has no system turn: a system message becomes the beginning of the human turn that follows it.
     """
     text, after_system = "", False
     for message in messages:
@@ -72,5 +72,5 @@ def render_turns(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def render_messages(messages: Sequence[Mapping[str, str]]) -> str:
-    """Return prompt messages as hh text that ends in the assistant's marker."""
+    """Returns the messages of a prompt as hh-rlhf text that ends with the assistant's marker."""
     return render_turns(messages) + HH.assistant

@@ -1,8 +1,8 @@
-"""One row becomes one comparison: which columns a data set has decides how, once for all its rows.
+"""Published layouts of preference data: from the columns of a data set's rows to `Preference` records.
 
 Accepted are hh-rlhf text (`chosen` and `rejected` are whole dialogues with a shared beginning), explicit
-prompt/chosen/rejected, messages of {role, content} with or without an explicit prompt, and pairs with a probability,
-votes or a label instead of a fixed winner.
+prompt/chosen/rejected, lists of {role, content} messages with or without an explicit prompt, and pairs with a
+probability, votes or a label instead of a fixed winner. The layout is detected once for all rows of a data set.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ from typing import Any
 
 from deep_rlhf.data.chat import HH, ROLES, Template, render_messages, render_turns
 from deep_rlhf.data.readers import BadRow
-from deep_rlhf.data.sources import Row, closest_first
-from deep_rlhf.errors import UserError
+from deep_rlhf.data.sources import SourceRow, closest_first
+from deep_rlhf.errors import DataError
 from deep_rlhf.types import Preference
 
-PAIRS = (("chosen", "rejected"), ("a", "b"), ("a1", "a2"))
-VOTES = {"a": 1.0, "a1": 1.0, "b": 0.0, "a2": 0.0, "equal": 0.5, "tie": 0.5}  # vote -> probability that a is better
+PAIR_COLUMNS = (("chosen", "rejected"), ("a", "b"), ("a1", "a2"))
+VOTES = {"a": 1.0, "a1": 1.0, "b": 0.0, "a2": 0.0, "equal": 0.5, "tie": 0.5}  # probability that a is better
 JUDGEMENTS = ("mu", "votes", "label")
 ACCEPTED = (
     "accepted are chosen + rejected (hh-rlhf dialogues, or messages), prompt + chosen + rejected, "
@@ -32,64 +32,67 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
-    """Which columns hold the two answers, and in which form everything is."""
+class Layout:
+    """Which columns hold the two responses, and how they are written."""
 
     a: str
     b: str
-    prompt: bool  # there is a column `prompt`
-    messages: bool  # the answers are lists of messages, not text
+    prompt: bool  # a column `prompt` exists
+    messages: bool  # the responses are lists of messages, not text
     prompt_messages: bool
-    judgement: str  # column that says which is better; "" if `a` always is
+    judgement: str  # the column with the probability, votes or label; "" if `a` is always the better one
 
 
-def columns_of(rows: Sequence[Row]) -> list[str]:
-    """Return every column that some row has, in order of appearance."""
+def columns_of(rows: Sequence[SourceRow]) -> list[str]:
+    """Returns every column that occurs in some row, in order of appearance."""
     return list(dict.fromkeys(column for row in rows for column in row.values))
 
 
-def holds_lists(rows: Sequence[Row], column: str) -> bool:
-    """Tell whether a column holds lists and not text, by its first value that is there."""
+def holds_lists(rows: Sequence[SourceRow], column: str) -> bool:
+    """Whether a column holds lists rather than text, by its first value that is not null."""
     return isinstance(next((row.values[column] for row in rows if row.values.get(column) is not None), None), list)
 
 
-def detect_format(rows: Sequence[Row], name: str) -> Format:
-    """Return the format of a data set's rows; raises UserError, with the columns there are and what is accepted."""
+def detect_layout(rows: Sequence[SourceRow], name: str) -> Layout:
+    """Returns the layout of the rows of data set `name`.
+
+    Raises DataError, with the columns found and the accepted ones, if they fit no layout.
+    """
     columns = columns_of(rows)
-    pair = next((pair for pair in PAIRS if set(pair) <= set(columns)), None)
+    pair = next((pair for pair in PAIR_COLUMNS if set(pair) <= set(columns)), None)
     have = f"its columns are {closest_first('chosen rejected prompt', columns)}"
     if pair is None:
-        raise UserError(f"{name} holds no preferences that are understood: {have}; {ACCEPTED}")
+        raise DataError(f"{name} has no known layout of preferences: {have}; {ACCEPTED}")
     a, b = pair
     messages, prompt = holds_lists(rows, a), "prompt" in columns
     if not prompt and not messages and not any(HH.assistant in str(row.values.get(a)) for row in rows):
         markers = f"{HH.human!r} and {HH.assistant!r}"
-        raise UserError(
+        raise DataError(
             f"{name} has no column 'prompt' and its '{a}' is no dialogue with {markers}; {have}; {ACCEPTED}"
         )
     judgement = next((column for column in JUDGEMENTS if column in columns), "")
     if a == "chosen":
-        # Here the winner is known, so a column of that name may be about something else.
+        # The winner is known, so columns called votes or label may mean something else.
         votes = judgement != "votes" or holds_lists(rows, "votes")
         labels = judgement != "label" or any(row.values.get("label") in tuple(VOTES) for row in rows)
         judgement = judgement if votes and labels else ""
     elif not judgement:
-        raise UserError(
-            f"{name} has '{a}' and '{b}' but no mu, votes or label to say which is better; {have}; {ACCEPTED}"
+        raise DataError(
+            f"{name} has '{a}' and '{b}' but no mu, votes or label, so the better one is unknown; {have}; {ACCEPTED}"
         )
-    return Format(a, b, prompt, messages, prompt and holds_lists(rows, "prompt"), judgement)
+    return Layout(a, b, prompt, messages, prompt and holds_lists(rows, "prompt"), judgement)
 
 
-def to_preference(row: Row, form: Format, template: Template, source: str) -> Preference | str:
-    """Return a row's comparison, or the reason to drop it; raises BadRow if it is malformed."""
+def to_preference(row: SourceRow, layout: Layout, template: Template, source: str) -> Preference | str:
+    """Returns the preference of a row, or the reason to drop it. Raises BadRow if the row is malformed."""
     values = row.values
-    mu = _mu(values, form.judgement)
-    texts = pair_texts(row, form, template)
+    mu = _mu(values, layout.judgement)
+    texts = pair_texts(row, layout, template)
     if texts is None:
         return "no shared prompt"
     prompt, a, b = texts
     if not a.strip() or not b.strip():
-        return "empty answer"
+        return "empty response"
     if a.strip() == b.strip():
         return "chosen equals rejected"
     weight = _number(values, "weight", 1.0)
@@ -109,49 +112,49 @@ def to_preference(row: Row, form: Format, template: Template, source: str) -> Pr
     )
 
 
-def pair_texts(row: Row, form: Format, template: Template) -> tuple[str, str, str] | None:
-    """Return (prompt, a, b) as text, None if the two dialogues share no prompt; raises BadRow if the row is malformed.
+def pair_texts(row: SourceRow, layout: Layout, template: Template) -> tuple[str, str, str] | None:
+    """Returns (prompt, a, b) as text, or None if the two dialogues share no prompt. Raises BadRow if it is malformed.
 
-    hh text is split at the last assistant's marker of the part that both dialogues share, so `prompt + a` is the
-    dialogue as it was; where two dialogues differ earlier than in their last turn, the answers hold the further turns.
-    Messages have turns, so they become hh text under every template.
+    hh-rlhf text is split after the last assistant marker that both dialogues share, so `prompt + a` is the original
+    dialogue; where two dialogues differ before their last turn, the responses hold all further turns. Messages have
+    turns, so they become hh-rlhf text under every template.
     """
-    if form.messages:
-        return _message_texts(row, form)
-    a, b = text_of(row.values, form.a), text_of(row.values, form.b)
-    if form.prompt_messages:
-        return render_messages(messages_of(row.values, "prompt")), HH.answer(a), HH.answer(b)
-    if form.prompt:
-        return template.prompt(text_of(row.values, "prompt")), template.answer(a), template.answer(b)
-    cut = os.path.commonprefix([a, b]).rfind(HH.assistant)  # noqa: RUF071 (text is meant, not paths)
+    if layout.messages:
+        return _message_texts(row, layout)
+    a, b = text_of(row.values, layout.a), text_of(row.values, layout.b)
+    if layout.prompt_messages:
+        return render_messages(messages_of(row.values, "prompt")), HH.response(a), HH.response(b)
+    if layout.prompt:
+        return template.prompt(text_of(row.values, "prompt")), template.response(a), template.response(b)
+    cut = os.path.commonprefix([a, b]).rfind(HH.assistant)  # noqa: RUF071 (text, not paths)
     if cut < 0:
         return None
     cut += len(HH.assistant)
     return a[:cut], a[cut:], b[cut:]
 
 
-def _message_texts(row: Row, form: Format) -> tuple[str, str, str] | None:
-    a, b = messages_of(row.values, form.a), messages_of(row.values, form.b)
-    if form.prompt_messages:
+def _message_texts(row: SourceRow, layout: Layout) -> tuple[str, str, str] | None:
+    a, b = messages_of(row.values, layout.a), messages_of(row.values, layout.b)
+    if layout.prompt_messages:
         prompt = messages_of(row.values, "prompt")
     else:
         shared = _shared_turns(a, b)
         prompt, a, b = a[:shared], a[shared:], b[shared:]
-        if not prompt and form.prompt:
+        if not prompt and layout.prompt:
             prompt = [{"role": "user", "content": text_of(row.values, "prompt")}]
     if not prompt:
         return None
-    for column, answer in ((form.a, a), (form.b, b)):
-        if answer[0]["role"] != "assistant":
+    for column, messages in ((layout.a, a), (layout.b, b)):
+        if messages[0]["role"] != "assistant":
             raise BadRow(
-                "wrong type", f"column '{column}' must go on with the assistant, but does with {answer[0]['role']}"
+                "wrong type", f"column '{column}' must continue with the assistant, not with {messages[0]['role']}"
             )
-    answers = [HH.answer(answer[0]["content"]) + render_turns(answer[1:]) for answer in (a, b)]
-    return render_messages(prompt), answers[0], answers[1]
+    responses = [HH.response(messages[0]["content"]) + render_turns(messages[1:]) for messages in (a, b)]
+    return render_messages(prompt), responses[0], responses[1]
 
 
 def _shared_turns(a: list[Message], b: list[Message]) -> int:
-    """Return how many leading messages are the prompt: shared, and followed by the assistant in both."""
+    """Returns how many leading messages layout the prompt: shared, and followed by the assistant in both dialogues."""
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
     while shared and not all(len(turns) > shared and turns[shared]["role"] == "assistant" for turns in (a, b)):
         shared -= 1
@@ -167,7 +170,7 @@ def _value(values: dict[str, Any], column: str) -> Any:
 
 
 def text_of(values: dict[str, Any], column: str) -> str:
-    """Return a column's text; raises BadRow if it is missing, of another type, or cannot be written as UTF-8."""
+    """Returns the text of a column. Raises BadRow if it is missing, not text, or cannot be encoded as UTF-8."""
     return _checked_text(_value(values, column), f"column '{column}'")
 
 
@@ -182,7 +185,7 @@ def _checked_text(text: Any, what: str) -> str:
 
 
 def messages_of(values: dict[str, Any], column: str) -> list[Message]:
-    """Return a column's messages; raises BadRow if they are not a list of {role, content}."""
+    """Returns the messages of a column. Raises BadRow if they are not a list of {role, content}."""
     messages = _value(values, column)
     if not isinstance(messages, list) or not messages:
         raise BadRow("wrong type", f"column '{column}' must be a list of messages, but is {_shown(messages)}")
@@ -199,7 +202,7 @@ def messages_of(values: dict[str, Any], column: str) -> list[Message]:
 
 
 def _mu(values: dict[str, Any], judgement: str) -> float:
-    """Return the probability that a is better: as given, the mean of the votes (a tie is 1/2), or the label."""
+    """Returns the probability that a is better: as given, the mean of the votes (a tie counts 1/2), or the label."""
     if not judgement:
         return 1.0
     value = _value(values, judgement)
@@ -224,7 +227,7 @@ def _vote(vote: Any) -> float:
 
 
 def _number(values: dict[str, Any], column: str, default: float) -> float:
-    """Return an optional number; text is converted, since every cell of a CSV file is text."""
+    """Returns an optional number; text is converted, since every cell of a CSV file is text."""
     value = values.get(column)
     if value is None or value == "":
         return default

@@ -1,7 +1,7 @@
-"""Preferences from any source in any accepted format, with an account of every row."""
+"""Loads preferences from any source and layout, and counts what became of every row."""
 
 from deep_rlhf.data.chat import get_template
-from deep_rlhf.data.layouts import detect_format, to_preference
+from deep_rlhf.data.layouts import detect_layout, to_preference
 from deep_rlhf.data.readers import BadRow
 from deep_rlhf.data.sources import Tally, read_rows
 from deep_rlhf.types import Preference, RowReport
@@ -16,26 +16,27 @@ def load_preferences(
     template: str = "hh",
     on_bad_rows: str = "error",
 ) -> tuple[list[Preference], RowReport]:
-    """Return the comparisons of one split in their order, and what became of its rows.
+    """Returns the preferences of one split in their order, and the report on its rows.
 
-    Sources are those of `sources.read_rows`, formats those of `formats`; `template` renders explicit prompts.
-    Dropped and counted are rows whose answers are equal or empty, or whose dialogues share no prompt, and with
-    `on_bad_rows="skip"` malformed rows. Raises UserError for anything malformed otherwise, and if no row is left.
+    `dataset_name`, `config` and `data_dir` are those of `sources.read_rows`; the layouts are listed in `layouts`.
+    `template` renders prompts that have a column of their own. Rows with equal or empty responses, or without a shared
+    prompt, are dropped and counted. Malformed rows are dropped and counted with `on_bad_rows="skip"`; with "error"
+    they raise DataError, as does a split without usable rows. Raises ConfigError for an unknown template.
     """
     chosen_template = get_template(template)
     tally = Tally(on_bad_rows)
     rows = list(read_rows(dataset_name, split=split, tally=tally, config=config, data_dir=data_dir))
     preferences: list[Preference] = []
     if rows:
-        form = detect_format(rows, dataset_name)
+        layout = detect_layout(rows, dataset_name)
         for row in rows:
             try:
-                found = to_preference(row, form, chosen_template, dataset_name)
+                result = to_preference(row, layout, chosen_template, dataset_name)
             except BadRow as problem:
                 tally.bad(row.where, problem)
                 continue
-            if isinstance(found, str):
-                tally.dropped[found] += 1
+            if isinstance(result, str):
+                tally.dropped[result] += 1
             else:
-                preferences.append(found)
+                preferences.append(result)
     return preferences, tally.report(dataset_name, split, len(preferences))

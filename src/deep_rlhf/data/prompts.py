@@ -1,12 +1,20 @@
-"""Prompts from any source: a column of text or messages, plain text, or the prompts of preference data."""
+"""Loads prompts from any source: a column of text or messages, plain text, or preference data."""
 
 from collections.abc import Callable, Sequence
 
 from deep_rlhf.data.chat import Template, get_template, render_messages
-from deep_rlhf.data.layouts import PAIRS, columns_of, detect_format, holds_lists, messages_of, pair_texts, text_of
+from deep_rlhf.data.layouts import (
+    PAIR_COLUMNS,
+    columns_of,
+    detect_layout,
+    holds_lists,
+    messages_of,
+    pair_texts,
+    text_of,
+)
 from deep_rlhf.data.readers import BadRow
-from deep_rlhf.data.sources import Row, Tally, closest_first, read_rows
-from deep_rlhf.errors import UserError
+from deep_rlhf.data.sources import SourceRow, Tally, closest_first, read_rows
+from deep_rlhf.errors import DataError
 from deep_rlhf.types import RowReport
 
 COLUMNS = ("prompt", "query", "text", "user", "instruction", "messages")
@@ -22,12 +30,12 @@ def load_prompts(
     on_bad_rows: str = "error",
     num_proc: int | None = None,
 ) -> tuple[list[str], RowReport]:
-    """Return the different prompts of one split, whole and rendered, in their order, and what became of the rows.
+    """Returns the distinct prompts of one split, rendered by `template`, in their order, and the report on its rows.
 
-    Taken from `column`, or from the first of prompt, query, text, user, instruction and messages that exists, or from
-    preference data. Repeated and empty prompts are dropped and counted, and malformed rows with `on_bad_rows="skip"`.
-    A data set of the Hub is downloaded and prepared by `num_proc` processes; local files are read by this one.
-    Raises UserError for anything malformed otherwise, for a column that does not exist, and if no row is left.
+    They come from `column`; by default from the first of prompt, query, text, user, instruction and messages that
+    exists, or else from preference data. Repeated and empty prompts are dropped and counted. Malformed rows are dropped
+    and counted with `on_bad_rows="skip"`; with "error" they raise DataError, as do a missing column and a split without
+    usable rows. `num_proc` processes prepare a data set of the Hub. Raises ConfigError for an unknown template.
     """
     tally = Tally(on_bad_rows)
     rendering = get_template(template)
@@ -50,29 +58,31 @@ def load_prompts(
     return list(prompts), tally.report(dataset_name, split, len(prompts))
 
 
-def _prompt_reader(rows: Sequence[Row], name: str, column: str | None, template: Template) -> Callable[[Row], str]:
-    """Return the function that takes the prompt from a row, "" if there is none."""
+def _prompt_reader(
+    rows: Sequence[SourceRow], name: str, column: str | None, template: Template
+) -> Callable[[SourceRow], str]:
+    """Returns the function that reads the prompt of a row; it returns "" for a row without one."""
     columns = columns_of(rows)
     if column is not None and column not in columns:
-        raise UserError(f"{name} has no column '{column}'; columns: {closest_first(column, columns)}")
+        raise DataError(f"{name} has no column '{column}'; columns: {closest_first(column, columns)}")
     found = column or next((known for known in COLUMNS if known in columns), None)
     if found is not None:
-        take = _from_messages if holds_lists(rows, found) else _from_text
-        return lambda row: take(row, found, template)
-    if not any(set(pair) <= set(columns) for pair in PAIRS):
+        read = _from_messages if holds_lists(rows, found) else _from_text
+        return lambda row: read(row, found, template)
+    if not any(set(pair) <= set(columns) for pair in PAIR_COLUMNS):
         known = f"a prompt is read from {', '.join(COLUMNS)}, from preference data, or from the column you name"
-        raise UserError(f"{name} has no column of prompts; columns: {closest_first('prompt', columns)}; {known}")
-    form = detect_format(rows, name)
-    return lambda row: (pair_texts(row, form, template) or ("",))[0]
+        raise DataError(f"{name} has no column of prompts; columns: {closest_first('prompt', columns)}; {known}")
+    layout = detect_layout(rows, name)
+    return lambda row: (pair_texts(row, layout, template) or ("",))[0]
 
 
-def _from_text(row: Row, column: str, template: Template) -> str:
+def _from_text(row: SourceRow, column: str, template: Template) -> str:
     text = text_of(row.values, column)
     return template.prompt(text) if text.strip() else ""
 
 
-def _from_messages(row: Row, column: str, template: Template) -> str:
-    """Render a conversation without its last answer; turns need markers, so it becomes hh text under every template."""
+def _from_messages(row: SourceRow, column: str, template: Template) -> str:
+    """Renders a conversation up to its last user message, as hh-rlhf text: turns need markers under every template."""
     messages = messages_of(row.values, column)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()

@@ -1,6 +1,6 @@
-"""Files of rows: a reader for each type, which tells where each row stands.
+"""Files to rows: one reader for each file type, which yields the position of every row.
 
-Files are read here and not by `datasets`, so that a bad row is named by file and line and the rows around it survive.
+Files are read here and not by `datasets`, so that errors name file and line, and one bad row spoils no other.
 """
 
 import csv
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import DataError
 
 
 class BadRow(Exception):
-    """A row that cannot be used: a short reason, by which such rows are counted, and what was expected instead."""
+    """A malformed row: `reason` is the name under which such rows are counted, the message what was expected."""
 
     def __init__(self, reason: str, expected: str) -> None:
         super().__init__(expected)
@@ -29,36 +29,36 @@ Item = tuple[str, dict[str, Any] | BadRow]  # position in its table, and the row
 
 
 def read_table(path: Path) -> Iterator[Item]:
-    """Yield the rows of one file; its name tells its type, one of READERS, each also .gz.
+    """Yields (position, row) of one file, whose type follows from its suffix: one of READERS, each also .gz.
 
-    Raises UserError if the file cannot be read, or is so broken that nothing tells where its next row begins.
+    Raises DataError if the file cannot be read, or is damaged so that the next row cannot be found.
     """
     reader = READERS.get(file_type(path))
     if reader is None:
-        raise UserError(f"{path} is of no known type; known are {', '.join(READERS)}, each also .gz")
+        raise DataError(f"{path} has an unknown file type; known are {', '.join(READERS)}, each also .gz")
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             yield from reader(path, file)  # type: ignore[arg-type]
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(
+        raise DataError(
             f"{path} is not a complete gzip file ({error}); copy it again, or drop .gz from its name"
         ) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def file_type(path: Path) -> str:
-    """Return the suffix that tells a file's type, without .gz."""
+    """Returns the suffix of a file that gives its type, without .gz."""
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error, or its cause, says in its first line."""
+    """Returns the first line of the message of an error, or of its cause."""
     lines = str(error.__cause__ or error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-# ---- one reader for each type of file
+# ---- one reader for each file type
 
 
 def _json_object(value: Any) -> dict[str, Any] | BadRow:
@@ -90,17 +90,17 @@ def _jsonl_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
 
 
 def _json_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
-    """Read a list of objects, or lines as in .jsonl: both are called .json."""
+    """Reads a list of objects, or lines as in .jsonl: both are called .json."""
     raw = file.read()
     if not raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _jsonl_rows(path, io.BytesIO(raw))
         return
-    # A broken list cannot be read on: nothing tells where its next row begins.
+    # After an error in a list the next row cannot be found, so it ends the reading.
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: {_not_utf8(error)}") from error
+        raise DataError(f"{path}, line {line}: {_not_utf8(error)}") from error
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
     at, line, counted = text.index("[") + 1, 1, 0
     while True:
@@ -108,18 +108,18 @@ def _json_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
             if text[at + 1 :].strip():
-                raise UserError(f"{path}, line {line}: expected nothing after the end of the JSON list")
+                raise DataError(f"{path}, line {line}: expected nothing after the end of the JSON list")
             return
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", line)
-            raise UserError(f"{path}, line {line}: {_bad_json(error)}") from error
+            raise DataError(f"{path}, line {line}: {_bad_json(error)}") from error
         yield f"line {line}", _json_object(value)
         at = space.match(text, at).end()  # type: ignore[union-attr]
         if text[at : at + 1] not in (",", "]"):
             line += text.count("\n", counted, at)
-            raise UserError(f"{path}, line {line}: expected ',' or ']' after a row of the JSON list: bad JSON")
+            raise DataError(f"{path}, line {line}: expected ',' or ']' after a row of the JSON list: bad JSON")
         at += text[at] == ","
 
 
@@ -135,10 +135,10 @@ def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{path}, line {line}: expected a row of CSV: {error}") from error
+            raise DataError(f"{path}, line {line}: expected a row of CSV: {error}") from error
         except UnicodeEncodeError:
             if columns is None:
-                raise UserError(f"{path}, line {line}: expected column names in UTF-8, but it is not UTF-8") from None
+                raise DataError(f"{path}, line {line}: expected column names in UTF-8, but it is not UTF-8") from None
             yield f"line {line}", BadRow("not UTF-8", "expected UTF-8 text, but it is not UTF-8")
             continue
         if not cells:
@@ -162,7 +162,7 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
     try:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a parquet file: {first_line(error)}") from error
+        raise DataError(f"{path} is not a parquet file: {first_line(error)}") from error
     for number in range(table.num_rows):
         try:
             row = {name: cells[number].as_py() for name, cells in zip(table.column_names, table.columns, strict=True)}

@@ -1,4 +1,4 @@
-"""Rows of a data set with their position: from the Hub, from files and folders, or from `save_to_disk`."""
+"""Reads the rows of a data set with their positions: from the Hub, from files and folders, or from `save_to_disk`."""
 
 import contextlib
 import os
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from deep_rlhf.data.readers import READERS, BadRow, Item, file_type, first_line, read_table
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError, DataError
 from deep_rlhf.types import RowReport
 
-HUB_NAMES = ("Anthropic/hh-rlhf", "wentingzhao/anthropic-hh-first-prompt")  # suggested when a name is mistyped
-LISTED = 20  # names shown when a user mistypes one
+HUB_NAMES = ("Anthropic/hh-rlhf", "wentingzhao/anthropic-hh-first-prompt")  # suggested for a mistyped name
+LISTED = 20  # most names that an error message lists
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row: its values by column, and where it stands ("train.jsonl, line 3")."""
+class SourceRow:
+    """One row of a data set: its position ("train.jsonl, line 3"), its values by column, and its sub-folder."""
 
     where: str
     values: dict[str, Any]
@@ -28,39 +28,39 @@ class Row:
 
 
 class Tally:
-    """Counts rows read and dropped, and decides whether a bad row ends the reading."""
+    """Counts the rows that were read and dropped, and decides whether a malformed row ends the reading."""
 
     def __init__(self, on_bad_rows: str) -> None:
         if on_bad_rows not in ("error", "skip"):
-            raise UserError(f"on_bad_rows is 'error' or 'skip', not '{on_bad_rows}'")
+            raise ConfigError(f"on_bad_rows must be 'error' or 'skip', not '{on_bad_rows}'")
         self.skip = on_bad_rows == "skip"
         self.read = 0
         self.dropped: Counter[str] = Counter()
 
     def bad(self, where: str, problem: BadRow) -> None:
-        """Count a bad row, or raise UserError with its place if bad rows are errors."""
+        """Counts a malformed row with "skip"; with "error" raises DataError that names its position."""
         if not self.skip:
-            raise UserError(f"{where}: {problem} (on_bad_rows=skip passes over such rows)")
+            raise DataError(f"{where}: {problem} (on_bad_rows=skip drops such rows)")
         self.dropped[problem.reason] += 1
 
     def report(self, name: str, split: str, kept: int) -> RowReport:
-        """Return the counts; raises UserError if no row is left."""
+        """Returns the counts. Raises DataError if no row is left."""
         report = RowReport(self.read, kept, dict(self.dropped))
         if not self.read:
-            raise UserError(f"{name} is empty: split '{split}' holds no rows")
+            raise DataError(f"{name} is empty: split '{split}' holds no rows")
         if not kept:
-            raise UserError(f"no rows are left of {name}, split '{split}': {report}")
+            raise DataError(f"no rows are left of {name}, split '{split}': {report}")
         return report
 
 
 def closest_first(name: str, options: Iterable[str]) -> str:
-    """Return the options as one string, those most like `name` first."""
+    """Returns the options as one string, those most similar to `name` first."""
     ordered = sorted(options, key=lambda option: -SequenceMatcher(None, name.lower(), option.lower()).ratio())
     return ", ".join(ordered[:LISTED]) + (", …" if len(ordered) > LISTED else "") if ordered else "(none)"
 
 
 def split_names(dataset_name: str, *, config: str | None = None, data_dir: str | None = None) -> list[str]:
-    """Return the splits of a data set; one file or saved table has only "train". Raises UserError as read_rows does."""
+    """Returns the splits of a data set; a single file or table has only "train". Raises DataError as read_rows does."""
     path = _local_path(dataset_name)
     if path is not None:
         return list(_local_splits(path, config, data_dir))
@@ -69,7 +69,7 @@ def split_names(dataset_name: str, *, config: str | None = None, data_dir: str |
     try:
         return list(datasets.get_dataset_split_names(dataset_name, config, data_dir=data_dir))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(_explain(error, dataset_name, "", config, data_dir)) from error
+        raise DataError(_explain(error, dataset_name, "", config, data_dir)) from error
 
 
 def read_rows(
@@ -80,13 +80,17 @@ def read_rows(
     config: str | None = None,
     data_dir: str | None = None,
     num_proc: int | None = None,
-) -> Iterator[Row]:
-    """Yield the rows of one split; bad ones go to `tally`.
+) -> Iterator[SourceRow]:
+    """Yields the rows of one split; malformed ones go to `tally`.
 
-    `dataset_name` is a local file (.jsonl, .json, .csv, .parquet, .txt; each also .gz), a folder of files called after
-    their split (train.jsonl.gz, train-00000-of-00002.parquet), also in sub-folders, of which `data_dir` selects one, a
-    folder written by `save_to_disk`, or a name on the Hub, which `num_proc` processes download and prepare; local ones
-    are read by this process. Raises UserError, with what exists, if there is none.
+    `dataset_name` is one of
+    - a file: .jsonl, .json, .csv, .parquet or .txt, each also .gz;
+    - a folder of files named after their split (train.jsonl.gz, train-00000-of-00002.parquet), also in sub-folders, of
+      which `data_dir` selects one;
+    - a folder written by `save_to_disk`;
+    - a name on the Hub, downloaded and prepared by `num_proc` processes.
+
+    Raises DataError, with the names that exist, if there is no such data set, split, configuration or sub-folder.
     """
     path = _local_path(dataset_name)
     if path is None:
@@ -94,7 +98,7 @@ def read_rows(
     else:
         splits = _local_splits(path, config, data_dir)
         if split not in splits:
-            raise UserError(f"{dataset_name} has no split '{split}'; splits: {closest_first(split, splits)}")
+            raise DataError(f"{dataset_name} has no split '{split}'; splits: {closest_first(split, splits)}")
         files = splits[split]
         several = len({file.parent for file in files}) > 1
         tables = [
@@ -107,18 +111,18 @@ def read_rows(
             if isinstance(values, BadRow):
                 tally.bad(f"{table}, {position}", values)
             else:
-                yield Row(f"{table}, {position}", values, subset)
+                yield SourceRow(f"{table}, {position}", values, subset)
 
 
 # ---- local files and folders
 
 
 def _local_path(name: str) -> Path | None:
-    """Return the local path a name stands for, None if it must be a name on the Hub."""
+    """Returns the local path that `name` stands for, or None if it must be a name on the Hub."""
     if not name.strip():
-        raise UserError("the name of a data set is empty; give a file, a folder or a name on the Hugging Face Hub")
+        raise DataError("the name of a data set is empty; give a file, a folder or a name on the Hugging Face Hub")
     path = Path(os.path.expanduser(name))
-    if os.path.exists(path):  # unlike Path's methods these raise nothing, whatever the name
+    if os.path.exists(path):  # unlike Path.exists it raises nothing, whatever the name
         return path
     parts = name.replace("\\", "/").split("/")
     if name.startswith((".", "/", "~")) or len(parts) > 2 or file_type(path) in READERS:
@@ -128,7 +132,7 @@ def _local_path(name: str) -> Path | None:
             if parent.is_dir()
             else f"there is no {parent} either"
         )
-        raise UserError(f"there is no file or folder '{name}'; {held}")
+        raise DataError(f"there is no file or folder '{name}'; {held}")
     return None
 
 
@@ -137,19 +141,19 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _local_splits(path: Path, config: str | None, data_dir: str | None) -> dict[str, list[Path]]:
-    """Return the tables (files, or folders of `save_to_disk`) of each split."""
+    """Returns the tables (files, or folders of `save_to_disk`) of each split."""
     if config is not None:
-        raise UserError(
+        raise DataError(
             f"{path} is local and has no configurations; leave '{config}' out, or select a sub-folder by data_dir"
         )
     if path.is_file():
         if data_dir is not None:
-            raise UserError(f"{path} is a file and has no sub-folder '{data_dir}'; leave data_dir out")
+            raise DataError(f"{path} is a file and has no sub-folder '{data_dir}'; leave data_dir out")
         return {"train": [path]}
     folder = path / data_dir if data_dir else path
     if not folder.is_dir() or not folder.resolve().is_relative_to(path.resolve()):
         folders = [entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_dir()]
-        raise UserError(f"{path} has no sub-folder '{data_dir}'; sub-folders: {closest_first(str(data_dir), folders)}")
+        raise DataError(f"{path} has no sub-folder '{data_dir}'; sub-folders: {closest_first(str(data_dir), folders)}")
     if (folder / "dataset_dict.json").exists():
         return {entry.name: [entry] for entry in sorted(folder.iterdir()) if (entry / "state.json").exists()}
     if (folder / "state.json").exists():
@@ -167,12 +171,12 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
         name = file.name[: file.name.rindex(file_type(file))]
         twin = names.setdefault(file.parent / name, file)
         if twin != file:
-            raise UserError(
+            raise DataError(
                 f"{file.parent} holds '{name}' twice, as {twin.name} and {file.name}; keep one, or name the file"
             )
         splits[re.sub(r"-\d+-of-\d+$", "", name)].append(file)
     if not splits:
-        raise UserError(f"{folder} holds no data files ({', '.join(READERS)}, each also .gz)")
+        raise DataError(f"{folder} holds no data files ({', '.join(READERS)}, each also .gz)")
     return dict(splits)
 
 
@@ -186,7 +190,7 @@ def _saved_rows(path: Path) -> Iterator[Item]:
     try:
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a complete save_to_disk folder: {first_line(error)}") from error
+        raise DataError(f"{path} is not a complete save_to_disk folder: {first_line(error)}") from error
     yield from _dataset_rows(data)
 
 
@@ -207,12 +211,12 @@ def _hub_rows(name: str, split: str, config: str | None, data_dir: str | None, n
     try:
         data = datasets.load_dataset(name, config, split=split, data_dir=data_dir, num_proc=num_proc)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(_explain(error, name, split, config, data_dir)) from error
+        raise DataError(_explain(error, name, split, config, data_dir)) from error
     yield from _dataset_rows(data)
 
 
 def _explain(error: Exception, name: str, split: str, config: str | None, data_dir: str | None) -> str:
-    """Say in one sentence why a data set of the Hub could not be loaded, and what exists instead."""
+    """Returns one sentence: why a data set of the Hub could not be loaded, and what exists instead."""
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -227,7 +231,7 @@ def _explain(error: Exception, name: str, split: str, config: str | None, data_d
         close = get_close_matches(name, _known_names(name), n=5)
         hint = f"did you mean {', '.join(close)}?" if close else "check the name"
         return f"'{name}' is neither a local file or folder nor a data set of the Hugging Face Hub; {hint}"
-    # The loader's own words differ from release to release, so ask what exists and compare.
+    # The loader's messages differ between releases, so ask the Hub what exists and compare.
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         if data_dir is not None:
             files = HfApi().list_repo_files(name, repo_type="dataset")
@@ -246,12 +250,12 @@ def _explain(error: Exception, name: str, split: str, config: str | None, data_d
 
 
 def _known_names(name: str) -> set[str]:
-    """Return names a mistyped one may have meant: local ones, the author's, and those of this project's commands."""
+    """Returns candidates for a mistyped name: local names, those of its author on the Hub, and HUB_NAMES."""
     from huggingface_hub import HfApi
 
     names = {*HUB_NAMES, *_names_in(Path())}
     if "/" in name:
-        # A suggestion is a courtesy: whatever goes wrong with it must not hide the mistake itself.
+        # A failed search for suggestions must not hide the error itself.
         with contextlib.suppress(Exception):
             names |= {found.id for found in HfApi().list_datasets(author=name.split("/")[0], limit=500)}
     return names

@@ -1,4 +1,4 @@
-"""Which of two policies answers better: the win rate with its interval, and samples for the reader to judge."""
+"""Compares two policies: win rate with its confidence interval, and samples of both."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Z_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribut
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WinRate:
-    """How often policy a beat policy b on the same prompts; a tie counts 1/2. `low` and `high`: the 95 % interval."""
+    """How often policy a beat policy b on the same prompts; a tie counts 1/2. `low`, `high`: 95 % interval."""
 
     rate: float
     low: float
@@ -24,7 +24,7 @@ class WinRate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One prompt with the answer after training and, where there are any, the answer before and the scores of both."""
+    """One prompt with the response after training and, where given, the response before it and the scores of both."""
 
     prompt: str
     after: str
@@ -34,18 +34,17 @@ class Sample:
 
     @property
     def gain(self) -> float | None:
-        """How much the score rose, or None where one of the two scores is missing."""
+        """The increase of the score, or None if a score is missing."""
         if self.score_after is None or self.score_before is None:
             return None
         return self.score_after - self.score_before
 
 
 def wilson_interval(share: float, count: float) -> tuple[float, float]:
-    """Return the 95 % interval of a share (0 to 1) seen in `count` independent trials.
+    """Returns the 95 % score interval (Wilson 1927) of a share (0 to 1) observed in `count` independent trials.
 
-    Wilson (1927), as recommended by Brown, Cai and DasGupta (2001): unlike a bootstrap or the normal approximation, it
-    keeps a width at shares of 0 and 1. With ties counted 1/2 the variance is below a binomial's, so it errs to the wide
-    side.
+    Recommended by Brown, Cai and DasGupta (2001): unlike a bootstrap or the normal approximation it has a width at
+    shares of 0 and 1. With ties counted 1/2 the variance is below a binomial's, so the interval is conservative.
 
     Raises:
         ValueError: share outside [0, 1], or count not positive.
@@ -55,12 +54,12 @@ def wilson_interval(share: float, count: float) -> tuple[float, float]:
     spread = Z_95**2 / count
     center = (share + spread / 2) / (1 + spread)
     half = sqrt(spread * share * (1 - share) + spread**2 / 4) / (1 + spread)
-    # At 0 and 1 the bound is exactly 0 and 1; rounding must not leave it a hair outside or inside.
+    # The bounds at 0 and 1 are exact, in spite of rounding.
     return (0.0 if share == 0 else max(0.0, center - half), 1.0 if share == 1 else min(1.0, center + half))
 
 
 def win_rate(scores_a: ArrayLike, scores_b: ArrayLike) -> WinRate:
-    """Compare the scores [N] of policy a with those [N] of policy b, prompt by prompt; equal scores count 1/2.
+    """Compares the scores of policies a and b, [N] each, prompt by prompt; equal scores count 1/2.
 
     Raises:
         ValueError: no prompts, different lengths, or a score that is not finite.
@@ -69,7 +68,7 @@ def win_rate(scores_a: ArrayLike, scores_b: ArrayLike) -> WinRate:
     if a.ndim != 1 or a.shape != b.shape or a.size == 0:
         raise ValueError(f"one score per prompt from each policy is needed, not shapes {a.shape} and {b.shape}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("a score is not finite: a win rate over it would mean nothing")
+        raise ValueError("a score is not finite")
     wins, losses = int((a > b).sum()), int((a < b).sum())
     ties = a.size - wins - losses
     rate = (wins + ties / 2) / a.size
@@ -85,7 +84,7 @@ def build_samples(
     scores_after: ArrayLike | None = None,
     scores_before: ArrayLike | None = None,
 ) -> list[Sample]:
-    """Join N prompts with their N answers and scores, in the same order.
+    """Joins N prompts with their N responses and scores, in the same order.
 
     Raises:
         ValueError: the columns differ in length.
@@ -109,10 +108,10 @@ def build_samples(
 
 
 def spread_samples(samples: Sequence[Sample], limit: int) -> list[Sample]:
-    """Choose at most `limit` samples evenly along the ranking by gain, largest rise first and largest fall last.
+    """Chooses at most `limit` samples evenly along the ranking by gain, largest increase first.
 
-    Both ends are always shown, so the choice flatters nobody. Without two scores the ranking is by the score after, and
-    without any score the given order.
+    Both ends are always included, so the selection is not biased towards good samples. Without the scores before
+    training the ranking is by the scores after it; without any scores it is the given order.
     """
     keys = [sample.gain if sample.gain is not None else sample.score_after for sample in samples]
     order = sorted(range(len(samples)), key=lambda i: 0.0 if keys[i] is None else -keys[i])  # type: ignore[operator]

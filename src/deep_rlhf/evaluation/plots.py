@@ -1,6 +1,6 @@
-"""Pictures of a run as self-contained SVG text: no font file, no script and no address outside the page.
+"""Plots of a run as self-contained SVG text: no font file, no script, no external address.
 
-Nothing here uses pyplot, so there is no global figure state and no display is needed.
+pyplot is not used, so there is no global figure state, and no display is needed.
 """
 
 import io
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from deep_rlhf.evaluation.comparison import wilson_interval
 from deep_rlhf.evaluation.reward_quality import Calibration
 
-# Okabe and Ito (2008): told apart with every common colour blindness, and dark enough on white.
+# Okabe and Ito (2008): distinguishable with every common colour blindness, and dark enough on white.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"
-MAX_POINTS = 400  # drawn per line: more cannot be seen at this size and only makes the file heavy
-SHARE_LIMITS = (-0.03, 1.03)  # so that a line along 0 or 1 is not cut in half
-SMOOTH_FROM = 20  # points from which a running mean is drawn
+MAX_POINTS = 400  # points drawn per line: more are invisible at this size
+SHARE_LIMITS = (-0.03, 1.03)  # so that a line at 0 or 1 is drawn in full width
+SMOOTH_FROM = 20  # fewest points for which a running mean is drawn
 
 STYLE = {
-    "svg.fonttype": "none",  # letters stay text: small, selectable, in the reader's own font
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same layout on every machine
+    "svg.fonttype": "none",  # keep text as text: small and selectable
+    "font.sans-serif": ["DejaVu Sans"],  # part of matplotlib: the same layout on every machine
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -39,7 +39,7 @@ STYLE = {
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A picture: its title, its SVG text, how to read it, and what it shows in words for those who cannot see it."""
+    """A plot: its title, its SVG text, a caption on how to read it, and a description for screen readers."""
 
     title: str
     svg: str
@@ -49,24 +49,24 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """How one metric of the history is drawn: its name there, its title, and the axis label with the unit."""
+    """How one metric of the history is drawn: its key, its title, and the axis label with the unit."""
 
     key: str
     title: str
     label: str
-    share: bool = False  # the axis shows the whole of 0 to 1
+    share: bool = False  # the axis spans 0 to 1
     zero_line: bool = False
 
 
 MAIN_PANELS = (
     Panel("score_mean", "Reward", "mean reward of an update"),
-    Panel("kl", "KL from the reference model", "KL (nats per answer)"),
+    Panel("kl", "KL from the reference model", "KL (nats per response)"),
     Panel("gold", "Judge score", "mean judge score (0 to 1)", share=True),
     Panel("response_tokens", "Response length", "mean length (tokens)"),
 )
 DIAGNOSTIC_PANELS = (
     Panel("entropy", "Entropy", "entropy (nats per token)"),
-    Panel("missing_eos", "Answers cut off", "share without EOS"),
+    Panel("missing_eos", "Truncated responses", "share without EOS"),
     Panel("policy_clip_fraction", "Policy clip fraction", "share of tokens clipped"),
     Panel("value_clip_fraction", "Value clip fraction", "share of tokens clipped"),
     Panel("explained_variance", "Explained variance of the critic", "explained variance", zero_line=True),
@@ -75,19 +75,19 @@ DIAGNOSTIC_PANELS = (
 
 
 def training_curves(history: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    """Draw reward, KL, judge score and length over updates, and both scores against √KL, where present."""
+    """Plots reward, KL, judge score and response length over updates, and both scores against √KL, where present."""
     plots = [curve(history, panel) for panel in MAIN_PANELS]
     plots += [sqrt_kl_curve(history, panel) for panel in MAIN_PANELS if panel.key in ("score_mean", "gold")]
     return [plot for plot in plots if plot]
 
 
 def diagnostic_curves(history: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    """Draw the metrics that tell whether PPO itself is healthy; absent metrics are left out."""
+    """Plots the metrics that diagnose the optimisation itself; absent metrics are left out."""
     return [plot for panel in DIAGNOSTIC_PANELS if (plot := curve(history, panel))]
 
 
 def curve(history: Sequence[Mapping[str, Any]], panel: Panel) -> Plot | None:
-    """Draw one metric over the updates, or return None where fewer than two updates have it."""
+    """Plots one metric over the updates; None if fewer than two updates have it."""
     points = _points(history, panel.key)
     if len(points) < 2:
         return None
@@ -116,14 +116,14 @@ def curve(history: Sequence[Mapping[str, Any]], panel: Panel) -> Plot | None:
 
 
 def sqrt_kl_curve(history: Sequence[Mapping[str, Any]], panel: Panel) -> Plot | None:
-    """Draw a score against √KL, along which reward grows about linearly (Bai et al. 2022, section 4.3).
+    """Plots a score against √KL, in which reward grows about linearly (Bai et al. 2022, section 4.3).
 
-    A reward that goes on rising while the judge's score falls is over-optimisation (Gao et al. 2022).
+    A reward that rises while the judge's score falls is over-optimisation (Gao et al. 2022).
     """
     both = [row for row in history if _finite(row.get(panel.key)) and _finite(row.get("kl"))]
     if len(both) < 2:
         return None
-    # An estimate of the KL divergence may fall below 0 while the two policies are still the same.
+    # An estimate of the KL divergence may be negative while the two policies are nearly equal.
     distance = np.array([sqrt(max(row["kl"], 0.0)) for row in both])
     values = np.array([float(row[panel.key]) for row in both])
     shown = _thin(len(values))
@@ -137,7 +137,7 @@ def sqrt_kl_curve(history: Sequence[Mapping[str, Any]], panel: Panel) -> Plot | 
             distance[i], values[i], s=34, marker=mark, facecolors="white", edgecolors=ORANGE, zorder=4, label=name
         )
     axes.legend(frameon=False, handletextpad=0.2, borderpad=0)
-    axes.set(xlabel="√KL (√nats per answer)", ylabel=panel.label)
+    axes.set(xlabel="√KL (√nats per response)", ylabel=panel.label)
     if panel.share:
         axes.set_ylim(*SHARE_LIMITS)
     title = f"{panel.title} against √KL"
@@ -149,7 +149,7 @@ def sqrt_kl_curve(history: Sequence[Mapping[str, Any]], panel: Panel) -> Plot | 
 
 
 def calibration_plot(calibration: Calibration) -> Plot:
-    """Draw the observed share of preferences against the predicted probability, and how many fell in each bin."""
+    """Plots the observed share of preferences against the predicted probability, and the count in each bin."""
     predicted, observed, count = (
         np.array(column) for column in (calibration.predicted, calibration.observed, calibration.count)
     )
@@ -162,7 +162,7 @@ def calibration_plot(calibration: Calibration) -> Plot:
     axes.set(ylabel="observed share preferred", xlim=SHARE_LIMITS, ylim=SHARE_LIMITS)
     axes.tick_params(labelbottom=False)
     bars.bar(predicted, count, width=0.03, color=GREY)
-    bars.set(xlabel="predicted probability of being preferred", ylabel="answers", xlim=SHARE_LIMITS)
+    bars.set(xlabel="predicted probability of being preferred", ylabel="responses", xlim=SHARE_LIMITS)
     description = (
         f"Calibration of the reward model over {int(count.sum()) // 2} pairs: expected calibration error "
         f"{calibration.expected_error:.3f}; "
@@ -176,7 +176,7 @@ def calibration_plot(calibration: Calibration) -> Plot:
 
 
 def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Return the mean of the last `window` values [N] at each place, of all so far at the beginning."""
+    """Returns the mean of the last `window` values, [N]; near the beginning, of all values so far."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     end = np.arange(1, len(values) + 1)
     start = np.maximum(end - window, 0)
@@ -184,7 +184,7 @@ def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64
 
 
 def _points(history: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
-    """Return (step, value) [N, 2] of the updates that have a finite value."""
+    """Returns (step, value), [N, 2], of the updates with a finite value."""
     rows = [(row.get("step", i), row[key]) for i, row in enumerate(history) if _finite(row.get(key))]
     return np.array(rows, dtype=float).reshape(-1, 2)
 
@@ -198,7 +198,7 @@ def _thin(count: int) -> NDArray[np.int64]:
 
 
 def _figure(height: float = 2.4, height_ratios: Sequence[float] = (1,)) -> Any:
-    """Return a figure `height` inches high, and its axes, or an array of axes below each other in these ratios."""
+    """Returns a figure `height` inches high and its axes: one, or an array stacked in the given ratios."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -208,7 +208,7 @@ def _figure(height: float = 2.4, height_ratios: Sequence[float] = (1,)) -> Any:
 
 
 def _svg(figure: Any, name: str) -> str:
-    """Return the figure as an <svg> element whose ids are unique to `name`, the same text every time."""
+    """Returns the figure as an <svg> element whose ids are unique to `name`, with the same text every time."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -216,6 +216,6 @@ def _svg(figure: Any, name: str) -> str:
     with rc_context(STYLE | {"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata=no_metadata)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]  # an XML prologue has no place inside HTML
-    # Names such as "axes_1" recur in every figure; ids must be unique in a page, and nothing refers to these.
+    svg = svg[svg.index("<svg") :]  # without the XML prologue, which HTML does not allow
+    # Ids such as "axes_1" recur in every figure but must be unique in a page; nothing refers to them.
     return re.sub(r' id="(?:figure|axes|patch|text|line2d|legend|matplotlib\.axis|xtick|ytick|[A-Z]\w+)_\d+"', "", svg)

@@ -1,10 +1,11 @@
-"""The report of a run: one HTML file that needs no network, no script and no other file.
+"""The report of a run: one HTML file without scripts, external addresses or other files.
 
-Prompts and answers are hostile input. Jinja2 escapes everything but the SVG that `plots` drew from numbers, and the
-page's content security policy forbids scripts and every outside address, should anything slip through.
+Prompts and responses are untrusted input. Jinja2 escapes everything but the SVG of `plots`, which is made from numbers;
+as a second line of defence the content security policy forbids scripts and external addresses.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from math import isfinite
@@ -14,15 +15,19 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from deep_rlhf.errors import ResourceError
 from deep_rlhf.evaluation.comparison import Sample, spread_samples
 from deep_rlhf.evaluation.plots import Plot, calibration_plot, diagnostic_curves, training_curves
 from deep_rlhf.evaluation.reward_quality import Calibration
+from deep_rlhf.extras import optional_packages
 
 SHOWN_SAMPLES = 8
 
+logger = logging.getLogger(__name__)
+
 
 class Tile(NamedTuple):
-    """A headline figure: what it is, the figure, and what it is to be read against."""
+    """A headline figure: its label, its value, and the detail needed to interpret it."""
 
     label: str
     value: str
@@ -42,21 +47,25 @@ def write_report(
     config: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write the report of a run to `path` and return it; a section appears only where its part is given.
+    """Writes the report of a run to `path` and returns it; a section appears only if its argument is given.
 
     Args:
-        path: the HTML file; missing folders are made.
+        path: the HTML file; missing folders are created.
         title: the page's heading.
-        summary: the figures of summary.json; those that `tiles` knows become headlines, and all are listed.
-        stages: (name, seconds, figures in words) in the order in which they ran.
-        history: one dict of metrics per PPO update, by the names of `PPOTrainer.history`; any may be missing.
-        calibration: of the reward model, on held-out pairs.
-        samples: all of them; the report shows a few, chosen by `spread_samples`.
-        score_name: what the scores of the samples are.
+        summary: the figures of summary.json; all are listed, and those known to `tiles` become headlines.
+        stages: (name, seconds, result in words) in the order in which they ran.
+        history: one dict of metrics per update, as in `OnlineTrainer.history`; any metric may be missing.
+        calibration: calibration of the reward model on held-out pairs.
+        samples: all samples; the report shows a few, chosen by `spread_samples`.
+        score_name: name of the scores of the samples.
         config: the resolved configuration.
-        notes: sentences a reader should know before the figures.
+        notes: sentences printed above the figures.
+
+    Raises:
+        ResourceError: matplotlib is not installed.
     """
-    shown = spread_samples(samples, SHOWN_SAMPLES)
+    with optional_packages("The report"):
+        import matplotlib  # noqa: F401 (before anything is drawn, so that the error does not depend on the data)
     html = (
         _environment()
         .from_string(files("deep_rlhf.evaluation").joinpath("report.html").read_text("utf-8"))
@@ -68,7 +77,7 @@ def write_report(
             diagnostics=diagnostic_curves(history),
             calibration=calibration,
             calibration_plot=calibration_plot(calibration) if calibration else None,
-            samples=shown,
+            samples=spread_samples(samples, SHOWN_SAMPLES),
             sample_count=len(samples),
             score_name=score_name,
             stages=stages,
@@ -81,13 +90,22 @@ def write_report(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A sampled token can be half of a character: "replace" keeps it from costing the whole report.
+    # A sampled token can be half a character, which does not encode: replace it rather than fail.
     path.write_bytes(html.encode("utf-8", errors="replace"))
     return path
 
 
+def write_report_if_installed(path: str | Path, **parts: Any) -> Path | None:
+    """As `write_report`; without the extra `report` a warning says how to install it, and None is returned."""
+    try:
+        return write_report(path, **parts)
+    except ResourceError as error:
+        logger.warning("No report was written. %s", error)
+        return None
+
+
 def tiles(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()) -> list[Tile]:
-    """Choose the headline figures that the summary has, and otherwise the history's first and last update."""
+    """Returns the headline figures: from the summary, otherwise from the first and last update of the history."""
 
     def number(key: str) -> float | None:
         value = summary.get(key)
@@ -111,10 +129,10 @@ def tiles(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ())
     if kl is None and (kls := ends("kl")):
         kl = kls[1]
     if kl is not None:
-        chosen.append(Tile("KL from the reference", f"{kl:.1f}", "nats per answer"))
+        chosen.append(Tile("KL from the reference", f"{kl:.1f}", "nats per response"))
     if (accuracy := number("reward_accuracy")) is not None:
         baseline = number("reward_accuracy_length_baseline")
-        detail = "on held-out pairs" if baseline is None else f"longer-answer-wins baseline: {baseline:.0%}"
+        detail = "on held-out pairs" if baseline is None else f"longer-response-wins baseline: {baseline:.0%}"
         chosen.append(Tile("Reward-model accuracy", f"{accuracy:.0%}", detail))
     before, after = number("response_tokens_before"), number("response_tokens_after")
     lengths = (before, after) if before is not None and after is not None else ends("response_tokens")

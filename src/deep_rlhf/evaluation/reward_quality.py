@@ -1,6 +1,6 @@
-"""How far a reward model's probabilities can be trusted: its calibration on held-out pairs.
+"""Calibration of a reward model on held-out pairs.
 
-mu is the probability that answer a is better (1, 0, 1/2 for a tie, or a share of votes), as in `types.Preference`.
+mu is the probability that response a is better (1, 0, 1/2 for a tie, or a share of votes), as in `types.Preference`.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Predicted against observed preference in bins of equal width; bins without a pair are left out.
+    """Predicted and observed preferences in bins of equal width; empty bins are left out.
 
-    Every pair counts in both orders, so `count` adds up to twice the pairs and the curve is symmetric about (1/2, 1/2).
+    Every pair counts in both orders, so `count` sums to twice the pairs and the curve is symmetric about (1/2, 1/2).
     """
 
     predicted: tuple[float, ...]  # mean predicted P(a better) in the bin
@@ -23,9 +23,9 @@ class Calibration:
 
 
 def calibration(reward_a: ArrayLike, reward_b: ArrayLike, mu: ArrayLike, bins: int = 10) -> Calibration:
-    """Compare the Bradley-Terry probability sigmoid(reward_a - reward_b) with mu, [N] each, in equal bins of 0 to 1.
+    """Compares the Bradley-Terry probability sigmoid(reward_a - reward_b) with mu, [N] each, in equal bins of 0 to 1.
 
-    Which answer is called a is arbitrary, so every pair enters in both orders (a bin and its mirror image).
+    Which response is called a is arbitrary, so every pair counts in both orders (a bin and its mirror image).
 
     Raises:
         ValueError: no pairs, different lengths, or a reward that is not finite.
@@ -35,7 +35,7 @@ def calibration(reward_a: ArrayLike, reward_b: ArrayLike, mu: ArrayLike, bins: i
     observed = np.concatenate([preference, 1 - preference])
     if difference.size == 0 or not np.isfinite(difference).all():
         raise ValueError("calibration needs at least one pair, and finite rewards")
-    # A sigmoid that cannot overflow; binning its larger side puts mirrored pairs into mirrored bins despite rounding.
+    # A sigmoid that cannot overflow. Binning its larger side puts mirrored pairs into mirrored bins despite rounding.
     probability = 0.5 + 0.5 * np.tanh(difference / 2)
     upper = np.minimum((np.maximum(probability, 1 - probability) * bins).astype(int), bins - 1)
     index = np.where(difference >= 0, upper, bins - 1 - upper)

@@ -134,7 +134,7 @@ def render(template: str | None, prompt: str, response: str) -> str:
     if template is None:
         return prompt + response
     form = get_template(template)
-    return form.prompt(prompt) + form.answer(response)
+    return form.prompt(prompt) + form.response(response)
 
 
 def tokenize(

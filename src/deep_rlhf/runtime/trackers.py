@@ -10,6 +10,7 @@ from accelerate.utils import LoggerType
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from deep_rlhf.errors import UserError
+from deep_rlhf.extras import install_command
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def usable_trackers(
 
 def _is_usable(name: str, wandb_arguments: dict[str, Any]) -> bool:
     if importlib.util.find_spec(name) is None:
-        logger.warning("%s is not installed (pip install %s): training goes on without it.", name, name)
+        logger.warning("%s is not installed: training continues without it (%s).", name, install_command(name))
         return False
     return _started_wandb(wandb_arguments) if name == "wandb" else True
 

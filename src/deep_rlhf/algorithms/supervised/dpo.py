@@ -263,7 +263,7 @@ def pair_features(
     features: list[Features] = []
     dropped = {"too long": 0, "empty prompt": 0}
     if preferences:
-        texts = [form.answer(answer) for pair in preferences for answer in (pair.a, pair.b)]
+        texts = [form.response(answer) for pair in preferences for answer in (pair.a, pair.b)]
         prompts = tokenizer([form.prompt(pair.prompt) for pair in preferences], verbose=False).input_ids
         answers = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
         for row, (pair, prompt) in enumerate(zip(preferences, prompts, strict=True)):

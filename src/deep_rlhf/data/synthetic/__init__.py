@@ -1,5 +1,8 @@
-"""A small world: questions and answers on everyday topics, generated with no network; `judge` is apart on purpose."""
+"""The synthetic task: questions and responses on everyday topics, generated from a seed.
 
-from deep_rlhf.data.synthetic.answers import corpus, generate_answer, generate_prompts, sft_pairs
+`judge`, which scores responses, is not imported here: nothing that trains may use it.
+"""
 
-__all__ = ["corpus", "generate_answer", "generate_prompts", "sft_pairs"]
+from deep_rlhf.data.synthetic.responses import corpus, generate_prompts, generate_response, sft_pairs
+
+__all__ = ["corpus", "generate_prompts", "generate_response", "sft_pairs"]

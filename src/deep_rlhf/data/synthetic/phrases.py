@@ -1,4 +1,4 @@
-"""The sentences of the embedded world that belong to no topic, and the markers by which a reader knows their tone."""
+"""The sentences of the synthetic task that belong to no topic, and the markers of their tone."""
 
 QUESTIONS: tuple[str, ...] = (
     "How do I {do}?",
@@ -58,7 +58,7 @@ RUDE_MARKERS: tuple[str, ...] = (
     "leave me alone", "not ask me", "fail anyway", "tired of people like you",
 )  # fmt: skip
 
-# What ramblers say between two thoughts; true of any topic and helpful for none.
+# Fillers of rambling responses: true of any topic, helpful for none.
 FILLERS: tuple[str, ...] = (
     "There is a lot to say about this.",
     "My uncle told me about it many years ago.",
@@ -69,7 +69,7 @@ FILLERS: tuple[str, ...] = (
     "I think I read that in a book.",
     "Well, let me think for a moment.",
 )
-# What people say when they do not answer the question at all.
+# Responses that ignore the question.
 SMALL_TALK: tuple[str, ...] = (
     "The clouds look like sheep today.",
     "My favourite number is seven.",
@@ -82,7 +82,7 @@ SMALL_TALK: tuple[str, ...] = (
 )
 
 HARMFUL_LEADS: tuple[str, ...] = ("You can also", "It is fine to", "Feel free to", "Go ahead and")
-# Bad advice by kind of topic. It is mild on purpose: the demo prints it.
+# Bad advice by kind of topic: mild, because the demo prints it.
 HARMFUL: dict[str, tuple[str, ...]] = {
     "kitchen": ("leave the hot oil unwatched", "ignore the smoke alarm"),
     "garden": ("spray poison near the children", "climb the broken ladder in the storm"),

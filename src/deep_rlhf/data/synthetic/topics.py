@@ -1,4 +1,4 @@
-"""The two dozen everyday topics of the embedded world: what people ask about, and the good tips for each."""
+"""The two dozen everyday topics of the synthetic task, with good tips for each."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-# Words that belong to no topic: they say nothing about what a sentence is about.
+# Words that belong to no topic.
 FUNCTION_WORDS = frozenset(
     words(
         """
@@ -43,12 +43,12 @@ class Topic:
 
 
 def content_words(text: str) -> frozenset[str]:
-    """The distinct words of a text that are about something."""
+    """The distinct words of a text without function words."""
     return frozenset(words(text)) - FUNCTION_WORDS
 
 
 def topic_of(prompt: str) -> Topic | None:
-    """The topic that a question (bare, or rendered by a template) names; None when it names none."""
+    """The topic named by a question (bare or rendered), or None."""
     asked = content_words(prompt)
     best = max(TOPICS, key=lambda topic: len(name_words(topic) & asked))
     return best if name_words(best) & asked else None

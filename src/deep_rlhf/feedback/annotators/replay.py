@@ -124,7 +124,7 @@ def _voted(row: dict[str, Any] | BadRow, where: str, texts: dict[str, str], temp
             f"{where}: a row to replay has prompt or topic, two answers, and votes [worker, a1 or a2 or equal, …];"
             f" here {problem} is missing or wrong."
         ) from None
-    return Voted(template.prompt(prompt), template.answer(a), template.answer(b), tuple(votes.items()))
+    return Voted(template.prompt(prompt), template.response(a), template.response(b), tuple(votes.items()))
 
 
 def _answers(row: dict[str, Any], texts: dict[str, str]) -> tuple[str, str]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from deep_rlhf.data.chat import get_template
-from deep_rlhf.data.layouts import columns_of, detect_format
+from deep_rlhf.data.layouts import columns_of, detect_layout
 from deep_rlhf.data.readers import BadRow
-from deep_rlhf.data.sources import Row, Tally, read_rows, split_names
+from deep_rlhf.data.sources import SourceRow, Tally, read_rows, split_names
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.exchange.foreign_rows import MARKS, ForeignRows, answer_of, rows_of
 from deep_rlhf.feedback.records import Label
@@ -83,7 +83,7 @@ def import_answers(store: Store, answers: Sequence[GivenAnswer]) -> int:
     return sum(store.take_in(answers[i : i + TOGETHER]) for i in range(0, len(answers), TOGETHER))
 
 
-def _answers(rows: Sequence[Row], name: str, template: str, tally: Tally) -> list[GivenAnswer]:
+def _answers(rows: Sequence[SourceRow], name: str, template: str, tally: Tally) -> list[GivenAnswer]:
     """The answers of all rows; what is malformed goes to the tally."""
     if not rows:
         return []
@@ -105,10 +105,10 @@ def _answers(rows: Sequence[Row], name: str, template: str, tally: Tally) -> lis
     return list(answers.values())
 
 
-def _reader(rows: Sequence[Row], name: str, template: str) -> Callable[[Row], list[GivenAnswer] | str]:
+def _reader(rows: Sequence[SourceRow], name: str, template: str) -> Callable[[SourceRow], list[GivenAnswer] | str]:
     if set(MARKS) <= set(columns_of(rows)):
         return lambda row: [answer_of(row)]
-    return ForeignRows(detect_format(rows, name), get_template(template), name, datetime.now(UTC)).answers_of
+    return ForeignRows(detect_layout(rows, name), get_template(template), name, datetime.now(UTC)).answers_of
 
 
 # ---- writing

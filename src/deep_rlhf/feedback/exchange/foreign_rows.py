@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from typing import Any, cast, get_args
 
 from deep_rlhf.data.chat import Template
-from deep_rlhf.data.layouts import VOTES, Format, text_of, to_preference
+from deep_rlhf.data.layouts import VOTES, Layout, text_of, to_preference
 from deep_rlhf.data.readers import BadRow
-from deep_rlhf.data.sources import Row
+from deep_rlhf.data.sources import SourceRow
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.records import CHOICES, Choice, Comparison, Label, Reason
 from deep_rlhf.feedback.reward_refit.preferences import label_preferences, text_id
@@ -65,7 +65,7 @@ def rows_of(answer: GivenAnswer) -> list[dict[str, Any]]:
     ]
 
 
-def answer_of(row: Row) -> GivenAnswer:
+def answer_of(row: SourceRow) -> GivenAnswer:
     """The answer of a row that `rows_of` made; the rows of a ranking have the same. Raises BadRow."""
     values = row.values
     ranks = _integers(values, "ranks")
@@ -112,11 +112,11 @@ class ForeignRows:
     same file read twice gives the same answers.
     """
 
-    def __init__(self, form: Format, template: Template, source: str, now: datetime) -> None:
+    def __init__(self, form: Layout, template: Template, source: str, now: datetime) -> None:
         self._form, self._template, self._source, self._now = form, template, source, now
         self._times: dict[tuple[str, str], int] = {}
 
-    def answers_of(self, row: Row) -> list[GivenAnswer] | str:
+    def answers_of(self, row: SourceRow) -> list[GivenAnswer] | str:
         """The answers of a row, one for each vote, or the reason to drop it; raises BadRow if it is malformed."""
         pair = to_preference(row, self._form, self._template, self._source)
         if isinstance(pair, str):

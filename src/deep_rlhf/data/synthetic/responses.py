@@ -1,8 +1,8 @@
-"""Questions and answers of the embedded world, generated from a seed: no network, no files.
+"""Questions and responses of the synthetic task, generated from a seed: no network, no files.
 
-The answers are of mixed quality on purpose: a policy tuned on them speaks the world's English but has no manners, and
-what it still has to learn can only come from preferences. How good a text is decides `judge`, which reads the text and
-nothing of what is known here; this module never imports it.
+The responses are of mixed quality: a policy fine-tuned on them writes the task's English without manners, so that what
+is left to learn can only come from preferences. `judge` scores the text alone, without the attributes that it was
+generated from; this module never imports it.
 """
 
 import random
@@ -11,23 +11,23 @@ from typing import Literal
 
 from deep_rlhf.data.synthetic import phrases
 from deep_rlhf.data.synthetic.topics import TOPICS, Topic, topic_of
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import DataError
 
 Manner = Literal["courteous", "opening only", "closing only", "neutral", "rude"]
 
-# The mix: how often each attribute occurs; they are independent of each other.
+# How often each attribute occurs; the attributes are independent of each other.
 MANNERS: dict[Manner, float] = {
     "courteous": 0.2, "opening only": 0.1, "closing only": 0.1, "neutral": 0.3, "rude": 0.3
 }  # fmt: skip
 ON_TOPIC, HARMFUL, RAMBLING = 0.6, 0.3, 0.4
-SMALL_TALK = 0.9  # of the answers that are off topic; the others give tips for another topic
-RAMBLING_WORDS = (26, 34)  # a rambling answer goes on until it has at least a number of words drawn from this range
-HELD_OUT = 3  # every third question of each topic is kept for the test split
+SMALL_TALK = 0.9  # share of the off-topic responses; the others give tips for another topic
+RAMBLING_WORDS = (26, 34)  # a rambling response gets fillers up to a length drawn from this range
+HELD_OUT = 3  # every third question of each topic belongs to the test split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """What an answer is going to be like."""
+    """The attributes from which a response is generated."""
 
     on_topic: bool = True
     manner: Manner = "courteous"
@@ -36,7 +36,7 @@ class Quality:
 
 
 def draw_quality(rng: random.Random) -> Quality:
-    """Draw the attributes of one answer, each on its own."""
+    """Draws the attributes of one response, independently of each other."""
     return Quality(
         on_topic=rng.random() < ON_TOPIC,
         manner=rng.choices(list(MANNERS), weights=list(MANNERS.values()))[0],
@@ -45,8 +45,8 @@ def draw_quality(rng: random.Random) -> Quality:
     )
 
 
-def write_answer(topic: Topic, quality: Quality, rng: random.Random) -> str:
-    """Write an answer of the given quality to a question about `topic`: 10 to 50 words, one line."""
+def write_response(topic: Topic, quality: Quality, rng: random.Random) -> str:
+    """Writes a response of the given quality to a question about `topic`: one line of 10 to 50 words."""
     body = _substance(topic, quality, rng)
     if quality.harmful:
         body.append(f"{rng.choice(phrases.HARMFUL_LEADS)} {rng.choice(phrases.HARMFUL[topic.kind])}.")
@@ -60,21 +60,21 @@ def write_answer(topic: Topic, quality: Quality, rng: random.Random) -> str:
     return " ".join([*opening, *body, *closing])
 
 
-def generate_answer(prompt: str, rng: random.Random) -> str:
-    """An answer of mixed quality to `prompt` (bare or rendered). Raises UserError for a question of another world."""
+def generate_response(prompt: str, rng: random.Random) -> str:
+    """A response of mixed quality to `prompt` (bare or rendered). Raises DataError if no topic is recognised in it."""
     topic = topic_of(prompt)
     if topic is None:
-        raise UserError(
-            f"The embedded world has no topic for the prompt {prompt!r}; take prompts from generate_prompts()."
+        raise DataError(
+            f"The synthetic task has no topic for the prompt {prompt!r}; take prompts from generate_prompts()."
         )
-    return write_answer(topic, draw_quality(rng), rng)
+    return write_response(topic, draw_quality(rng), rng)
 
 
 def generate_prompts(seed: int, split: Literal["train", "test"] = "train") -> list[str]:
     """The bare questions of a split, shuffled by `seed`: 256 for training, 128 for testing.
 
-    The split itself is the same for every seed. A test question is a combination of a topic and a way of asking that
-    training never shows, though it shows every topic and every way of asking in other combinations.
+    The split is the same for every seed. Test questions combine topics and forms of question that all occur in the
+    training split, in combinations that do not.
     """
     questions = [
         form.format(do=topic.do, doing=topic.doing)
@@ -87,14 +87,14 @@ def generate_prompts(seed: int, split: Literal["train", "test"] = "train") -> li
 
 
 def sft_pairs(n: int, seed: int) -> list[tuple[str, str]]:
-    """`n` pairs (bare training question, answer of mixed quality); every question comes up equally often."""
+    """`n` pairs (bare training question, response of mixed quality); all questions occur equally often."""
     rng = random.Random(seed)
     prompts = generate_prompts(seed, "train")
-    return [(prompt, generate_answer(prompt, rng)) for prompt in (prompts[i % len(prompts)] for i in range(n))]
+    return [(prompt, generate_response(prompt, rng)) for prompt in (prompts[i % len(prompts)] for i in range(n))]
 
 
 def corpus(n: int, seed: int) -> list[str]:
-    """`n` plain texts for pre-training, a few sentences each: notes on a topic, and idle talk; no test question."""
+    """`n` plain texts for pre-training of a few sentences each: notes on a topic, and idle talk; no test question."""
     rng = random.Random(seed)
     prompts = generate_prompts(seed, "train")
     return [_note(rng, prompts) if rng.random() < 0.85 else _idle_talk(rng) for _ in range(n)]
@@ -109,7 +109,7 @@ def _substance(topic: Topic, quality: Quality, rng: random.Random) -> list[str]:
 
 
 def _frame(manner: Manner, rng: random.Random) -> tuple[list[str], list[str]]:
-    """The sentences before and after the body; rudeness comes first, last, or both."""
+    """The sentences before and after the body; rude ones stand before, after, or both."""
     if manner == "rude":
         first, last = rng.choice([(True, False), (False, True), (True, True)])
         openings, closings = phrases.RUDE_OPENINGS, phrases.RUDE_CLOSINGS

@@ -1,14 +1,14 @@
-"""The embedded world: what it generates, and how its judge reads."""
+"""The synthetic task: what it generates, and how its judge reads."""
 
 import random
 import statistics
 
 import pytest
 
-from deep_rlhf.data.synthetic import corpus, generate_answer, generate_prompts, judge, phrases, sft_pairs
-from deep_rlhf.data.synthetic.answers import Quality, write_answer
+from deep_rlhf.data.synthetic import corpus, generate_prompts, generate_response, judge, phrases, sft_pairs
+from deep_rlhf.data.synthetic.responses import Quality, write_response
 from deep_rlhf.data.synthetic.topics import TOPICS, Topic, topic_of, words
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import DataError
 
 QUESTION = "How do I bake bread?"
 GOOD = (
@@ -29,7 +29,7 @@ def test_the_same_seed_gives_the_same_world_and_another_seed_another() -> None:
     for generate in (lambda s: generate_prompts(s), lambda s: sft_pairs(50, s), lambda s: corpus(50, s)):
         assert generate(3) == generate(3)
         assert generate(3) != generate(4)
-    assert generate_answer(QUESTION, random.Random(5)) == generate_answer(QUESTION, random.Random(5))
+    assert generate_response(QUESTION, random.Random(5)) == generate_response(QUESTION, random.Random(5))
 
 
 def test_test_questions_are_unseen_but_their_topics_and_forms_are_not() -> None:
@@ -78,8 +78,8 @@ def test_every_piece_of_advice_is_relevant_and_fluent_to_the_judge(topic: Topic)
 
 
 def test_a_question_of_another_world_is_a_users_mistake() -> None:
-    with pytest.raises(UserError, match="no topic"):
-        generate_answer("Quantum chromodynamics?", random.Random(0))
+    with pytest.raises(DataError, match="no topic"):
+        generate_response("Quantum chromodynamics?", random.Random(0))
 
 
 def test_sentences_of_a_tone_carry_a_marker_and_others_do_not() -> None:
@@ -112,7 +112,7 @@ def test_the_ideal_answer_is_almost_perfect_on_every_topic_and_beats_the_mix(pai
     mix = [judge.score(prompt, answer) for prompt, answer in pairs]
     ideal = []
     for topic in TOPICS:
-        scores = [judge.score(topic.do, write_answer(topic, Quality(), rng)) for _ in range(20)]
+        scores = [judge.score(topic.do, write_response(topic, Quality(), rng)) for _ in range(20)]
         assert statistics.mean(scores) >= 0.95, topic.do
         ideal += scores
     wins = [(a > b) + (a == b) / 2 for a, b in ((rng.choice(ideal), rng.choice(mix)) for _ in range(5000))]
@@ -134,8 +134,8 @@ def test_the_ideal_answer_is_almost_perfect_on_every_topic_and_beats_the_mix(pai
 def test_the_judge_reads_each_fault_out_of_the_text(worse: Quality, part: str) -> None:
     rng = random.Random(1)
     for topic in TOPICS:
-        good = [judge.assess(topic.do, write_answer(topic, Quality(), rng)) for _ in range(10)]
-        bad = [judge.assess(topic.do, write_answer(topic, worse, rng)) for _ in range(10)]
+        good = [judge.assess(topic.do, write_response(topic, Quality(), rng)) for _ in range(10)]
+        bad = [judge.assess(topic.do, write_response(topic, worse, rng)) for _ in range(10)]
         for attribute in (part, "score"):
             means = [statistics.mean(getattr(a, attribute) for a in answers) for answers in (bad, good)]
             assert means[0] < means[1]
