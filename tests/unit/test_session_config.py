@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
 from deep_rlhf.feedback.loop.config import SessionConfig
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -16,8 +16,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "label_decay": {"label_decay": 0.0},
     "learning_rate": {"learning_rate": -1.0},
     "init_kl_coef": {"init_kl_coef": -0.1},
-    "ranked_answers": {"ranked_answers": 10},
-    "samples_per_prompt": {"samples_per_prompt": 3, "ranked_answers": 4},
+    "ranked_responses": {"ranked_responses": 10},
+    "samples_per_prompt": {"samples_per_prompt": 3, "ranked_responses": 4},
     "labels=10": {"labels": 10},
     "mini_batch_size": {"mini_batch_size": 128},
     "held_out_members": {"held_out_members": 1},
@@ -30,7 +30,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("told", "settings"), REFUSED.items(), ids=REFUSED)
 def test_what_cannot_work_is_refused(told: str, settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(ConfigError, match=told):
         SessionConfig(**settings)
 
 

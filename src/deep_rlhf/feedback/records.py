@@ -8,8 +8,8 @@ from deep_rlhf.errors import UserError
 
 Choice = Literal["a", "b", "tie", "cant_tell"]
 # Why a question is asked. The last three measure people or the policy; "random" is also the permanent random arm.
-Way = Literal["random", "variance", "information"]  # of choosing questions
-WAYS: tuple[Way, ...] = get_args(Way)
+AcquisitionRule = Literal["random", "variance", "information"]  # how questions are selected
+ACQUISITION_RULES: tuple[AcquisitionRule, ...] = get_args(AcquisitionRule)
 Reason = Literal["initial", "random", "variance", "information", "gold", "repeat", "win_rate"]
 FOR_LABEL: tuple[Reason, ...] = ("initial", "random", "variance", "information")
 MU: dict[Choice, float | None] = {"a": 1.0, "b": 0.0, "tie": 0.5, "cant_tell": None}  # Christiano et al. 2017, §2.2.2

@@ -14,7 +14,7 @@ from typing import Any
 
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.monitoring.forecast import won_by_newer
+from deep_rlhf.feedback.monitoring.win_rate import won_by_newer
 from deep_rlhf.feedback.records import Label, Version
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
@@ -51,14 +51,14 @@ class PolicyVersions:
         *,
         shown: Sequence[str],
         judged: Sequence[str],
-        keeps: Callable[[Figures], bool] = lambda figures: True,
+        is_restorable: Callable[[Figures], bool] = lambda figures: True,
     ) -> None:
         """`shown`: prompts whose answers people see; `judged`: more, by whose answers versions are compared.
 
-        `keeps` says whether a version of such figures is one to go back to; the start always is.
+        `is_restorable` says whether a version of such figures is one to go back to; the start always is.
         """
         self.trainer, self.store, self.folder = trainer, store, folder
-        self.shown, self.judged, self._keeps = list(shown), list(judged), keeps
+        self.shown, self.judged, self._is_restorable = list(shown), list(judged), is_restorable
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, version: Version, scorer: Scorer | None, labels: Sequence[Label], figures: Figures) -> None:
@@ -88,7 +88,7 @@ class PolicyVersions:
         merits = [
             Merit(number=number, wins=tuple(wins.get(number, ())), score=self._score(number, scorer))
             for number in self._numbers()
-            if number == 0 or self._keeps(self.figures(number))
+            if number == 0 or self._is_restorable(self.figures(number))
         ]
         return best_of(merits).number
 

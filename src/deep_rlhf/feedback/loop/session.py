@@ -34,10 +34,10 @@ from deep_rlhf.feedback.loop.checkpoints import Progress, Saved, fingerprint
 from deep_rlhf.feedback.loop.config import SessionConfig
 from deep_rlhf.feedback.loop.policy_versions import PolicyVersions
 from deep_rlhf.feedback.loop.stop_signal import Halted, Halter
-from deep_rlhf.feedback.monitoring import forecast
 from deep_rlhf.feedback.monitoring.monitor import Judge, Monitor
+from deep_rlhf.feedback.monitoring.win_rate import BACK_AT, blind_pairs, recent_versions, win_rate
 from deep_rlhf.feedback.questions.candidates import LogOdds
-from deep_rlhf.feedback.questions.questions import Asker, Questions
+from deep_rlhf.feedback.questions.questions import CurrentModels, Questions
 from deep_rlhf.feedback.records import Alarm, Label, Row, Version
 from deep_rlhf.feedback.reward_refit.preferences import training_preferences
 from deep_rlhf.feedback.reward_refit.supervisor import RefitProcess
@@ -109,7 +109,7 @@ class Session:
             self.output_dir / "versions",
             shown=shown,
             judged=(unshown or list(prompts))[:JUDGED_PROMPTS],
-            keeps=self.monitor.watch.keeps,
+            is_restorable=self.monitor.tracker.is_restorable,
         )
         self.rewards = self.output_dir / "rewards"
         self.rewards.mkdir(parents=True, exist_ok=True)
@@ -262,7 +262,7 @@ class Session:
         scorer, held_out = open_rewards(refitted, self.trainer)
         self._refresh_labels()
         fitted, _ = training_preferences([one for one in self._labels if one.event_id <= refitted.last_event])
-        raised = self.monitor.new_reward(scorer, fitted, self.progress.step)
+        raised = self.monitor.check_sign(scorer, fitted, self.progress.step)
         is_new = refitted.number > self.progress.reward_version  # not so when a stopped session goes on
         if is_new:
             self.store.add_version(version_of(refitted, self.progress.step))
@@ -274,21 +274,21 @@ class Session:
             self._raised += raised
             self._act()
         if is_new:
-            self.monitor.link(scorer, held_out)
+            self.monitor.replace_rewards(scorer, held_out)
         self._scorer = self.trainer.scorer = scorer
         self._held_out = held_out
         if is_new and self.progress.step > self.progress.version_step:
             self._new_version(scorer)  # it has learned against the reward model before
         self.progress.reward_version = refitted.number
         self._refitted = refitted
-        self.monitor.compare(self._blind_pairs(), LogOdds(scorer), self.config.label_noise)
+        self.monitor.compare_win_rates(self._blind_pairs(), LogOdds(scorer), self.config.label_noise)
         self._raised += raised
         self._act()
 
     def _new_version(self, scorer: RewardModel | None, figures: dict[str, float] | None = None) -> None:
         """The policy as it is becomes a version, with `figures`, and questions are about it from now on."""
         number = self.progress.policy_version + 1
-        won = forecast.win_rate(self._blind_pairs())
+        won = win_rate(self._blind_pairs())
         version = Version(
             kind="policy",
             number=number,
@@ -299,7 +299,7 @@ class Session:
         )
         judge = self._held_out or scorer
         self.versions.add(version, judge, self._labels, self.monitor.figures)
-        WIN_RATE.write(self.store, forecast.win_rate(self._blind_pairs()))
+        WIN_RATE.write(self.store, win_rate(self._blind_pairs()))
         self.progress.policy_version, self.progress.version_step = number, self.progress.step
         self.store.withdraw(older_than_policy=number)
 
@@ -327,7 +327,7 @@ class Session:
         number = self.versions.best(self._held_out or self._scorer, self._labels)
         self.versions.restore(number)
         self.monitor.rolled_back(self.versions.figures(number))
-        self._new_version(self._scorer, {forecast.BACK_AT: float(number)})
+        self._new_version(self._scorer, {BACK_AT: float(number)})
         self.progress.rolled_back += 1
         self.trainer.kl_coef = self.config.init_kl_coef * 2 ** min(self.progress.rolled_back, MOST_DOUBLINGS)
         self._checkpoint()
@@ -340,14 +340,14 @@ class Session:
     def _ask(self, count: int) -> None:
         if count > 0:
             scorer = self._scorer
-            asker = Asker(
-                now=lambda prompts, seed: self.trainer.generate(prompts, seed=seed),
-                start=lambda prompts, seed: self.trainer.generate(prompts, seed=seed, reference=True),
+            models = CurrentModels(
+                generate=lambda prompts, seed: self.trainer.generate(prompts, seed=seed),
+                generate_start=lambda prompts, seed: self.trainer.generate(prompts, seed=seed, reference=True),
                 scorer=LogOdds(scorer) if scorer else None,
                 policy_version=self.progress.policy_version,
                 reward_version=self.progress.reward_version,
             )
-            self.questions.ask(count, asker)
+            self.questions.ask(count, models)
 
     def _wanted(self) -> int | None:
         """Labels that are still wanted by now; None for as many as people give."""
@@ -362,10 +362,10 @@ class Session:
         if self.store.last_event() == last:
             return
         self._labels = self.store.labels()
-        WIN_RATE.write(self.store, forecast.win_rate(self._blind_pairs()))
+        WIN_RATE.write(self.store, win_rate(self._blind_pairs()))
 
     def _blind_pairs(self) -> list[Label]:
-        return forecast.blind_pairs(self._labels, forecast.recent_versions(self.store.versions("policy")))
+        return blind_pairs(self._labels, recent_versions(self.store.versions("policy")))
 
     def _wait_for_labels(self) -> None:
         count, first = self.store.label_count(), self.config.initial_labels

@@ -1,4 +1,4 @@
-"""Answers of the policy to ask about: candidates for questions, and blind pairs with the policy it began as."""
+"""Candidates for questions: sets of sampled responses to a prompt, and blind pairs of current and start policy."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -11,19 +11,19 @@ from torch import Tensor
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.types import Scorer
 
-Write = Callable[[list[str], int], list[str]]  # (prompts, seed) -> one sampled answer to each
+Generate = Callable[[list[str], int], list[str]]  # (prompts, seed) -> one sampled response to each
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Answers to one prompt that people could be asked to compare."""
+    """Responses to one prompt that people could compare."""
 
     prompt: str
-    answers: tuple[str, ...]
+    responses: tuple[str, ...]
 
 
 class Prompts:
-    """Goes through the prompts, each pass in a new order, from a seed; `position` is where a continuation goes on."""
+    """Cycles through the prompts, each pass in another random order; `position` counts the prompts given so far."""
 
     def __init__(self, prompts: Sequence[str], *, seed: int, position: int = 0) -> None:
         self.prompts = list(prompts)
@@ -31,46 +31,47 @@ class Prompts:
         self.position = position
 
     def next(self, count: int) -> list[str]:
-        """The next `count` prompts, without an end."""
+        """The next `count` prompts; never runs out."""
         found = []
         for position in range(self.position, self.position + count):
-            lap, place = divmod(position, len(self.prompts))
-            order = random.Random(f"{self.seed}/{lap}").sample(range(len(self.prompts)), len(self.prompts))
-            found.append(self.prompts[order[place]])
+            epoch, index = divmod(position, len(self.prompts))
+            order = random.Random(f"{self.seed}/{epoch}").sample(range(len(self.prompts)), len(self.prompts))
+            found.append(self.prompts[order[index]])
         self.position += count
         return found
 
 
 def sample_candidates(
-    write: Write, prompts: Sequence[str], *, samples: int, answers: int = 2, seed: int
+    generate: Generate, prompts: Sequence[str], *, samples: int, responses: int = 2, seed: int
 ) -> list[list[Candidate]]:
-    """For each prompt, of `samples` answers to it, all sets of `answers` different ones in an order drawn by lot.
+    """For each prompt, the sets of `responses` different texts out of `samples` sampled ones, in random order.
 
-    Pairs of a few samples are many candidates at the price of the samples: 5 samples make 10 pairs, as many as
-    Christiano et al. (2017, §2.2.4) choose one question from. Larger sets are as many as there are samples, by lot.
+    All pairs of a few samples give many candidates cheaply: 5 samples make 10 pairs, as many as Christiano et al.
+    (2017, §2.2.4) select one question from. Of larger sets, a random selection of `samples` is returned.
     """
     rng = random.Random(f"{seed}/candidates")
-    texts = write([prompt for prompt in prompts for _ in range(samples)], seed)
+    texts = generate([prompt for prompt in prompts for _ in range(samples)], seed)
     found: list[list[Candidate]] = []
     for i, prompt in enumerate(prompts):
-        own = list({text.strip(): text for text in texts[i * samples : (i + 1) * samples]}.values())
-        sets = list(combinations(own, answers))
+        distinct = list({text.strip(): text for text in texts[i * samples : (i + 1) * samples]}.values())
+        sets = list(combinations(distinct, responses))
         rng.shuffle(sets)
-        some = sets if answers == 2 else sets[:samples]
-        found.append([Candidate(prompt, tuple(rng.sample(one, answers))) for one in some])  # no side is the earlier one
+        kept = sets if responses == 2 else sets[:samples]
+        # shuffled within each set, so that the order of sampling decides no side
+        found.append([Candidate(prompt, tuple(rng.sample(one, responses))) for one in kept])
     return found
 
 
 def rewards_of(candidates: Sequence[Candidate], scorer: Scorer) -> Tensor:
-    """Rewards [C, 2, K] of each candidate's answers; of more than two, of the pair that the members differ about most.
+    """Rewards [C, 2, K] of the two responses of each candidate; each distinct response is scored once.
 
-    Every different answer is scored once.
+    A candidate of more than two responses is represented by the pair whose reward difference varies most over members.
     """
-    texts = dict.fromkeys((candidate.prompt, answer) for candidate in candidates for answer in candidate.answers)
+    texts = dict.fromkeys((candidate.prompt, text) for candidate in candidates for text in candidate.responses)
     order = {text: row for row, text in enumerate(texts)}
-    scores = scorer.score([prompt for prompt, _ in texts], [answer for _, answer in texts])
-    rows = torch.tensor([[order[candidate.prompt, answer] for answer in candidate.answers] for candidate in candidates])
-    rewards = scores[rows]  # [C, A, K]
+    scores = scorer.score([prompt for prompt, _ in texts], [response for _, response in texts])
+    rows = torch.tensor([[order[candidate.prompt, text] for text in candidate.responses] for candidate in candidates])
+    rewards = scores[rows]  # [C, responses, K]
     if rewards.shape[1] == 2:
         return rewards
     pairs = torch.tensor(list(combinations(range(rewards.shape[1]), 2)))
@@ -80,22 +81,22 @@ def rewards_of(candidates: Sequence[Candidate], scorer: Scorer) -> Tensor:
 
 
 class LogOdds:
-    """A reward model's scores in the unit in which it was fitted: differences are log-odds of being preferred."""
+    """Scores of a reward model before normalisation: a difference is the log-odds of being preferred."""
 
     def __init__(self, model: RewardModel) -> None:
         self.model = model
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """[N, K]; each member has mean 0 where the model's normalised scores have."""
+        """[N, K], shifted so that 0 is the mean on which the model's scores are normalised."""
         return self.model.score(prompts, responses) * self.model.std
 
 
 def win_rate_pairs(
-    write_now: Write, write_start: Write, prompts: Sequence[str], *, seed: int
+    generate_now: Generate, generate_start: Generate, prompts: Sequence[str], *, seed: int
 ) -> list[tuple[str, str, str]]:
-    """(prompt, answer of the policy now, answer of the start), without those in which both wrote the same."""
+    """(prompt, response of the current policy, response of the start policy); equal responses are left out."""
     if not prompts:
         return []
-    now, start = write_now(list(prompts), seed), write_start(list(prompts), seed + 1)
+    now, start = generate_now(list(prompts), seed), generate_start(list(prompts), seed + 1)
     rows = zip(prompts, now, start, strict=True)
     return [(prompt, new, old) for prompt, new, old in rows if new.strip() != old.strip()]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.errors import CheckpointError, ConfigError
 from deep_rlhf.feedback.annotators import reliability
-from deep_rlhf.feedback.monitoring import forecast
+from deep_rlhf.feedback.monitoring.forecast import compare_selection, forecast_accuracy
 from deep_rlhf.feedback.records import Label
 from deep_rlhf.feedback.reward_refit.ensemble import Fitted, RefitSettings, RewardFit, classifier_of
 from deep_rlhf.feedback.reward_refit.preferences import training_preferences
@@ -161,10 +161,10 @@ class Refits:
         assert self._fit is not None
         ANNOTATORS.write(self.store, reliability.figures(labels, predicted))
         AGREEMENT.write(self.store, reliability.alpha(labels))
-        SELECTION.write(self.store, forecast.choosing(labels, predicted))
+        SELECTION.write(self.store, compare_selection(labels, predicted))
         labels_per_pair = count / pairs  # a ranking is one label and several pairs
         history = [(known * labels_per_pair, share, new) for known, share, new in self._fit.state.history]
-        FORECAST.write(self.store, forecast.outlook(history, count))
+        FORECAST.write(self.store, forecast_accuracy(history, count))
 
 
 def newest_version(folder: Path) -> Refitted | None:

@@ -59,10 +59,10 @@ def test_each_figure_raises_its_alarm_once(name: str, metrics: dict[str, float],
         assert [alarm.name for alarm in raised] == ([] if again else [name])
 
 
-def test_a_watching_reward_that_falls_while_the_reward_rises_raises_an_alarm() -> None:
+def test_a_held_out_reward_that_falls_while_the_reward_rises_raises_an_alarm() -> None:
     monitor, names = Monitor(Limits()), list[str]()
     for step in range(20):
-        rollout: Any = SimpleNamespace(prompts=["p"], responses=[f"{-0.2 * step} is what the watcher says"])
+        rollout: Any = SimpleNamespace(prompts=["p"], responses=[f"{-0.2 * step} is the held-out reward"])
         row, raised = monitor.update(METRICS | {"score_mean": 0.2 * step}, rollout, Fixed())
         names += [alarm.name for alarm in raised]
         assert row["held_out_reward"] == pytest.approx(-0.2 * step)
@@ -94,7 +94,7 @@ def test_a_reward_that_is_learned_anew_does_not_hide_that_they_part(resumed: boo
     for step in range(30):
         if step % 5 == 4:
             level = 3.0 * step
-            monitor.link(Shifted(level), Mirrored(-level))
+            monitor.replace_rewards(Shifted(level), Mirrored(-level))
         if resumed and step == 13:
             again = Monitor(Limits())
             again.state = monitor.state
@@ -108,7 +108,7 @@ def test_a_reward_that_is_learned_anew_does_not_hide_that_they_part(resumed: boo
 
 def test_what_was_before_a_roll_back_says_nothing_of_the_policy_after_it() -> None:
     monitor = Monitor(Limits.read(["win_rate_gap=0.1:roll_back"]))
-    monitor.compare([blind(i, (2, 0), "b") for i in range(20)], Fixed(), label_noise=0.1)
+    monitor.compare_win_rates([blind(i, (2, 0), "b") for i in range(20)], Fixed(), label_noise=0.1)
     assert [alarm.name for alarm in monitor.update(METRICS, ROLLOUT, None)[1]] == ["win_rate_gap"]
     monitor.rolled_back({"kl": 1.0})
     assert monitor.figures == {"kl": 1.0}
@@ -121,11 +121,11 @@ def pair(mu: float) -> Preference:
 
 def test_a_reward_with_the_wrong_sign_stops_the_loop() -> None:
     monitor = Monitor(Limits())
-    assert monitor.new_reward(Fixed(), [pair(1.0)] * 10, 5) == []
+    assert monitor.check_sign(Fixed(), [pair(1.0)] * 10, 5) == []
     for step in (6, 7):  # each reward model is tested
-        (alarm,) = monitor.new_reward(Fixed(), [pair(0.0)] * 10, step)
+        (alarm,) = monitor.check_sign(Fixed(), [pair(0.0)] * 10, step)
         assert (alarm.name, alarm.action, alarm.figure) == ("reward_sign", "stop", -1.0)
-    assert monitor.new_reward(Fixed(), [pair(0.0)] * 9 + [pair(0.5)] * 9, 8) == []  # too few
+    assert monitor.check_sign(Fixed(), [pair(0.0)] * 9 + [pair(0.5)] * 9, 8) == []  # too few
 
 
 def blind(number: int, writers: tuple[int, int], choice: Any) -> Label:
@@ -149,10 +149,10 @@ def test_a_reward_that_promises_more_wins_than_people_give_raises_an_alarm() -> 
     sides = [((2, 0), "b"), ((0, 2), "a")]  # people like the start better, on whatever side it is
     labels = [blind(i, *sides[i % 2]) for i in range(20)]
     monitor = Monitor(Limits())
-    monitor.compare(labels, Fixed(), label_noise=0.1)
+    monitor.compare_win_rates(labels, Fixed(), label_noise=0.1)
     assert [alarm.name for alarm in monitor.update(METRICS, ROLLOUT, None)[1]] == ["win_rate_gap"]
     liked = Monitor(Limits())
-    liked.compare([replace(one, choice="a" if one.choice == "b" else "b") for one in labels], Fixed(), 0.1)
+    liked.compare_win_rates([replace(one, choice="a" if one.choice == "b" else "b") for one in labels], Fixed(), 0.1)
     assert liked.update(METRICS, ROLLOUT, None)[1] == []
 
 

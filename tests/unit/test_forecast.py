@@ -1,4 +1,4 @@
-"""What is told about labels: the outlook, whether choosing pays, and how often the policy wins."""
+"""The forecast of accuracy, active against random selection, and the win rate of the policy."""
 
 import dataclasses
 from datetime import UTC, datetime
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from deep_rlhf.feedback.monitoring.forecast import blind_pairs, choosing, outlook, recent_versions, win_rate
+from deep_rlhf.feedback.monitoring.forecast import compare_selection, forecast_accuracy
+from deep_rlhf.feedback.monitoring.win_rate import blind_pairs, recent_versions, win_rate
 from deep_rlhf.feedback.records import Comparison, Label, Version
 from deep_rlhf.feedback.state import ArmFigures
 
@@ -27,25 +28,25 @@ def label(number: int, choice: str | None, **comparison: Any) -> Label:
 
 
 def test_more_labels_are_expected_to_bring_what_they_brought() -> None:
-    steep = outlook([(50, 0.6, 500), (100, 0.7, 1000), (200, 0.8, 2000)], 200)
+    steep = forecast_accuracy([(50, 0.6, 500), (100, 0.7, 1000), (200, 0.8, 2000)], 200)
     assert steep.accuracy_now == pytest.approx(0.8, abs=0.02)
     assert steep.accuracy_then == pytest.approx(0.8 + 0.1 * 0.585, abs=0.02)  # log₂(300 / 200) = 0.585
     assert "80%" in steep.text or "79%" in steep.text
-    flat = outlook([(50, 0.7, 5000), (100, 0.7, 5000), (200, 0.7, 5000)], 200)
+    flat = forecast_accuracy([(50, 0.7, 5000), (100, 0.7, 5000), (200, 0.7, 5000)], 200)
     assert flat.accuracy_then - flat.accuracy_now < 0.005
-    falling = outlook([(50, 0.8, 500), (400, 0.6, 500)], 400)
+    falling = forecast_accuracy([(50, 0.8, 500), (400, 0.6, 500)], 400)
     assert falling.accuracy_then >= falling.accuracy_now  # more labels never promise harm
 
 
 def test_a_few_answers_hardly_move_the_expected_slope() -> None:
-    told = outlook([(20, 0.4, 5), (40, 0.9, 5)], 40)
+    told = forecast_accuracy([(20, 0.4, 5), (40, 0.9, 5)], 40)
     slope = (told.accuracy_then - told.accuracy_now) / 1.807  # log₂(140 / 40)
     assert 0.025 < slope < 0.05
 
 
-def test_without_predictions_there_is_no_outlook() -> None:
-    assert outlook([], 20).accuracy_now is None
-    assert outlook([(0, 0.5, 0)], 20).accuracy_then is None
+def test_without_predictions_there_is_no_forecast_accuracy() -> None:
+    assert forecast_accuracy([], 20).accuracy_now is None
+    assert forecast_accuracy([(0, 0.5, 0)], 20).accuracy_then is None
 
 
 def test_choosing_is_compared_with_the_random_arm() -> None:
@@ -58,10 +59,10 @@ def test_choosing_is_compared_with_the_random_arm() -> None:
         label(6, "a", why_selected="win_rate", writers=(0, 1), predicted=0.5),
         label(7, "a", why_selected="initial"),
     ]
-    told = choosing(labels, {1: 1.0, 3: 0.2, 4: 0.25})
+    told = compare_selection(labels, {1: 1.0, 3: 0.2, 4: 0.25})
     assert told.chosen == ArmFigures(answers=2, accuracy=0.75, informative=pytest.approx(0.9855, abs=1e-3))
     assert told.random == ArmFigures(answers=2, accuracy=0.5, informative=pytest.approx(1.0))  # 2 bits and none
-    assert choosing([], {}).chosen == ArmFigures(answers=0, accuracy=None, informative=None)
+    assert compare_selection([], {}).chosen == ArmFigures(answers=0, accuracy=None, informative=None)
 
 
 def test_the_win_rate_is_of_the_newer_policy_whatever_its_side() -> None:
@@ -88,7 +89,7 @@ def test_answers_of_another_run_say_nothing_about_this_one() -> None:
     ]
     foreign = [dataclasses.replace(one, imported=True, choice="b") for one in own]
     assert win_rate(own + foreign) == win_rate(own)
-    assert choosing(own + foreign, {}) == choosing(own, {})
+    assert compare_selection(own + foreign, {}) == compare_selection(own, {})
 
 
 def test_blind_pairs_of_old_and_of_discarded_policies_do_not_count_for_the_policy_of_today() -> None:

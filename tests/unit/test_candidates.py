@@ -39,27 +39,27 @@ def test_samples_of_a_prompt_make_all_their_pairs() -> None:
     assert [len(own) for own in groups] == [10, 10, 10]  # ten candidates for a question
     for own, prompt in zip(groups, ["p", "q", "p"], strict=True):
         assert {candidate.prompt for candidate in own} == {prompt}
-        assert len({frozenset(candidate.answers) for candidate in own}) == 10
-    firsts = [candidate.answers[0] < candidate.answers[1] for own in groups for candidate in own]
+        assert len({frozenset(candidate.responses) for candidate in own}) == 10
+    firsts = [candidate.responses[0] < candidate.responses[1] for own in groups for candidate in own]
     assert 5 < sum(firsts) < 25  # no side is always the earlier sample
 
 
-def test_equal_answers_are_never_compared() -> None:
+def test_equal_responses_are_never_compared() -> None:
     def same(prompts: list[str], seed: int) -> list[str]:
         return [" yes", "yes ", "no", "yes", "no"] * (len(prompts) // 5)
 
     groups = sample_candidates(same, ["p", "q"], samples=5, seed=1)
-    assert [[{text.strip() for text in one.answers} for one in own] for own in groups] == [[{"yes", "no"}]] * 2
+    assert [[{text.strip() for text in one.responses} for one in own] for own in groups] == [[{"yes", "no"}]] * 2
     assert sample_candidates(lambda prompts, seed: ["x"] * len(prompts), ["p"], samples=3, seed=1) == [[]]
 
 
 def test_sets_for_rankings() -> None:
-    (own,) = sample_candidates(write, ["p"], samples=6, answers=4, seed=1)
+    (own,) = sample_candidates(write, ["p"], samples=6, responses=4, seed=1)
     assert len(own) == 6
-    assert all(len(set(candidate.answers)) == 4 for candidate in own)
+    assert all(len(set(candidate.responses)) == 4 for candidate in own)
 
 
-def test_rewards_belong_to_their_answers_and_each_text_is_scored_once() -> None:
+def test_rewards_belong_to_their_responses_and_each_text_is_scored_once() -> None:
     scorer = Counting()
     rewards = rewards_of([Candidate("p", ("a", "bcd")), Candidate("p", ("bcd", "ef"))], scorer)
     assert rewards[:, :, 0].tolist() == [[1, 3], [3, 2]]

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import DataError
 from deep_rlhf.feedback.exchange.export import export_labels, import_answers, read_answers
 from deep_rlhf.feedback.loop.config import SessionConfig
-from deep_rlhf.feedback.questions.questions import Asker, Questions, read_gold
+from deep_rlhf.feedback.questions.gold import read_gold
+from deep_rlhf.feedback.questions.questions import CurrentModels, Questions
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
 
@@ -29,12 +30,14 @@ class Disputed:
         return torch.stack([lengths / 10, -lengths / 10], 1)
 
 
-def asker(**settings: Any) -> Asker:
+def models(**settings: Any) -> CurrentModels:
     def writer(name: str) -> Any:
         return lambda prompts, seed: [f"{name} {seed} {'x' * (i % 7)} {i}" for i in range(len(prompts))]
 
     versions = {"policy_version": 3, "reward_version": 2}
-    return Asker(**({"now": writer("now"), "start": writer("start"), "scorer": Disputed()} | versions | settings))
+    return CurrentModels(
+        **({"generate": writer("now"), "generate_start": writer("start"), "scorer": Disputed()} | versions | settings)
+    )
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ def answer_all(store: Store, *names: str) -> list[Comparison]:
 
 def test_before_the_first_reward_model_questions_are_a_fair_sample(store: Store) -> None:
     found = questions(store)
-    assert len(found.ask(8, asker(scorer=None, policy_version=0, reward_version=0))) == 8
+    assert len(found.ask(8, models(scorer=None, policy_version=0, reward_version=0))) == 8
     asked = answer_all(store, "ann")
     assert {one.why_selected for one in asked} == {"initial"}
     assert len({one.prompt for one in asked}) == 8
@@ -69,12 +72,12 @@ def test_before_the_first_reward_model_questions_are_a_fair_sample(store: Store)
 
 def test_few_prompts_are_asked_about_again_and_again(store: Store) -> None:
     found = Questions(SessionConfig(), store, ["only one"], [])
-    assert len(found.ask(8, asker(scorer=None, policy_version=0))) == 8
+    assert len(found.ask(8, models(scorer=None, policy_version=0))) == 8
 
 
 def test_most_questions_are_chosen_and_a_fifth_is_drawn_at_random(store: Store) -> None:
     found = questions(store, win_rate_share=0.0, repeat_share=0.0)
-    found.ask(100, asker())
+    found.ask(100, models())
     asked = answer_all(store, "ann")
     reasons = Counter(one.why_selected for one in asked)
     assert reasons == {"variance": 80, "random": 20}
@@ -91,7 +94,7 @@ def test_enough_questions_wait_and_no_more_than_are_wanted(store: Store) -> None
     found = questions(store, questions_ahead=10)
     assert found.missing(None) == 10
     assert found.missing(4) == 4
-    found.ask(10, asker())
+    found.ask(10, models())
     assert found.missing(None) == 0
     for question in store.ask("ann", count=3):
         store.answer(question.id, "ann", token=str(question.id), choice="b")
@@ -101,7 +104,7 @@ def test_enough_questions_wait_and_no_more_than_are_wanted(store: Store) -> None
 def test_somebody_who_skips_everything_is_asked_something_else(store: Store) -> None:
     """The store still holds the questions for others; for him nothing is left."""
     found = questions(store, questions_ahead=5, win_rate_share=0.0, repeat_share=0.0)
-    found.ask(5, asker())
+    found.ask(5, models())
     for question in store.ask("ann", count=5):
         store.skip(question.id, "ann", token=str(question.id))
     assert store.ask("ann") == []
@@ -111,7 +114,7 @@ def test_somebody_who_skips_everything_is_asked_something_else(store: Store) -> 
 
 def test_old_questions_make_room_for_new_ones(store: Store) -> None:
     found = questions(store, questions_ahead=6)
-    found.ask(6, asker(policy_version=0, scorer=None))
+    found.ask(6, models(policy_version=0, scorer=None))
     store.withdraw(older_than_policy=1)
     assert store.waiting() == 0
     assert found.missing(None) == 6
@@ -119,7 +122,7 @@ def test_old_questions_make_room_for_new_ones(store: Store) -> None:
 
 def test_blind_pairs_do_not_tell_which_side_is_the_policy(store: Store) -> None:
     found = questions(store, win_rate_share=0.5, repeat_share=0.0)
-    found.ask(60, asker())
+    found.ask(60, models())
     blind = [one for one in answer_all(store, "ann") if one.why_selected == "win_rate"]
     assert 18 <= len(blind) <= 42  # four standard deviations around 30
     assert {one.prompt for one in blind} <= set(HELD_OUT)
@@ -130,17 +133,17 @@ def test_blind_pairs_do_not_tell_which_side_is_the_policy(store: Store) -> None:
 
 
 def test_the_start_is_not_compared_with_itself(store: Store) -> None:
-    questions(store, win_rate_share=0.5, repeat_share=0.0).ask(40, asker(policy_version=0))
+    questions(store, win_rate_share=0.5, repeat_share=0.0).ask(40, models(policy_version=0))
     assert {one.why_selected for one in answer_all(store, "ann")} == {"variance", "random"}
 
 
 def test_a_repeat_has_the_answers_the_other_way_round_and_comes_to_the_same_person(store: Store) -> None:
     found = questions(store, repeat_share=0.5, win_rate_share=0.0)
-    found.ask(40, asker())
+    found.ask(40, models())
     originals = {one.answers: one for one in answer_all(store, "ann")}
     assert {one.why_selected for one in originals.values()} == {"variance", "random"}  # nothing to repeat yet
     found.missing(None)
-    found.ask(40, asker())
+    found.ask(40, models())
     assert store.label_count() == 40
     asked = answer_all(store, "ann")
     assert len(asked) == 40
@@ -154,11 +157,11 @@ def test_a_repeat_has_the_answers_the_other_way_round_and_comes_to_the_same_pers
 
 def test_what_waits_to_be_repeated_is_not_repeated_once_more(store: Store) -> None:
     found = questions(store, repeat_share=0.5, win_rate_share=0.0)
-    found.ask(20, asker())
+    found.ask(20, models())
     answer_all(store, "ann")
     found.missing(None)
     for _ in range(4):
-        found.ask(10, asker())
+        found.ask(10, models())
     repeats = [one.repeat_of for one in answer_all(store, "ann") if one.why_selected == "repeat"]
     assert len(repeats) == len(set(repeats)) == 10  # all but the ten newest
 
@@ -173,7 +176,7 @@ def test_whose_answers_came_from_a_file_is_not_there(store: Store, tmp_path: Pat
     import_answers(store, read_answers(tmp_path / "labels.jsonl")[0])
     found = questions(store, repeat_share=0.5, win_rate_share=0.0, overlap_share=1.0, questions_ahead=10)
     assert found.missing(None) == 10
-    found.ask(20, asker())
+    found.ask(20, models())
     asked = answer_all(store, "ann")
     assert {one.why_selected for one in asked} == {"variance", "random"}
     assert {one.overlap for one in asked} == {1}
@@ -181,14 +184,14 @@ def test_whose_answers_came_from_a_file_is_not_there(store: Store, tmp_path: Pat
 
 def test_a_few_questions_go_to_two_people_where_there_are_two(store: Store) -> None:
     found = questions(store, overlap_share=1.0, questions_ahead=10)
-    found.ask(10, asker())
+    found.ask(10, models())
     answer_all(store, "ann")
     assert len(store.labels()) == 10  # alone, so nothing waits for a second person
     found.missing(None)
-    found.ask(4, asker())
+    found.ask(4, models())
     answer_all(store, "bob")
     found.missing(None)
-    found.ask(6, asker(policy_version=4))
+    found.ask(6, models(policy_version=4))
     answer_all(store, "ann", "bob")
     shared = [one for one in store.labels() if one.comparison.policy_version == 4 and one.comparison.overlap == 2]
     assert {one.annotator for one in shared} == {"ann", "bob"}
@@ -196,16 +199,16 @@ def test_a_few_questions_go_to_two_people_where_there_are_two(store: Store) -> N
 
 def test_more_questions_wait_for_more_people(store: Store) -> None:
     found = questions(store, questions_ahead=10)
-    found.ask(20, asker())
+    found.ask(20, models())
     for i, question in enumerate(store.ask(f"person {i}")[0] for i in range(20)):
         store.answer(question.id, f"person {i}", token=str(i), choice="a")
     assert found.missing(None) == 60 - store.waiting()
 
 
 def test_rankings(store: Store) -> None:
-    found = questions(store, ranked_answers=4, samples_per_prompt=6)
-    found.ask(5, asker())
-    found.ask(5, asker(scorer=None))
+    found = questions(store, ranked_responses=4, samples_per_prompt=6)
+    found.ask(5, models())
+    found.ask(5, models(scorer=None))
     asked = [question.comparison for question in store.ask("ann", count=10)]
     assert {len(one.answers) for one in asked if one.why_selected != "win_rate"} == {4}
     assert all(one.predicted is None for one in asked if len(one.answers) == 4)
@@ -213,12 +216,12 @@ def test_rankings(store: Store) -> None:
 
 def test_a_continuation_asks_what_the_first_run_would_have_asked(store: Store, tmp_path: Path) -> None:
     found = questions(store)
-    found.ask(5, asker())
-    found.ask(5, asker())
+    found.ask(5, models())
+    found.ask(5, models())
     expected = [question.comparison.answers for question in store.ask("ann", count=10)]
     with Store(tmp_path / "other.db", seed=1) as other:
         for _ in range(2):
-            questions(other).ask(5, asker())
+            questions(other).ask(5, models())
         assert [question.comparison.answers for question in other.ask("ann", count=10)] == expected
 
 
@@ -229,9 +232,9 @@ def test_gold_questions_are_mixed_in_once_each(store: Store, tmp_path: Path) -> 
     rows = [GOLD | {"prompt": f"gold {i}"} for i in range(3)]
     (tmp_path / "gold.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = questions(store, gold_questions=str(tmp_path / "gold.jsonl"), gold_share=0.4, win_rate_share=0.0)
-    found.ask(40, asker())
+    found.ask(40, models())
     again = questions(store, gold_questions=str(tmp_path / "gold.jsonl"), gold_share=0.4, win_rate_share=0.0)
-    again.ask(40, asker())
+    again.ask(40, models())
     gold = [one for one in answer_all(store, "ann")[:40] if one.why_selected == "gold"]  # none waits behind the others
     assert sorted(one.prompt for one in gold) == ["gold 0", "gold 1", "gold 2"]
     assert {one.expected for one in gold} == {"a"}
@@ -247,7 +250,7 @@ def test_gold_questions_are_mixed_in_once_each(store: Store, tmp_path: Path) -> 
 )
 def test_a_gold_question_that_is_none_is_named(row: Any, told: str, tmp_path: Path) -> None:
     (tmp_path / "gold.jsonl").write_text(row if isinstance(row, str) else json.dumps(row))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(DataError, match=told):
         read_gold(tmp_path / "gold.jsonl")
-    with pytest.raises(UserError, match="no file of gold questions"):
+    with pytest.raises(DataError, match="no file of gold questions"):
         read_gold(tmp_path / "nothing.jsonl")

@@ -1,6 +1,6 @@
 import pytest
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
 from deep_rlhf.feedback.questions.schedule import LabelSchedule
 
 
@@ -33,5 +33,5 @@ def test_without_steps_all_are_wanted_at_once() -> None:
 
 @pytest.mark.parametrize("values", [(10, 5, 1.0), (-1, 5, 1.0), (1, 5, 0.0), (1, 5, float("nan"))])
 def test_values_out_of_range(values: tuple[int, int, float]) -> None:
-    with pytest.raises(UserError, match=r"labels must|decay"):
+    with pytest.raises(ConfigError, match=r"labels must|decay"):
         LabelSchedule(*values)
