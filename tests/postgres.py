@@ -103,12 +103,12 @@ class Server:
     def store(self) -> str:
         """The URL of a store with nothing in it: always the same, emptied, since a new one takes half a second."""
         from deep_rlhf.feedback.store import Store
-        from deep_rlhf.feedback.store.schema import Base
+        from deep_rlhf.feedback.store.schema import METADATA
 
         if self._store is None:
             self._store = self.database()
             Store(self._store).close()
-        tables = ", ".join(Base.metadata.tables)
+        tables = ", ".join(METADATA.tables)
         # The store itself refuses to forget what people did.
         command = f"SET session_replication_role = replica; TRUNCATE {tables} RESTART IDENTITY"
         self.execute(command, database=name_of(self._store))

@@ -4,6 +4,8 @@ Every command ends with exit code 2 when one of them is raised. From Python, cat
 subclass for one kind.
 """
 
+from typing import Literal
+
 
 class UserError(Exception):
     """Base class: something that the user can correct."""
@@ -35,3 +37,19 @@ class ResourceError(UserError):
 
 class StoreError(UserError):
     """A store of labels cannot be opened, read or written."""
+
+
+class LabelRefused(StoreError):
+    """A label, skip or undo that the store cannot accept.
+
+    `status` is "taken" (somebody else has the question now), "gone" (this person has labelled it already) or "unknown"
+    (no such question, or it was never given to this person).
+    """
+
+    def __init__(self, message: str, status: Literal["gone", "taken", "unknown"]) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class StoreUnavailable(StoreError):
+    """The database does not answer. The last change may or may not be saved: send it again with the same token."""

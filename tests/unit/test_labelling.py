@@ -3,8 +3,8 @@
 import threading
 from typing import Any
 
+from deep_rlhf.errors import LabelRefused, StoreUnavailable
 from deep_rlhf.feedback.annotators.base import InBackground
-from deep_rlhf.feedback.store import Refused, Unavailable
 
 
 class Clumsy:
@@ -27,7 +27,7 @@ class Clumsy:
 
 
 def test_a_database_that_is_away_and_a_faster_person_do_not_end_it() -> None:
-    labeler = Clumsy([Unavailable("away"), Refused("taken", "taken")])
+    labeler = Clumsy([StoreUnavailable("away"), LabelRefused("taken", "taken")])
     background = InBackground(labeler, None)  # type: ignore[arg-type]
     assert labeler.done.wait(30)
     background.stop()

@@ -12,8 +12,8 @@ import pytest
 from page_client import Client
 
 from deep_rlhf.cli import label
-from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.store import Store, Unavailable
+from deep_rlhf.errors import StoreUnavailable, UserError
+from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.access import auth
 from deep_rlhf.web.access.auth import NO_PASSWORD, add_account
 from deep_rlhf.web.app import STATIC, WebSettings, create_app
@@ -123,7 +123,7 @@ def test_a_stream_of_events_ends_with_the_login(store: Store, monkeypatch: Any) 
     """Though there is always news; and it goes on while the login lasts, or the database is away."""
 
     def away(_: str) -> None:
-        raise Unavailable("away")
+        raise StoreUnavailable("away")
 
     monkeypatch.setattr(events, "LOOK_EVERY", 0.01)
     monkeypatch.setattr(events, "ALIVE_EVERY", 0.05)

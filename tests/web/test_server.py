@@ -16,8 +16,8 @@ import pytest
 from page_client import Client
 
 from deep_rlhf.cli import label
-from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.store import Store, Unavailable
+from deep_rlhf.errors import StoreUnavailable, UserError
+from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.access.auth import is_password
 from deep_rlhf.web.app import create_app
 from deep_rlhf.web.progress import events
@@ -78,7 +78,7 @@ def test_events_go_on_after_the_database_was_away(
 
     def away(*_: Any, **__: Any) -> Any:
         looked.set()
-        raise Unavailable("away")
+        raise StoreUnavailable("away")
 
     with browser(server) as client, client.stream("GET", "/events") as stream:
         told = news(stream.iter_lines())
@@ -119,7 +119,7 @@ def test_a_database_that_is_away_is_said_in_a_sentence(
     server: Server, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_: Any, **__: Any) -> Any:
-        raise Unavailable("the store on postgresql://secret does not answer")
+        raise StoreUnavailable("the store on postgresql://secret does not answer")
 
     with browser(server) as client:
         monkeypatch.setattr(store, "ask", away)

@@ -5,8 +5,9 @@ import threading
 from types import TracebackType
 from typing import Any, Self
 
+from deep_rlhf.errors import StoreError
 from deep_rlhf.feedback.state import STATUS, Status
-from deep_rlhf.feedback.store import Store, StoreError
+from deep_rlhf.feedback.store import Store
 
 LOOK_EVERY = 1.0  # seconds
 WIDTH = 110

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from deep_rlhf.errors import LabelRefused
 from deep_rlhf.feedback.records import Comparison
-from deep_rlhf.feedback.store import Refused, Store
+from deep_rlhf.feedback.store import Store
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -37,4 +38,4 @@ def asked(store: Store, person: str, count: int = 1) -> list[int]:
 
 
 def refused(status: str) -> Any:
-    return pytest.raises(Refused, check=lambda error: error.status == status)
+    return pytest.raises(LabelRefused, check=lambda error: error.status == status)

@@ -13,8 +13,9 @@ import pytest
 from postgres import Server, server
 from sqlalchemy import text
 
+from deep_rlhf.errors import StoreUnavailable
 from deep_rlhf.feedback.records import Comparison
-from deep_rlhf.feedback.store import Store, Unavailable
+from deep_rlhf.feedback.store import Store
 from deep_rlhf.feedback.store.schema import REVISION
 
 SECONDS = 60.0  # after which something hangs
@@ -129,7 +130,7 @@ def test_an_acknowledged_label_survives_the_death_of_postgresql(own_server: Serv
             assert is_up.wait(SECONDS)
             try:
                 return work()
-            except Unavailable:
+            except StoreUnavailable:
                 refused += 1
 
     def label(store: Store, person: str) -> None:

@@ -6,9 +6,10 @@ import uuid
 from collections.abc import Callable
 from typing import Protocol
 
+from deep_rlhf.errors import LabelRefused, StoreUnavailable
 from deep_rlhf.feedback.annotators.simulated import AnnotatorHabits, SimulatedAnnotators, Utility
 from deep_rlhf.feedback.records import CHOICES, Comparison
-from deep_rlhf.feedback.store import Refused, Store, Unavailable
+from deep_rlhf.feedback.store import Store
 
 
 class Labeler(Protocol):
@@ -97,9 +98,9 @@ class InBackground:
             start = time.monotonic()
             try:
                 done = 0 if self._wanted() == 0 else self._labeler.answer(self._store, 1)
-            except Refused:
+            except LabelRefused:
                 continue  # somebody else was faster
-            except Unavailable:
+            except StoreUnavailable:
                 done = 0  # the database is away for a moment
             except Exception as error:
                 self.error = error

@@ -18,7 +18,7 @@ from deep_rlhf.data.preferences import load_preferences
 from deep_rlhf.data.readers import BadRow, read_table
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.records import CHOICES, Choice, Comparison, Label
-from deep_rlhf.feedback.store import GivenAnswer, Store
+from deep_rlhf.feedback.store import PortableLabel, Store
 
 TEXTS = ("arguments.jsonl.gz", "arguments.jsonl")
 ALONE = "replay"  # who answered where the file does not say
@@ -84,7 +84,7 @@ def read_votes(path: str | Path, *, template: str = "hh") -> list[Voted]:
     return [Voted(*texts_, tuple(votes.items())) for texts_, votes in found.items()]
 
 
-def _given(pair: Voted, worker: str, choice: Choice) -> GivenAnswer:
+def _given(pair: Voted, worker: str, choice: Choice) -> PortableLabel:
     question = _digest(pair.prompt, pair.a, pair.b)
     label = Label(
         event_id=0,
@@ -98,7 +98,7 @@ def _given(pair: Voted, worker: str, choice: Choice) -> GivenAnswer:
         seconds=0.0,
         created=datetime.now(UTC),
     )
-    return GivenAnswer(label=label, token=f"replay {_digest(question, worker)}", question=f"replay {question}")
+    return PortableLabel(label=label, token=f"replay {_digest(question, worker)}", question=f"replay {question}")
 
 
 def _digest(*texts: str) -> str:

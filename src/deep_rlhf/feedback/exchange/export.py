@@ -15,11 +15,11 @@ from deep_rlhf.data.chat import get_template
 from deep_rlhf.data.layouts import columns_of, detect_layout
 from deep_rlhf.data.readers import BadRow
 from deep_rlhf.data.sources import SourceRow, Tally, read_rows, split_names
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import StoreError, UserError
 from deep_rlhf.feedback.exchange.foreign_rows import MARKS, ForeignRows, answer_of, rows_of
 from deep_rlhf.feedback.records import Label
 from deep_rlhf.feedback.reward_refit.preferences import FOR_RELIABILITY
-from deep_rlhf.feedback.store import GivenAnswer, Store, StoreError
+from deep_rlhf.feedback.store import PortableLabel, Store
 from deep_rlhf.types import RowReport
 
 TOGETHER = 50  # answers imported in one transaction: people who label meanwhile wait no longer than for that
@@ -44,7 +44,7 @@ def export_labels(store: Store, target: str | Path, *, everything: bool = False)
     """
     path = Path(target)
     left_out: Counter[str] = Counter()
-    answers: list[GivenAnswer] = []
+    answers: list[PortableLabel] = []
     for answer in store.given_answers():
         reason = "" if everything else _why_left_out(answer.label)
         if reason:
@@ -63,7 +63,7 @@ def export_labels(store: Store, target: str | Path, *, everything: bool = False)
 
 def read_answers(
     source: str | Path, *, template: str = "hh", on_bad_rows: str = "error"
-) -> tuple[list[GivenAnswer], RowReport]:
+) -> tuple[list[PortableLabel], RowReport]:
     """The answers in an export, or in any preferences that `reward_modeling.py` reads, and what became of the rows.
 
     All splits of the source are read. `template` renders prompts of a foreign file; an export has them as they were
@@ -78,17 +78,17 @@ def read_answers(
     return answers, tally.report(name, "+".join(splits), tally.read - sum(tally.dropped.values()))
 
 
-def import_answers(store: Store, answers: Sequence[GivenAnswer]) -> int:
+def import_answers(store: Store, answers: Sequence[PortableLabel]) -> int:
     """Takes answers into the store; returns how many it did not have: an import that was interrupted is repeated."""
     return sum(store.take_in(answers[i : i + TOGETHER]) for i in range(0, len(answers), TOGETHER))
 
 
-def _answers(rows: Sequence[SourceRow], name: str, template: str, tally: Tally) -> list[GivenAnswer]:
+def _answers(rows: Sequence[SourceRow], name: str, template: str, tally: Tally) -> list[PortableLabel]:
     """The answers of all rows; what is malformed goes to the tally."""
     if not rows:
         return []
     read = _reader(rows, name, template)
-    answers: dict[str, GivenAnswer] = {}  # by token: a ranking has several rows
+    answers: dict[str, PortableLabel] = {}  # by token: a ranking has several rows
     for row in rows:
         try:
             found = read(row)
@@ -105,7 +105,7 @@ def _answers(rows: Sequence[SourceRow], name: str, template: str, tally: Tally) 
     return list(answers.values())
 
 
-def _reader(rows: Sequence[SourceRow], name: str, template: str) -> Callable[[SourceRow], list[GivenAnswer] | str]:
+def _reader(rows: Sequence[SourceRow], name: str, template: str) -> Callable[[SourceRow], list[PortableLabel] | str]:
     if set(MARKS) <= set(columns_of(rows)):
         return lambda row: [answer_of(row)]
     return ForeignRows(detect_layout(rows, name), get_template(template), name, datetime.now(UTC)).answers_of

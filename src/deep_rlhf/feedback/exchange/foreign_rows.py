@@ -19,14 +19,14 @@ from deep_rlhf.data.sources import SourceRow
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.records import CHOICES, Choice, Comparison, Label, Reason
 from deep_rlhf.feedback.reward_refit.preferences import label_preferences, text_id
-from deep_rlhf.feedback.store import GivenAnswer
+from deep_rlhf.feedback.store import PortableLabel
 from deep_rlhf.types import Preference
 
 MARKS = ("prompt", "a", "b", "mu", "question", "token")  # a file with all these columns is an export
 NOBODY = "import"  # whose answer it is where the file does not say
 
 
-def rows_of(answer: GivenAnswer) -> list[dict[str, Any]]:
+def rows_of(answer: PortableLabel) -> list[dict[str, Any]]:
     """The rows of an answer. One that says nothing has a row without `mu`."""
     label = answer.label
     comparison = label.comparison
@@ -65,7 +65,7 @@ def rows_of(answer: GivenAnswer) -> list[dict[str, Any]]:
     ]
 
 
-def answer_of(row: SourceRow) -> GivenAnswer:
+def answer_of(row: SourceRow) -> PortableLabel:
     """The answer of a row that `rows_of` made; the rows of a ranking have the same. Raises BadRow."""
     values = row.values
     ranks = _integers(values, "ranks")
@@ -100,7 +100,7 @@ def answer_of(row: SourceRow) -> GivenAnswer:
         created=_moment(values, "created"),
     )
     repeats = _text(values, "repeats") or None
-    return GivenAnswer(
+    return PortableLabel(
         label=label, token=text_of(values, "token"), question=text_of(values, "question"), repeats=repeats
     )
 
@@ -116,7 +116,7 @@ class ForeignRows:
         self._form, self._template, self._source, self._now = form, template, source, now
         self._times: dict[tuple[str, str], int] = {}
 
-    def answers_of(self, row: SourceRow) -> list[GivenAnswer] | str:
+    def answers_of(self, row: SourceRow) -> list[PortableLabel] | str:
         """The answers of a row, one for each vote, or the reason to drop it; raises BadRow if it is malformed."""
         pair = to_preference(row, self._form, self._template, self._source)
         if isinstance(pair, str):
@@ -129,7 +129,7 @@ class ForeignRows:
             raise BadRow("not one answer", f"column 'mu' must be {expected}, but is {pair.mu}")
         return [self._answer(pair, name, CHOICES[pair.mu])]
 
-    def _answer(self, pair: Preference, annotator: str, choice: Choice) -> GivenAnswer:
+    def _answer(self, pair: Preference, annotator: str, choice: Choice) -> PortableLabel:
         content = text_id(pair.prompt, (pair.a, pair.b))
         times = self._times[content, annotator] = self._times.get((content, annotator), 0) + 1
         token = hashlib.sha256(json.dumps([content, annotator, times]).encode()).hexdigest()[:32]
@@ -145,7 +145,7 @@ class ForeignRows:
             seconds=0.0,
             created=self._now,
         )
-        return GivenAnswer(label=label, token=f"import {token}", question=f"import {content} {times}")
+        return PortableLabel(label=label, token=f"import {token}", question=f"import {content} {times}")
 
 
 def _vote(vote: Any, voter: str) -> tuple[str, Choice]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from deep_rlhf.algorithms.online.build import trainable_tensors
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import StoreError, UserError
 from deep_rlhf.feedback.state import ACTIVE_LOOP, HEARTBEAT, START_POLICY
-from deep_rlhf.feedback.store import Store, StoreError
+from deep_rlhf.feedback.store import Store
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
 
 LOCK = ".lock"

@@ -17,6 +17,7 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.accel.cpu.allocator import kept_memory
+from deep_rlhf.errors import StoreUnavailable
 from deep_rlhf.feedback.annotators.base import InBackground, Labeler, People
 from deep_rlhf.feedback.loop.build import (
     Schedule,
@@ -48,7 +49,7 @@ from deep_rlhf.feedback.reward_refit.versions import (
     newest_version,
 )
 from deep_rlhf.feedback.state import WIN_RATE, LoopState, report_status
-from deep_rlhf.feedback.store import Store, Unavailable
+from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.reward import RewardModel
 
 logger = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ class Session:
                         self._wait_for_labels()
                         continue
                     self._update()
-                except Unavailable as error:  # the policy need not wait for the database
+                except StoreUnavailable as error:  # the policy need not wait for the database
                     logger.warning("%s", error)
                     self.halter.wait(LOOK_EVERY)
         finally:
@@ -389,7 +390,7 @@ class Session:
     def _tell(self, state: LoopState, text: str) -> None:
         if text == self._told:
             return
-        with contextlib.suppress(Unavailable):  # the page is told the next time
+        with contextlib.suppress(StoreUnavailable):  # the page is told the next time
             report_status(self.store, state, step=self.progress.step, text=text)
             self._told = text
 

@@ -11,8 +11,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
+from deep_rlhf.errors import StoreError
 from deep_rlhf.feedback.state import HEARTBEAT, stop_requested
-from deep_rlhf.feedback.store import Store, StoreError
+from deep_rlhf.feedback.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import StoreUnavailable, UserError
 from deep_rlhf.feedback.reward_refit.versions import JOB, RefitJob, Refits
-from deep_rlhf.feedback.store import Store, Unavailable
+from deep_rlhf.feedback.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def main(folder: Path, store_url: str) -> None:
                     version = refits.run()
                     logger.info("Version %d, %d labels: %s.", version.number, version.labels, version.figures)
                     continue
-            except Unavailable as error:
+            except StoreUnavailable as error:
                 logger.warning("%s", error)
             except UserError as error:
                 logger.warning("%s", error)

@@ -1,8 +1,7 @@
-"""What people are asked and answer, kept in SQLite or PostgreSQL: the only place where page and trainer meet."""
+"""The store of questions and labels, in SQLite or PostgreSQL. Page and trainer exchange everything through it."""
 
 from deep_rlhf.feedback.store.accounts import Role, User
-from deep_rlhf.feedback.store.errors import Refused, StoreError, Unavailable
-from deep_rlhf.feedback.store.replication import GivenAnswer
+from deep_rlhf.feedback.store.replication import PortableLabel
 from deep_rlhf.feedback.store.store import Store
 
-__all__ = ["GivenAnswer", "Refused", "Role", "Store", "StoreError", "Unavailable", "User"]
+__all__ = ["PortableLabel", "Role", "Store", "User"]

@@ -1,4 +1,4 @@
-"""Who may open the page: accounts, and browsers that are logged in. Only hashes are kept.
+"""Accounts of the page, and browsers that are logged in. Passwords and tokens are stored as hashes.
 
 Every function runs inside one transaction.
 """
@@ -9,12 +9,9 @@ from typing import Literal, get_args
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from deep_rlhf.feedback.store.errors import StoreError
+from deep_rlhf.errors import StoreError
 from deep_rlhf.feedback.store.question_queue import check_name, release
-from deep_rlhf.feedback.store.schema import LoginRow, UserRow
-from deep_rlhf.feedback.store.statements import table_of
-
-USERS, LOGINS = table_of(UserRow), table_of(LoginRow)
+from deep_rlhf.feedback.store.schema import LOGINS, USERS
 
 Role = Literal["admin", "annotator"]
 
@@ -30,24 +27,27 @@ class User:
 
 
 def add_user(db: Connection, name: str, role: str, password_hash: str, now: datetime) -> None:
-    """A new account; raises StoreError if the name is taken."""
+    """Adds an account; raises StoreError if the name is taken."""
     check_name(name, "The name of a user")
     if role not in get_args(Role):
-        raise StoreError(f"A role is one of {', '.join(get_args(Role))}, not {role}.")
+        raise StoreError(f"A role must be one of {', '.join(get_args(Role))}, not {role}.")
     if user(db, name) is not None:
-        raise StoreError(f"There is a user '{name}' already.")
+        raise StoreError(f"There is already a user '{name}': choose another name.")
     db.execute(insert(USERS).values(name=name, role=role, password_hash=password_hash, created=now))
 
 
 def set_password(db: Connection, name: str, password_hash: str) -> None:
-    """Another password, with which all browsers must log in again. Raises StoreError if there is no such user."""
+    """Replaces a password and logs all browsers out. Raises StoreError if there is no such user."""
     _check_exists(db, name)
     db.execute(update(USERS).where(USERS.c.name == name).values(password_hash=password_hash))
     db.execute(delete(LOGINS).where(LOGINS.c.name == name))
 
 
 def remove_user(db: Connection, name: str) -> None:
-    """An account goes, and its logins with it; what it holds is given back, and its answers stay. Raises StoreError."""
+    """Removes an account and its logins, and releases its questions; its labels stay.
+
+    Raises StoreError if there is no such user.
+    """
     _check_exists(db, name)
     release(db, name)
     db.execute(delete(USERS).where(USERS.c.name == name))
@@ -67,21 +67,21 @@ def users(db: Connection) -> list[User]:
 
 
 def add_login(db: Connection, token_hash: str, name: str, expires: datetime, now: datetime) -> None:
-    """A browser logs in; those whose time is over are forgotten. Raises StoreError if there is no such user."""
+    """Adds a login and deletes the expired ones. Raises StoreError if there is no such user."""
     _check_exists(db, name)
     db.execute(delete(LOGINS).where(LOGINS.c.expires <= now))
     db.execute(insert(LOGINS).values(token_hash=token_hash, name=name, expires=expires))
 
 
 def login(db: Connection, token_hash: str, now: datetime) -> User | None:
-    """Who logged in with this token, None if nobody did or the time is over."""
+    """The user whose login has this token hash, None if there is none or it expired."""
     valid = (LOGINS.c.token_hash == token_hash) & (LOGINS.c.expires > now)
     row = db.execute(select(USERS).join(LOGINS, LOGINS.c.name == USERS.c.name).where(valid)).mappings().one_or_none()
     return None if row is None else User(**row)
 
 
 def remove_login(db: Connection, token_hash: str) -> None:
-    """A browser logs out."""
+    """Deletes a login."""
     db.execute(delete(LOGINS).where(LOGINS.c.token_hash == token_hash))
 
 

@@ -1,7 +1,7 @@
-"""The connection to SQLite or PostgreSQL: how it is opened, migrated, and how one transaction runs.
+"""Connects to SQLite or PostgreSQL: opens and migrates the database, runs and retries transactions.
 
-SQLite: WAL, synchronous=FULL, and BEGIN IMMEDIATE for whatever writes, so that a transaction waits for the write lock
-before it reads and never fails half-way. PostgreSQL 15+: READ COMMITTED; the functions lock the rows they change.
+SQLite: WAL, synchronous=FULL, and BEGIN IMMEDIATE for writers, so that a transaction waits for the write lock before it
+reads and never fails half-way. PostgreSQL 15+: READ COMMITTED; the functions lock the rows they change.
 """
 
 import hashlib
@@ -25,24 +25,23 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql import column
 
-from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.store.errors import StoreError, Unavailable
-from deep_rlhf.feedback.store.group_commit import TogetherWriter
+from deep_rlhf.errors import StoreError, StoreUnavailable
+from deep_rlhf.feedback.store.group_commit import GroupCommitWriter
 from deep_rlhf.feedback.store.schema import REVISION
 
 T = TypeVar("T")
 
-BUSY_SECONDS = 30.0  # how long a process waits for another one's transaction
+BUSY_SECONDS = 30.0  # for which a process waits for another one's transaction
 OLDEST_POSTGRESQL = 15
-ATTEMPTS = 5  # for a transaction that met another one: a deadlock, or one and the same token sent twice at once
+ATTEMPTS = 5  # for a transaction that conflicts with another one: a deadlock, or one token sent twice at once
 LOCK = text("SELECT pg_advisory_xact_lock(:number)")
-# The numbers of the locks that are not of a person; that of the events stands also in the migration.
+# Advisory locks, beside one per person. The migration repeats the number of EVENTS_LOCK.
 MIGRATION_LOCK, EVENTS_LOCK, METRICS_LOCK = 7_310_001, 7_310_002, 7_310_003
 DEADLOCK, SERIALIZATION = "40P01", "40001"
 
 
-class _Again(Exception):
-    """A transaction that was lost before its commit, by no fault of its own."""
+class _RetryTransaction(Exception):
+    """The connection was lost before the commit, so the transaction can safely run again."""
 
     def __init__(self, error: DBAPIError) -> None:
         super().__init__(error)
@@ -50,11 +49,11 @@ class _Again(Exception):
 
 
 class Database:
-    """An engine with the project's rules. Safe to use from several threads; each process opens its own."""
+    """A configured engine. Several threads may share one; each process opens its own."""
 
     def __init__(self, address: str | Path, *, must_exist: bool = False) -> None:
         self.url = parse_address(address)
-        self.name = shown(self.url)
+        self.name = display_name(self.url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         try:
             self.engine = create_engine(self.url, hide_parameters=True, **self._options())
@@ -66,8 +65,8 @@ class Database:
         else:
             event.listen(self.engine, "connect", _prepare_postgresql)
         self._writing = self.engine.execution_options(writes=True)
-        # SQLite has one writer at a time, and lets the others sleep ever longer: threads of one process queue here.
-        self._together = TogetherWriter(self._writing) if self.is_sqlite else None
+        # SQLite has one writer at a time and makes the others sleep ever longer, so threads of this process queue here.
+        self._group_commit = GroupCommitWriter(self._writing) if self.is_sqlite else None
         try:
             self._open(must_exist)
         except (DBAPIError, OSError) as error:
@@ -78,18 +77,22 @@ class Database:
             raise
 
     def read(self, work: Callable[[Connection], T]) -> T:
-        """What `work` returns; it only reads. Raises Unavailable if the database does not answer."""
-        return self._repeated(lambda: self._run(work, self.engine))
+        """Runs `work`, which only reads, in a transaction and returns its result.
+
+        Raises StoreUnavailable if the database does not answer.
+        """
+        return self._with_retries(lambda: self._run(work, self.engine))
 
     def write(self, work: Callable[[Connection], T]) -> T:
-        """What `work` returns, after its changes were committed; runs it again if another transaction was in the way.
+        """Runs `work` in a transaction and returns its result after the commit.
 
-        Raises Unavailable if the database does not answer.
+        A transaction that conflicts with another one is run again. Raises StoreUnavailable if the database does
+        not answer.
         """
-        if self._together is not None:
-            together = self._together
-            return self._repeated(lambda: together.write(work))
-        return self._repeated(lambda: self._run(work, self._writing))
+        if self._group_commit is not None:
+            writer = self._group_commit
+            return self._with_retries(lambda: writer.write(work))
+        return self._with_retries(lambda: self._run(work, self._writing))
 
     def close(self) -> None:
         """Closes every connection."""
@@ -104,23 +107,23 @@ class Database:
             return value
         except DBAPIError as error:
             if error.connection_invalidated and not committing:
-                # A connection from before the server restarted: nothing was done yet, and a new one may do it.
-                raise _Again(error) from error
+                # The connection dates from before a restart of the server. Nothing was done yet; a new one may succeed.
+                raise _RetryTransaction(error) from error
             raise
 
-    def _repeated(self, transaction: Callable[[], T]) -> T:
-        """Runs a transaction again if that may help; a database that does not answer becomes one sentence."""
+    def _with_retries(self, transaction: Callable[[], T]) -> T:
+        """Runs a transaction, again if that may help. Raises StoreUnavailable if the database does not answer."""
         for attempt in range(ATTEMPTS):
             try:
                 return transaction()
-            except (_Again, DBAPIError, PoolTimeoutError) as found:
-                error = found.error if isinstance(found, _Again) else found
-                if attempt < ATTEMPTS - 1 and (found is not error or _is_worth_repeating(error)):
+            except (_RetryTransaction, DBAPIError, PoolTimeoutError) as found:
+                error = found.error if isinstance(found, _RetryTransaction) else found
+                if attempt < ATTEMPTS - 1 and (found is not error or _is_retryable(error)):
                     continue
                 if not isinstance(error, (OperationalError, InterfaceError, PoolTimeoutError)):
                     raise
                 reason = f"{self.name} does not answer ({self._reason(error)})"
-                raise Unavailable(f"{reason}: what was sent last may be lost, send it again.") from None
+                raise StoreUnavailable(f"{reason}: the last change may be lost, send it again.") from None
         raise AssertionError
 
     def _options(self) -> dict[str, Any]:
@@ -139,7 +142,7 @@ class Database:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():
                 raise StoreError(f"{self.name} is a folder: give a file for the store.")
-            # Password hashes lie in it: of a new file only its owner may read them. The log beside it follows suit.
+            # It holds password hashes, so only the owner may read a new file. Its write-ahead log gets the same mode.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             self._switch_to_wal()
         else:
@@ -147,7 +150,7 @@ class Database:
         with self.engine.connect() as connection:
             found = self._revision(connection)
         if found is None and must_exist:
-            raise StoreError(f"{self.name} is empty: no labels were ever kept there.")
+            raise StoreError(f"{self.name} is empty: no labels were ever stored there.")
         if found != REVISION:
             self._migrate()
 
@@ -155,7 +158,7 @@ class Database:
         with self._writing.begin() as connection:
             if not self.is_sqlite:
                 lock(connection, MIGRATION_LOCK)
-            found = self._revision(connection)  # of whoever held the lock before
+            found = self._revision(connection)  # maybe of another process, which held the lock before
             if found == REVISION:
                 return
             from deep_rlhf.feedback.store.migrations import upgrade
@@ -163,7 +166,7 @@ class Database:
             upgrade(connection, self.name)
 
     def _revision(self, connection: Connection) -> str | None:
-        """The migration that the store has; raises StoreError for a database of something else."""
+        """The revision of the store, None for an empty database; raises StoreError if it holds other tables."""
         names = inspect(connection).get_table_names()
         if "alembic_version" not in names:
             if set(names) & {"comparisons", "events", "users"}:
@@ -173,7 +176,7 @@ class Database:
         return connection.scalar(select(version.c.version_num))
 
     def _switch_to_wal(self) -> None:
-        """Once for a file. SQLite does not wait for others here, so this does."""
+        """Switches the file to the write-ahead log. SQLite does not wait for other processes here, so this does."""
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
             try:
@@ -202,7 +205,7 @@ class Database:
             raise StoreError(f"{self.name} is PostgreSQL {version}: {OLDEST_POSTGRESQL} or newer is needed.")
 
     def _reason(self, error: BaseException) -> str:
-        """The first line of what went wrong, without the password."""
+        """The first line of the error, without the password."""
         lines = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
         reason = lines[0].rstrip(".")
         secrets = [self.url.password, *(value for name, value in self.url.query.items() if "pass" in name.lower())]
@@ -212,52 +215,55 @@ class Database:
 
 
 def parse_address(address: str | Path) -> URL:
-    """A path, or an SQLAlchemy URL of SQLite or PostgreSQL. Raises UserError, without what the address holds."""
+    """Parses a path, or an SQLAlchemy URL of SQLite or PostgreSQL.
+
+    Raises StoreError, without the address, which may hold a password.
+    """
     words = str(address)
     if isinstance(address, Path) or "://" not in words:
         if not words.strip():
-            raise UserError("The store needs a file, or a URL of PostgreSQL.")
+            raise StoreError("The store needs a file, or a URL of PostgreSQL.")
         return URL.create("sqlite", database=str(Path(words).expanduser()))
     try:
         url = make_url(words)
         backend = url.get_backend_name()
     except (ArgumentError, NoSuchModuleError, ValueError):
-        raise UserError(
+        raise StoreError(
             "The store's URL cannot be read: give postgresql+psycopg://user@host/database or a file."
         ) from None
     if backend == "sqlite":
         if url.database in (None, "", ":memory:"):
-            raise UserError("A store in memory would lose labels: give a file, as in sqlite:///labels.db.")
+            raise StoreError("A store in memory would lose labels: give a file, as in sqlite:///labels.db.")
         return url.set(drivername="sqlite")
     if url.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
         return url.set(drivername="postgresql+psycopg")
-    raise UserError(f"A store is SQLite or PostgreSQL (postgresql+psycopg://…), not {url.drivername}.")
+    raise StoreError(f"A store is SQLite or PostgreSQL (postgresql+psycopg://…), not {url.drivername}.")
 
 
-def shown(url: URL) -> str:
-    """How the store is called in messages: no user, no password, no options."""
+def display_name(url: URL) -> str:
+    """The store's name in messages: without user, password and options."""
     if url.get_backend_name() == "sqlite":
         return f"The store '{url.database}'"
     return f"The store '{url.database or ''}' on {url.host or 'this machine'}"
 
 
 def lock(connection: Connection, number: int) -> None:
-    """Waits until no other transaction holds the lock of this number; the end of the transaction gives it back.
+    """Takes an advisory lock until the end of the transaction; waits while another transaction holds it.
 
-    In SQLite whatever writes is alone already.
+    Does nothing in SQLite, which has one writer at a time.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(LOCK, {"number": number})
 
 
-def number_of(name: str) -> int:
-    """The number of a lock by its name: 64 bits, as PostgreSQL takes them."""
+def lock_number(name: str) -> int:
+    """The number of a lock by its name: 64 bits, as PostgreSQL expects."""
     digest = hashlib.sha256(f"deep-rlhf {name}".encode(errors="replace")).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def _prepare_sqlite(connection: Any, record: ConnectionPoolEntry) -> None:
-    connection.isolation_level = None  # the driver begins nothing: _begin_sqlite does
+    connection.isolation_level = None  # _begin_sqlite begins transactions, not the driver
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
 
@@ -268,7 +274,7 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _prepare_postgresql(connection: Any, record: ConnectionPoolEntry) -> None:
-    """A commit means that the label is on disk, also where the server's default is to answer before."""
+    """Makes a commit wait until the label is on disk, even if the server's default is not to wait."""
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
@@ -276,7 +282,7 @@ def _prepare_postgresql(connection: Any, record: ConnectionPoolEntry) -> None:
     connection.commit()
 
 
-def _is_worth_repeating(error: BaseException) -> bool:
+def _is_retryable(error: BaseException) -> bool:
     if isinstance(error, IntegrityError):
         return True
     return getattr(getattr(error, "orig", None), "sqlstate", None) in (DEADLOCK, SERIALIZATION)

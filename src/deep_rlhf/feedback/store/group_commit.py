@@ -1,4 +1,4 @@
-"""One commit for all who wait: what twenty people send at once reaches the disk with one sync instead of twenty."""
+"""Batches concurrent writes into one transaction (group commit): twenty labels at once need one sync, not twenty."""
 
 import threading
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from sqlalchemy.exc import OperationalError
 
 T = TypeVar("T")
 
-MOST_TOGETHER = 64
+MOST_JOBS = 64  # in one transaction
 
 
 class _Job(Generic[T]):
-    """What one thread wants written, and what came of it."""
+    """What one thread wants to write, and its result."""
 
     def __init__(self, work: Callable[[Connection], T]) -> None:
         self.work = work
@@ -27,36 +27,37 @@ class _Job(Generic[T]):
         return self.value  # type: ignore[return-value]
 
 
-class TogetherWriter:
-    """Runs the writing of many threads one after the other, in as few transactions as can be.
+class GroupCommitWriter:
+    """Runs the writes of many threads one after the other, in as few transactions as possible.
 
-    Whoever finds nobody at work takes everything that waits into one transaction, each job in a savepoint of its own,
-    and commits. A job that raises is taken back alone. If the commit fails, all fail: nobody hears of a success before.
+    A thread that finds no writer active becomes the writer: it runs all waiting jobs in one transaction, each in its
+    own savepoint, and commits. A job that raises is rolled back alone. If the commit fails, all jobs fail; none reports
+    success before the commit.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._change = threading.Condition()
         self._waiting: list[_Job[Any]] = []
-        self._somebody_writes = False
+        self._is_writing = False
 
     def write(self, work: Callable[[Connection], T]) -> T:
-        """What `work` returns, after the commit. Raises what it raises, or why the commit failed."""
+        """Runs `work` and returns its result after the commit. Raises what `work` or the commit raises."""
         job = _Job(work)
         with self._change:
             self._waiting.append(job)
         while True:
             with self._change:
-                self._change.wait_for(lambda: job.done or not self._somebody_writes)
+                self._change.wait_for(lambda: job.done or not self._is_writing)
                 if job.done:
                     return job.result()
-                self._somebody_writes = True
-                jobs, self._waiting = self._waiting[:MOST_TOGETHER], self._waiting[MOST_TOGETHER:]
+                self._is_writing = True
+                jobs, self._waiting = self._waiting[:MOST_JOBS], self._waiting[MOST_JOBS:]
             try:
                 self._write_all(jobs)
             finally:
                 with self._change:
-                    self._somebody_writes = False
+                    self._is_writing = False
                     for one in jobs:
                         one.done = True
                     self._change.notify_all()
@@ -76,7 +77,7 @@ class TogetherWriter:
         try:
             with connection.begin_nested():
                 job.value = job.work(connection)
-        except OperationalError:  # a full disk, for one: the whole transaction is lost
+        except OperationalError:  # a full disk, for example: the whole transaction is lost
             raise
         except Exception as error:
             job.error = error

@@ -1,4 +1,4 @@
-"""From records to rows and back, and what both sides of the store need of the tables."""
+"""Maps records to database rows and back; conditions and queries that both sides of the store share."""
 
 from collections.abc import Collection, Iterator
 from datetime import datetime
@@ -13,7 +13,7 @@ from deep_rlhf.feedback.store.statements import EFFECTIVE, C, E
 
 
 def comparison_values(comparison: Comparison, now: datetime) -> dict[str, Any]:
-    """The columns of a new row."""
+    """The columns of a new comparison."""
     return {
         "key": uuid4().hex,
         "prompt": comparison.prompt,
@@ -34,7 +34,7 @@ def comparison_values(comparison: Comparison, now: datetime) -> dict[str, Any]:
 
 
 def comparison_of(row: RowMapping) -> Comparison:
-    """The record of a row of comparisons, which may have columns of other tables too."""
+    """The record of a row that has all columns of comparisons, and maybe others."""
     return Comparison(
         prompt=row[C.c.prompt],
         answers=tuple(row[C.c.answers]),
@@ -51,7 +51,7 @@ def comparison_of(row: RowMapping) -> Comparison:
 
 
 def label_of(row: RowMapping) -> Label:
-    """The record of an answer, from a row of events and comparisons."""
+    """The record of a row that joins events and comparisons."""
     return Label(
         event_id=row[E.c.id],
         comparison_id=row[C.c.id],
@@ -67,19 +67,19 @@ def label_of(row: RowMapping) -> Label:
     )
 
 
-def effective_answers(db: Connection, after: int, until: int) -> Iterator[RowMapping]:
-    """Answers that count, with their comparisons, in order."""
+def effective_labels(db: Connection, after: int, until: int) -> Iterator[RowMapping]:
+    """Labels that were not undone, with their comparisons, by event id: `after` < id ≤ `until`."""
     query = select(E, C).join(C, C.c.id == E.c.comparison_id).where(EFFECTIVE, E.c.id > after, E.c.id <= until)
     return iter(db.execute(query.order_by(E.c.id)).mappings())
 
 
 def asked_for(reasons: Collection[str]) -> ColumnElement[bool]:
-    """The condition on a comparison that it is asked for one of these reasons."""
+    """The condition that a comparison was selected for one of these reasons."""
     return C.c.why_selected.in_(list(reasons))
 
 
-def tells_something() -> ColumnElement[bool]:
-    """The condition on an answer that it is not "can't tell"."""
+def is_decided() -> ColumnElement[bool]:
+    """The condition that a label is not "can't tell"."""
     return or_(E.c.choice.is_(None), E.c.choice != "cant_tell")
 
 

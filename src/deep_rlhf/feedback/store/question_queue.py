@@ -1,7 +1,7 @@
-"""The people's side: who is asked what, and what they answer.
+"""The annotators' side of the store: leases questions, records labels and skips, undoes and releases.
 
-Every function runs inside one transaction. In PostgreSQL the order of locks is always person, comparison, its leases,
-events; only `ask` takes comparisons when it may hold leases, and then passes over those that are locked.
+Every function runs inside one transaction. In PostgreSQL locks are always taken in the order person, comparison, its
+leases, events. Only `ask` locks comparisons while it may hold leases; it then skips those that are locked.
 """
 
 import math
@@ -14,33 +14,33 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping
 
+from deep_rlhf.errors import LabelRefused, StoreError
 from deep_rlhf.feedback.records import MU, STRENGTHS, Question
 from deep_rlhf.feedback.store import statements
-from deep_rlhf.feedback.store.engine import lock, number_of
-from deep_rlhf.feedback.store.errors import Refused, StoreError
+from deep_rlhf.feedback.store.engine import lock, lock_number
 from deep_rlhf.feedback.store.mapping import comparison_of
 
-LONGEST_NAME = 200  # characters of a person's name or of a token
-ANSWERS_OF_PACE = 100  # the newest ones: a person's pace changes while he learns
+LONGEST_NAME = 200  # characters of an annotator's name or of a token
+PACE_LABELS = 100  # newest labels that count for the pace, which changes with practice
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """On which questions are lent: the time now, for how long, and the seed of the sides (None: unpredictable)."""
+class LeaseTerms:
+    """Lease parameters: current time, duration, and the seed of the shown order (None: unpredictable)."""
 
     now: datetime
-    lease: timedelta
+    duration: timedelta
     seed: int | None
 
     @property
     def until(self) -> datetime:
-        """When a lease of now ends."""
-        return self.now + self.lease
+        """When a lease that begins now ends."""
+        return self.now + self.duration
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """What a person says about a question."""
+class LabelInput:
+    """A label as it is submitted."""
 
     choice: str | None = None
     ranks: tuple[int, ...] | None = None
@@ -48,118 +48,122 @@ class Given:
     seconds: float = 0.0
 
 
-def ask(db: Connection, person: str, count: int, terms: Terms, *, patient: bool = False) -> list[Question]:
-    """Questions for this person, leased to him: first those he has already, then the next ones by priority.
+def ask(db: Connection, person: str, count: int, terms: LeaseTerms, *, wait_for_locks: bool = False) -> list[Question]:
+    """Leases questions to a person: first those that they hold already, then the next ones by priority.
 
-    `patient` waits for questions that another transaction has locked, instead of passing over them.
+    With `wait_for_locks` questions that another transaction has locked are waited for, not skipped.
     """
     check_name(person)
     if count < 1:
         return []
-    lock(db, number_of(f"person {person}"))
+    lock(db, lock_number(f"person {person}"))
     held = db.execute(statements.HELD_BY, {"person": person, "count": count}).all()
     until = min((row.leased_until for row in held), default=terms.until)
-    if until < terms.now + terms.lease / 2:  # not each time: it would be a write more for every question
+    if until < terms.now + terms.duration / 2:  # renewed only when half over, to save a write per question
         until = terms.until
-        db.execute(statements.RENEW, {"person": person, "until": until})
+        db.execute(statements.RENEW_ALL, {"person": person, "until": until})
     questions = [_question(row, row.shown_order, until) for row in held]
-    if len(questions) < count and not (questions and patient):
-        questions += _lend(db, person, count - len(questions), terms, patient=patient)
+    if len(questions) < count and not (questions and wait_for_locks):
+        questions += _lease_next(db, person, count - len(questions), terms, wait_for_locks=wait_for_locks)
     return questions
 
 
-def answer(db: Connection, number: int, person: str, token: str, given: Given, terms: Terms) -> int:
-    """Takes an answer to a comparison, and returns the id of its event; the same token again returns the same id.
+def add_label(db: Connection, number: int, person: str, token: str, given: LabelInput, terms: LeaseTerms) -> int:
+    """Records a label of a comparison and returns its event id; the same token again returns the same id.
 
-    Raises Refused if somebody else has the question now, if this person answered it before, or if he never got it.
+    Raises LabelRefused if somebody else has the question now, or this person labelled it before or never got it, and
+    StoreError if the label does not fit the question.
     """
     row = _leased(db, number, person, token, "answer")
     if isinstance(row, int):
         return row
-    check_answer(given, len(row["answers"]))
-    db.execute(statements.END_LEASE, {"number": number, "person": person, "new_state": "answered"})
-    return record(db, row, person, token, "answer", terms.now, given, shown_order=row["shown_order"])
+    check_label(given, len(row["answers"]))
+    db.execute(statements.END_LEASE, {"comparison": number, "person": person, "new_state": "answered"})
+    return add_event(db, row, person, token, "answer", terms.now, given, shown_order=row["shown_order"])
 
 
-def skip(db: Connection, number: int, person: str, token: str, terms: Terms) -> int:
-    """Gives the question back; this person is not asked it again. Returns the id of the event. Raises as `answer`."""
+def skip(db: Connection, number: int, person: str, token: str, terms: LeaseTerms) -> int:
+    """Releases a question that this person does not want to be asked again; returns the event id.
+
+    Raises as `add_label`.
+    """
     row = _leased(db, number, person, token, "skip")
     if isinstance(row, int):
         return row
-    db.execute(statements.END_LEASE, {"number": number, "person": person, "new_state": "skipped"})
+    db.execute(statements.END_LEASE, {"comparison": number, "person": person, "new_state": "skipped"})
     change_slots(db, [number], 1)
-    return record(db, row, person, token, "skip", terms.now, shown_order=row["shown_order"])
+    return add_event(db, row, person, token, "skip", terms.now, shown_order=row["shown_order"])
 
 
-def undo(db: Connection, person: str, token: str, terms: Terms) -> int | None:
-    """Takes back what this person did last, an answer or a skip, and lends him its question again.
+def undo(db: Connection, person: str, token: str, terms: LeaseTerms) -> int | None:
+    """Undoes this person's last label or skip, and leases its question to them again.
 
-    Returns the comparison's id, None if there is nothing to take back; what came from a file never is. Raises Refused
+    Returns the comparison's id, None if there is nothing to undo; imported labels are never undone. Raises LabelRefused
     if somebody else has the skipped question now.
     """
     check_name(person)
-    lock(db, number_of(f"person {person}"))
-    known = _repeated(db, token, person, "undo", None)
+    lock(db, lock_number(f"person {person}"))
+    known = _earlier_event(db, token, person, "undo", None)
     if known is not None:
         return known["comparison_id"]
-    last = db.execute(statements.LAST_DEED, {"person": person}).one_or_none()
+    last = db.execute(statements.LAST_ACTION, {"person": person}).one_or_none()
     if last is None:
         return None
     row = lock_question(db, last.comparison_id)
-    if last.kind == "skip":  # which gave its slot back
+    if last.kind == "skip":  # the skip released its slot
         if row["open_slots"] < 1:
-            raise Refused(f"Somebody else has question {row['id']} by now: it stays skipped.", "taken")
+            raise LabelRefused(f"Somebody else has question {row['id']} now: it stays skipped.", "taken")
         change_slots(db, [row["id"]], -1)
-    db.execute(statements.HOLD_AGAIN, {"number": row["id"], "person": person, "until": terms.until})
-    record(db, row, person, token, "undo", terms.now, undoes=last.id)
+    db.execute(statements.RENEW_ONE, {"comparison": row["id"], "person": person, "until": terms.until})
+    add_event(db, row, person, token, "undo", terms.now, undoes=last.id)
     return row["id"]
 
 
 def release(db: Connection, person: str) -> None:
-    """Gives back every question that this person holds."""
-    lock(db, number_of(f"person {person}"))
+    """Releases every question that this person holds."""
+    lock(db, lock_number(f"person {person}"))
     for number in db.execute(statements.TO_RELEASE, {"person": person}).scalars().all():
-        ended = db.execute(statements.RELEASE, {"number": number, "person": person})
+        ended = db.execute(statements.RELEASE, {"comparison": number, "person": person})
         change_slots(db, [number], ended.rowcount)
 
 
-def free_expired(db: Connection, now: datetime) -> None:
-    """Takes back the questions whose leases ran out."""
-    for number, person in db.execute(statements.EXPIRED, {"now": now}).all():
-        db.execute(statements.END_LEASE, {"number": number, "person": person, "new_state": "released"})
+def release_expired(db: Connection, now: datetime) -> None:
+    """Ends the leases that have expired."""
+    for number, person in db.execute(statements.EXPIRED_LEASES, {"now": now}).all():
+        db.execute(statements.END_LEASE, {"comparison": number, "person": person, "new_state": "released"})
         change_slots(db, [number], 1)
 
 
-def answered(db: Connection, person: str) -> int:
-    """How many answers of this person count."""
-    return db.execute(statements.ANSWERED, {"person": person}).scalar_one()
+def labelled(db: Connection, person: str) -> int:
+    """How many labels of this person were not undone."""
+    return db.execute(statements.LABELLED, {"person": person}).scalar_one()
 
 
 def pace(db: Connection, person: str) -> float | None:
-    """Median seconds of this person's newest answers, None before the first."""
-    seconds = [row.seconds for row in db.execute(statements.NEWEST, {"person": person, "count": ANSWERS_OF_PACE})]
+    """Median seconds per label of this person's newest labels, None before the first."""
+    seconds = [row.seconds for row in db.execute(statements.NEWEST, {"person": person, "count": PACE_LABELS})]
     return statistics.median(seconds) if seconds else None
 
 
-def record(
+def add_event(
     db: Connection,
     row: RowMapping,
     person: str,
     token: str,
     kind: str,
     now: datetime,
-    given: Given | None = None,
+    given: LabelInput | None = None,
     *,
     shown_order: Sequence[int] | None = None,
     undoes: int | None = None,
     imported: bool = False,
 ) -> int:
-    """Writes an event about a comparison and returns its id.
+    """Adds an event about a comparison and returns its id.
 
-    PostgreSQL hands out ids before the commit, so a larger one may be seen earlier. A trigger therefore lets each
-    INSERT share a lock, and who reads the newest id waits for it (`trainer_side.last_event`).
+    PostgreSQL assigns ids before the commit, so a larger id may become visible first. A trigger therefore makes each
+    INSERT hold a shared lock, and reading the newest id waits for it (`trainer_api.last_event`).
     """
-    given = given or Given()
+    given = given or LabelInput()
     values = {
         "token": token,
         "kind": kind,
@@ -177,30 +181,34 @@ def record(
         "imported": imported,
         "created": now,
     }
-    return db.execute(statements.RECORD, values).scalar_one()
+    return db.execute(statements.ADD_EVENT, values).scalar_one()
 
 
 def check_name(name: str, what: str = "The name of an annotator") -> None:
-    """Raises StoreError for a name or a token that no database takes, or no page can show."""
+    """Raises StoreError for a name or token that is empty, too long, or not printable."""
     if not name or len(name) > LONGEST_NAME or not name.isprintable():
         raise StoreError(f"{what} must have 1 to {LONGEST_NAME} printable characters.")
 
 
-def check_answer(given: Given, answers: int) -> None:
-    """Raises StoreError for an answer that does not fit a question with so many answers."""
+def check_label(given: LabelInput, responses: int) -> None:
+    """Raises StoreError for a label that does not fit a question with this number of responses."""
     if not math.isfinite(given.seconds) or given.seconds < 0:
-        raise StoreError(f"The seconds of an answer must be a number from 0 on, not {given.seconds}.")
+        raise StoreError(f"The seconds of a label must be finite and at least 0, not {given.seconds}.")
     if given.strength is not None and given.strength not in STRENGTHS:
-        raise StoreError(f"A strength is one of {', '.join(map(str, STRENGTHS))}, not {given.strength}.")
+        raise StoreError(
+            f"The strength of a label must be one of {', '.join(map(str, STRENGTHS))}, not {given.strength}."
+        )
     if given.choice == "cant_tell" and given.ranks is None:
         return
-    if answers == 2:
+    if responses == 2:
         if given.choice not in MU or given.ranks is not None:
-            raise StoreError(f"The answer to a pair is one of {', '.join(MU)}.")
-    elif given.choice is not None or given.ranks is None or len(given.ranks) != answers:
-        raise StoreError(f"The answer to this question is a rank for each of its {answers} answers, or cant_tell.")
-    elif not all(isinstance(rank, int) and 1 <= rank <= answers for rank in given.ranks) or 1 not in given.ranks:
-        raise StoreError(f"Ranks are numbers from 1, the best, to {answers}.")
+            raise StoreError(f"The label of a pair must be one of {', '.join(MU)}.")
+    elif given.choice is not None or given.ranks is None or len(given.ranks) != responses:
+        raise StoreError(
+            f"The label of this question must be a rank for each of its {responses} responses, or cant_tell."
+        )
+    elif not all(isinstance(rank, int) and 1 <= rank <= responses for rank in given.ranks) or 1 not in given.ranks:
+        raise StoreError(f"Ranks must be whole numbers from 1, the best, to {responses}, and one of them 1.")
 
 
 # ---- parts of the above
@@ -212,17 +220,17 @@ def _question(row: Any, shown_order: Sequence[int], until: datetime) -> Question
     )
 
 
-def _lend(db: Connection, person: str, count: int, terms: Terms, *, patient: bool) -> list[Question]:
-    """The next questions, now leased to this person.
+def _lease_next(db: Connection, person: str, count: int, terms: LeaseTerms, *, wait_for_locks: bool) -> list[Question]:
+    """Leases the next questions to this person.
 
-    Whoever had a question before, and lost it, sees it with the same sides: a page that is still open then shows what
-    is recorded.
+    Whoever had a question before sees it in the same order again, so that a page that is still open agrees with what is
+    recorded.
     """
-    query = statements.NEXT if patient else statements.NEXT_FREE
+    query = statements.NEXT if wait_for_locks else statements.NEXT_UNLOCKED
     values = {"person": person, "count": count, "now": terms.now}
     rows = db.execute(query, values).all()
-    if not rows or rows[0].some_ran_out:
-        free_expired(db, terms.now)
+    if not rows or rows[0].some_expired:
+        release_expired(db, terms.now)
         rows = db.execute(query, values).all()
     if not rows:
         return []
@@ -233,65 +241,68 @@ def _lend(db: Connection, person: str, count: int, terms: Terms, *, patient: boo
             "comparison_id": row.id,
             "annotator": person,
             "state": "held",
-            "shown_order": sides(len(row.answers), row.id, person, terms.seed),
+            "shown_order": shown_order(len(row.answers), row.id, person, terms.seed),
             "leased_at": terms.now,
             "leased_until": terms.until,
         }
-        order = db.execute(statements.LEND[db.dialect.name], lease).scalar_one()
+        order = db.execute(statements.LEASE[db.dialect.name], lease).scalar_one()
         questions.append(_question(row, order, terms.until))
     return questions
 
 
-def sides(answers: int, number: int, person: str, seed: int | None) -> list[int]:
-    """A random order of the answers; with a seed the same for the same person and question, whoever asks first."""
+def shown_order(responses: int, number: int, person: str, seed: int | None) -> list[int]:
+    """A random order of the responses. With a seed it depends only on the seed, the question and the person."""
     rng: random.Random = random.SystemRandom() if seed is None else random.Random(f"{seed} {number} {person}")
-    return rng.sample(range(answers), answers)
+    return rng.sample(range(responses), responses)
 
 
-def _repeated(db: Connection, token: str, person: str, kind: str, number: int | None) -> RowMapping | None:
-    """The event that this token has written before; raises StoreError if it was another one."""
+def _earlier_event(db: Connection, token: str, person: str, kind: str, number: int | None) -> RowMapping | None:
+    """The event that was recorded with this token before; raises StoreError if it is a different one."""
     check_name(token, "The token of an event")
     event = db.execute(statements.BY_TOKEN, {"sent_token": token}).mappings().one_or_none()
     if event is None:
         return None
     if (event["annotator"], event["kind"]) != (person, kind) or number not in (None, event["comparison_id"]):
-        raise StoreError("This token was used for something else: make a new one for each answer.")
+        raise StoreError("This token was used for something else: make a new one for each label.")
     return event
 
 
 def lock_question(db: Connection, number: int) -> RowMapping:
-    """The comparison, that nobody else changes before this transaction ends; raises Refused if there is none."""
-    row = db.execute(statements.LOCK_QUESTION, {"number": number}).mappings().one_or_none()
+    """Locks a comparison for this transaction and returns it; raises LabelRefused if there is none."""
+    row = db.execute(statements.LOCK_QUESTION, {"comparison": number}).mappings().one_or_none()
     if row is None:
-        raise Refused(f"There is no question {number}.", "unknown")
+        raise LabelRefused(f"There is no question {number}.", "unknown")
     return row
 
 
 def _leased(db: Connection, number: int, person: str, token: str, kind: str) -> RowMapping | int:
-    """The question with this person's lease on it, held again if it ran out and the question is still free.
+    """Locks a question with this person's lease on it; an expired lease is renewed if the question is still free.
 
-    The event's id instead, if this token wrote it before.
+    Returns the event's id instead, if this token was recorded before.
     """
     check_name(person)
     check_name(token, "The token of an event")
-    values = {"number": number, "person": person, "sent_token": token}
-    row = db.execute(statements.LOCK_LEASED, values).mappings().one_or_none()
+    values = {"comparison": number, "person": person, "sent_token": token}
+    row = db.execute(statements.LOCK_LEASED_QUESTION, values).mappings().one_or_none()
     if row is None or row["known"] or row["state"] != "held":
-        known = _repeated(db, token, person, kind, number)
+        known = _earlier_event(db, token, person, kind, number)
         if known is not None:
             return known["id"]
     if row is None:
         lock_question(db, number)
-        raise Refused(f"Question {number} was not put to {person}.", "unknown")
+        raise LabelRefused(f"Question {number} was not given to {person}.", "unknown")
     if row["state"] == "answered":
-        raise Refused(f"{person} has answered question {number} already.", "gone")
+        raise LabelRefused(f"{person} has labelled question {number} already.", "gone")
     if row["state"] != "held":
         if row["open_slots"] < 1:
-            raise Refused(f"Somebody else has question {number} by now: this {kind} came too late.", "taken")
+            raise LabelRefused(
+                f"Somebody else has question {number} now: this {'label' if kind == 'answer' else kind} came too late.",
+                "taken",
+            )
         change_slots(db, [number], -1)
     return row
 
 
 def change_slots(db: Connection, numbers: Sequence[int], by: int) -> None:
-    """More or fewer people can be given these questions."""
-    db.execute(statements.CHANGE_SLOTS, {"numbers": numbers, "by": by})
+    """Changes how many further people can be given these questions."""
+    db.execute(statements.CHANGE_SLOTS, {"comparisons": numbers, "by": by})

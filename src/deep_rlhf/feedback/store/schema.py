@@ -1,8 +1,11 @@
-"""The tables. What people did is in `events`, which only grows; `leases` and `open_slots` say who may do what now.
+"""The tables. `events` records what people did and only grows; `leases` and `open_slots` say who may do what now.
 
-Two rules hold after every transaction:
+Two invariants hold after every transaction:
 - open_slots = overlap − people whose lease on the comparison is held or answered;
-- a lease is "answered" exactly if this person's newest answer to the comparison was not undone.
+- a lease is "answered" exactly if this person's newest label of the comparison was not undone.
+
+The column names are older than the code's vocabulary: `answers` and `answer` hold responses of the policy, and an event
+of kind "answer" is a label. mapping.py translates.
 """
 
 import json
@@ -12,76 +15,80 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
+    Column,
+    ColumnElement,
     DateTime,
     Dialect,
     Double,
     ForeignKey,
     Index,
     Integer,
+    MetaData,
+    Table,
     Text,
     false,
     literal_column,
     text,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 REVISION = "0001"  # of the newest file in migrations/versions
 
 
 class Exact(TypeDecorator[Any]):
-    """Any JSON value, text included, as a JSON document in a text column.
+    """Any JSON value, including text, as a JSON document in a text column.
 
-    Text that a model wrote may hold what PostgreSQL has no place for (the NUL character, half a surrogate pair). As
-    JSON it is kept as it is, and stays readable in the database's own shell.
+    A model's text may contain characters that PostgreSQL rejects (NUL, half a surrogate pair). JSON preserves them, and
+    stays readable in the database's own shell.
     """
 
     impl = Text
     cache_ok = True
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
-        """To the database; None is NULL."""
+        """Python to database; None is NULL."""
         return None if value is None else to_json(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        """From the database."""
+        """Database to Python."""
         return None if value is None else json.loads(value)
 
 
 class Moment(TypeDecorator[datetime]):
-    """A time with its zone: SQLite keeps none, so everything is UTC."""
+    """A time with its zone. Everything is stored in UTC, because SQLite stores no zone."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """To the database."""
+        """Python to database."""
         return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """From the database."""
+        """Database to Python."""
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
 class Real(TypeDecorator[float]):
-    """A number that may be "not a number": NULL, since SQLite makes that of it anyway."""
+    """A float that may be NaN, stored as NULL, because SQLite turns NaN into NULL anyway."""
 
     impl = Double
     cache_ok = True
 
     def process_bind_param(self, value: float | None, dialect: Dialect) -> float | None:
-        """To the database."""
+        """Python to database."""
         return None if value is None or math.isnan(value) else float(value)
 
     def process_result_value(self, value: float | None, dialect: Dialect) -> float | None:
-        """From the database."""
+        """Database to Python."""
         return math.nan if value is None else value
 
 
 def to_json(value: Any) -> str:
-    """JSON as readable as can be written in UTF-8. A number that is not finite is null: JSON has no other word."""
+    """JSON, unescaped where UTF-8 can encode it. A number that is not finite becomes null, since JSON has no NaN."""
     written = json.dumps(_finite(value), ensure_ascii=False)
     try:
         written.encode()
@@ -100,181 +107,159 @@ def _finite(value: Any) -> Any:
     return value
 
 
-BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by themselves only as INTEGER
+BIG_ID = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only if they are INTEGER
+METADATA = MetaData()
 
 
-class Base(DeclarativeBase):
-    """All tables."""
+def _required(name: str, kind: Any, *constraints: Any, **options: Any) -> Column[Any]:
+    return Column(name, kind, *constraints, nullable=False, **options)
 
 
-class ComparisonRow(Base):
-    """A question, as records.Comparison, with its place in the queue."""
+# A question, as records.Comparison, with its place in the queue.
+COMPARISONS = Table(
+    "comparisons",
+    METADATA,
+    Column("id", BIG_ID, primary_key=True),
+    _required("key", Text, unique=True),  # the same in every store that the question is copied to
+    _required("prompt", Exact),
+    _required("answers", Exact),  # the responses
+    _required("why_selected", Text),
+    _required("policy_version", Integer),
+    _required("reward_version", Integer),
+    _required("writers", Exact),
+    Column("predicted", Double),
+    _required("priority", Double),
+    _required("overlap", Integer),
+    Column("expected", Text),
+    Column("repeat_of", BIG_ID, ForeignKey("comparisons.id")),
+    _required("created", Moment),
+    _required("open_slots", Integer),  # further people who can be given it
+    _required("withdrawn", Boolean, server_default=false()),
+    sqlite_autoincrement=True,
+)
 
-    __tablename__ = "comparisons"
 
-    id: Mapped[int] = mapped_column(BigId, primary_key=True)
-    key: Mapped[str] = mapped_column(Text, unique=True)  # the same in every store that it is copied to
-    prompt: Mapped[str] = mapped_column(Exact)
-    answers: Mapped[list[str]] = mapped_column(Exact)
-    why_selected: Mapped[str] = mapped_column(Text)
-    policy_version: Mapped[int]
-    reward_version: Mapped[int]
-    writers: Mapped[list[int]] = mapped_column(Exact)
-    predicted: Mapped[float | None] = mapped_column(Double)
-    priority: Mapped[float] = mapped_column(Double)
-    overlap: Mapped[int]
-    expected: Mapped[str | None] = mapped_column(Text)
-    repeat_of: Mapped[int | None] = mapped_column(BigId, ForeignKey("comparisons.id"))
-    created: Mapped[datetime] = mapped_column(Moment)
-    open_slots: Mapped[int]  # people it can still be given to
-    withdrawn: Mapped[bool] = mapped_column(server_default=false())
+def may_be_asked() -> ColumnElement[bool]:
+    """The condition that a comparison can be given to somebody.
 
-    __table_args__ = ({"sqlite_autoincrement": True},)
-
-
-def may_be_asked() -> Any:
-    """The condition on a comparison that can be given to somebody.
-
-    Literals, no parameters: a database uses a partial index only where it sees that the condition implies its own.
+    It uses literals, not parameters: a database uses a partial index only if the condition visibly implies the index's.
     """
-    return (ComparisonRow.open_slots > literal_column("0")) & ComparisonRow.withdrawn.is_(False)
+    return (COMPARISONS.c.open_slots > literal_column("0")) & COMPARISONS.c.withdrawn.is_(False)
 
 
-# The next questions by priority without a look at those that are answered.
+# Finds the next questions by priority without reading those that are done.
 Index(
     "ix_comparisons_queue",
-    ComparisonRow.priority.desc(),
-    ComparisonRow.id,
+    COMPARISONS.c.priority.desc(),
+    COMPARISONS.c.id,
     sqlite_where=may_be_asked(),
     postgresql_where=may_be_asked(),
 )
 
+# One person and one comparison that was given to them: in which order, and what became of it.
+LEASES = Table(
+    "leases",
+    METADATA,
+    Column("comparison_id", BIG_ID, ForeignKey("comparisons.id"), primary_key=True),
+    Column("annotator", Text, primary_key=True),
+    _required("state", Text),  # held, answered, skipped, released (given back or expired)
+    _required("shown_order", Exact),
+    _required("leased_at", Moment),
+    _required("leased_until", Moment),
+    Index("ix_leases_annotator", "annotator", "state"),
+    Index(
+        "ix_leases_held",
+        "leased_until",
+        sqlite_where=text("state = 'held'"),
+        postgresql_where=text("state = 'held'"),
+    ),
+)
 
-class LeaseRow(Base):
-    """One person and one comparison: that it was put to him, how, and what became of it."""
+# What a person did: a label, a skip, or an undo of either. Triggers refuse to change or delete a row.
+EVENTS = Table(
+    "events",
+    METADATA,
+    Column("id", BIG_ID, primary_key=True),  # in the order in which events became visible
+    _required("token", Text, unique=True),  # the sender's: an event sent twice is recorded once
+    _required("kind", Text),  # answer (a label), skip, undo
+    _required("comparison_id", BIG_ID, ForeignKey("comparisons.id"), index=True),
+    _required("annotator", Text),
+    Column("choice", Text),
+    Column("ranks", Exact),
+    Column("strength", Integer),
+    Column("shown_order", Exact),
+    _required("seconds", Double),
+    # Copied from the comparison, so that each event records why it was asked and which versions were involved.
+    _required("why_selected", Text),
+    _required("policy_version", Integer),
+    _required("reward_version", Integer),
+    Column("undoes", BIG_ID, ForeignKey("events.id"), unique=True),
+    _required("imported", Boolean, server_default=false()),  # from a file, so undo skips it
+    _required("created", Moment),
+    Index("ix_events_annotator", "annotator", "id"),
+    sqlite_autoincrement=True,
+)
 
-    __tablename__ = "leases"
+# A version of the policy or of the reward model, as records.Version.
+VERSIONS = Table(
+    "versions",
+    METADATA,
+    Column("kind", Text, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    _required("step", Integer),
+    _required("labels", Integer),
+    _required("last_event", BIG_ID),
+    _required("figures", Exact),
+    _required("created", Moment),
+)
 
-    comparison_id: Mapped[int] = mapped_column(BigId, ForeignKey("comparisons.id"), primary_key=True)
-    annotator: Mapped[str] = mapped_column(Text, primary_key=True)
-    state: Mapped[str] = mapped_column(Text)  # held, answered, skipped, released (given back, or it ran out)
-    shown_order: Mapped[list[int]] = mapped_column(Exact)
-    leased_at: Mapped[datetime] = mapped_column(Moment)
-    leased_until: Mapped[datetime] = mapped_column(Moment)
+# The metrics of one update.
+METRICS = Table(
+    "metrics", METADATA, Column("id", BIG_ID, primary_key=True), _required("row", Exact), sqlite_autoincrement=True
+)
 
-    __table_args__ = (
-        Index("ix_leases_annotator", "annotator", "state"),
-        Index(
-            "ix_leases_held",
-            "leased_until",
-            sqlite_where=text("state = 'held'"),
-            postgresql_where=text("state = 'held'"),
-        ),
-    )
+# A fixed prompt with the response of one policy version.
+SAMPLES = Table(
+    "samples",
+    METADATA,
+    Column("policy_version", Integer, primary_key=True),
+    Column("position", Integer, primary_key=True),
+    _required("prompt", Exact),
+    _required("answer", Exact),
+)
 
+# An alarm, as records.Alarm.
+ALARMS = Table(
+    "alarms",
+    METADATA,
+    Column("id", BIG_ID, primary_key=True),
+    _required("name", Text),
+    _required("step", Integer),
+    _required("action", Text),
+    _required("message", Text),
+    Column("figure", Real),
+    Column("limit", Real),
+    _required("created", Moment),
+)
 
-class EventRow(Base):
-    """What a person did: an answer, a skip, or an undo of either. Triggers refuse to change or delete a row."""
+# A small JSON value by key: see feedback.state.
+STATE = Table("state", METADATA, Column("name", Text, primary_key=True), Column("value", Exact))
 
-    __tablename__ = "events"
+# An account.
+USERS = Table(
+    "users",
+    METADATA,
+    Column("name", Text, primary_key=True),
+    _required("role", Text),
+    _required("password_hash", Text),
+    _required("created", Moment),
+)
 
-    id: Mapped[int] = mapped_column(BigId, primary_key=True)  # in the order in which the events became visible
-    token: Mapped[str] = mapped_column(Text, unique=True)  # the sender's: the same event sent twice is one
-    kind: Mapped[str] = mapped_column(Text)  # answer, skip, undo
-    comparison_id: Mapped[int] = mapped_column(BigId, ForeignKey("comparisons.id"), index=True)
-    annotator: Mapped[str] = mapped_column(Text)
-    choice: Mapped[str | None] = mapped_column(Text)
-    ranks: Mapped[list[int] | None] = mapped_column(Exact)
-    strength: Mapped[int | None]
-    shown_order: Mapped[list[int] | None] = mapped_column(Exact)
-    seconds: Mapped[float] = mapped_column(Double)
-    # As in the comparison, so that an event says by itself why it was asked and what wrote and chose the question.
-    why_selected: Mapped[str] = mapped_column(Text)
-    policy_version: Mapped[int]
-    reward_version: Mapped[int]
-    undoes: Mapped[int | None] = mapped_column(BigId, ForeignKey("events.id"), unique=True)
-    imported: Mapped[bool] = mapped_column(server_default=false())  # from a file: U does not take it back
-    created: Mapped[datetime] = mapped_column(Moment)
-
-    __table_args__ = (Index("ix_events_annotator", "annotator", "id"), {"sqlite_autoincrement": True})
-
-
-class VersionRow(Base):
-    """A state of the policy or of the reward model, as records.Version."""
-
-    __tablename__ = "versions"
-
-    kind: Mapped[str] = mapped_column(Text, primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True)
-    step: Mapped[int]
-    labels: Mapped[int]
-    last_event: Mapped[int] = mapped_column(BigId)
-    figures: Mapped[dict[str, float]] = mapped_column(Exact)
-    created: Mapped[datetime] = mapped_column(Moment)
-
-
-class MetricsRow(Base):
-    """One row of a run's metrics."""
-
-    __tablename__ = "metrics"
-
-    id: Mapped[int] = mapped_column(BigId, primary_key=True)
-    row: Mapped[dict[str, Any]] = mapped_column(Exact)
-
-    __table_args__ = ({"sqlite_autoincrement": True},)
-
-
-class SampleRow(Base):
-    """A fixed prompt answered by one version of the policy."""
-
-    __tablename__ = "samples"
-
-    policy_version: Mapped[int] = mapped_column(primary_key=True)
-    position: Mapped[int] = mapped_column(primary_key=True)
-    prompt: Mapped[str] = mapped_column(Exact)
-    answer: Mapped[str] = mapped_column(Exact)
-
-
-class AlarmRow(Base):
-    """An alarm, as records.Alarm."""
-
-    __tablename__ = "alarms"
-
-    id: Mapped[int] = mapped_column(BigId, primary_key=True)
-    name: Mapped[str] = mapped_column(Text)
-    step: Mapped[int]
-    action: Mapped[str] = mapped_column(Text)
-    message: Mapped[str] = mapped_column(Text)
-    figure: Mapped[float] = mapped_column(Real, nullable=True)
-    limit: Mapped[float] = mapped_column(Real, nullable=True)
-    created: Mapped[datetime] = mapped_column(Moment)
-
-
-class StateRow(Base):
-    """A small value by name: settings, the red button, what the trainer does now."""
-
-    __tablename__ = "state"
-
-    name: Mapped[str] = mapped_column(Text, primary_key=True)
-    value: Mapped[Any] = mapped_column(Exact, nullable=True)
-
-
-class UserRow(Base):
-    """An account."""
-
-    __tablename__ = "users"
-
-    name: Mapped[str] = mapped_column(Text, primary_key=True)
-    role: Mapped[str] = mapped_column(Text)
-    password_hash: Mapped[str] = mapped_column(Text)
-    created: Mapped[datetime] = mapped_column(Moment)
-
-
-class LoginRow(Base):
-    """A browser that is logged in; the token itself is known to the browser alone."""
-
-    __tablename__ = "logins"
-
-    token_hash: Mapped[str] = mapped_column(Text, primary_key=True)
-    name: Mapped[str] = mapped_column(Text, ForeignKey("users.name", ondelete="CASCADE"))
-    expires: Mapped[datetime] = mapped_column(Moment, index=True)
+# A browser that is logged in. Only the browser has the token; the store has its hash.
+LOGINS = Table(
+    "logins",
+    METADATA,
+    Column("token_hash", Text, primary_key=True),
+    _required("name", Text, ForeignKey("users.name", ondelete="CASCADE")),
+    _required("expires", Moment, index=True),
+)

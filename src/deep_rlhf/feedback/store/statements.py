@@ -1,26 +1,20 @@
-"""The statements of asking and answering, built once: to build them anew would take longer than the database does.
+"""The SQL statements of asking and labelling, built once, because building one takes longer than running it.
 
-Those with FOR UPDATE lock in PostgreSQL; SQLite leaves the words out, for there whatever writes is alone.
+FOR UPDATE locks rows in PostgreSQL. SQLite omits it, because it has one writer at a time anyway.
 """
 
-from typing import Any, cast
+from typing import Any
 
-from sqlalchemy import Table, and_, bindparam, exists, func, insert, literal_column, or_, select, update
+from sqlalchemy import and_, bindparam, exists, func, insert, literal_column, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from deep_rlhf.feedback.store.schema import Base, ComparisonRow, EventRow, LeaseRow, may_be_asked
+from deep_rlhf.feedback.store.schema import COMPARISONS, EVENTS, LEASES, may_be_asked
 
-
-def table_of(row: type[Base]) -> Table:
-    """The table of a mapped class."""
-    return cast(Table, row.__table__)
-
-
-C, L, E = table_of(ComparisonRow), table_of(LeaseRow), table_of(EventRow)
+C, L, E = COMPARISONS, LEASES, EVENTS
 HELD = L.c.state == literal_column("'held'")  # a literal, so that the partial index is used
 PERSON: Any = bindparam("person")
-NUMBER: Any = bindparam("number")
-NUMBERS: Any = bindparam("numbers", expanding=True)
+COMPARISON: Any = bindparam("comparison")
+COMPARISONS_IN: Any = bindparam("comparisons", expanding=True)
 UNTIL: Any = bindparam("until")
 
 HELD_BY = (
@@ -31,10 +25,10 @@ HELD_BY = (
     .limit(bindparam("count"))
     .with_for_update(of=L)
 )
-RENEW = update(L).where(L.c.annotator == PERSON, HELD).values(leased_until=UNTIL)
+RENEW_ALL = update(L).where(L.c.annotator == PERSON, HELD).values(leased_until=UNTIL)
 
-RAN_OUT = select(L.c.comparison_id).where(HELD, L.c.leased_until < bindparam("now"))
-EXPIRED = (
+EXPIRED_IDS = select(L.c.comparison_id).where(HELD, L.c.leased_until < bindparam("now"))
+EXPIRED_LEASES = (
     select(L.c.comparison_id, L.c.annotator)
     .join(C, C.c.id == L.c.comparison_id)
     .where(HELD, L.c.leased_until < bindparam("now"))
@@ -48,13 +42,13 @@ TO_RELEASE = (
     .order_by(C.c.id)
     .with_for_update()
 )
-RELEASE = update(L).where(L.c.comparison_id == NUMBER, HELD, L.c.annotator == PERSON).values(state="released")
+RELEASE = update(L).where(L.c.comparison_id == COMPARISON, HELD, L.c.annotator == PERSON).values(state="released")
 
 
 def _next() -> Any:
-    """The next questions by priority that this person never answered, skipped or holds, and if any lease ran out.
+    """The next questions by priority that this person neither labelled, skipped nor holds; and whether a lease expired.
 
-    A repeat goes only to somebody who answered the original.
+    A repeat goes only to somebody who labelled the original.
     """
     mine, original = L.alias(), L.alias()
     had = exists().where(
@@ -68,17 +62,17 @@ def _next() -> Any:
         original.c.state == literal_column("'answered'"),
     )
     return (
-        select(C, RAN_OUT.exists().label("some_ran_out"))
+        select(C, EXPIRED_IDS.exists().label("some_expired"))
         .where(may_be_asked(), ~had, or_(C.c.repeat_of.is_(None), answered))
         .order_by(C.c.priority.desc(), C.c.id)
         .limit(bindparam("count"))
     )
 
 
-NEXT_FREE = _next().with_for_update(of=C, skip_locked=True)  # passes over what others have locked
+NEXT_UNLOCKED = _next().with_for_update(of=C, skip_locked=True)  # skips questions that others have locked
 NEXT = _next().with_for_update(of=C)
 
-LEND = {
+LEASE = {
     name: dialect.insert(L)
     .on_conflict_do_update(
         index_elements=["comparison_id", "annotator"],
@@ -88,10 +82,10 @@ LEND = {
     for name, dialect in (("sqlite", sqlite), ("postgresql", postgresql))
 }
 
-CHANGE_SLOTS = update(C).where(C.c.id.in_(NUMBERS)).values(open_slots=C.c.open_slots + bindparam("by"))
-LOCK_QUESTION = select(C).where(C.c.id == NUMBER).with_for_update()
-LOCK_LEASE = select(L).where(L.c.comparison_id == NUMBER, L.c.annotator == PERSON).with_for_update()
-LOCK_LEASED = (  # with the event that has this token, if there was one when the lock was asked for
+CHANGE_SLOTS = update(C).where(C.c.id.in_(COMPARISONS_IN)).values(open_slots=C.c.open_slots + bindparam("by"))
+LOCK_QUESTION = select(C).where(C.c.id == COMPARISON).with_for_update()
+LOCK_LEASE = select(L).where(L.c.comparison_id == COMPARISON, L.c.annotator == PERSON).with_for_update()
+LOCK_LEASED_QUESTION = (  # with the event of this token, if there was one before the lock was requested
     select(
         C,
         L.c.state,
@@ -99,18 +93,20 @@ LOCK_LEASED = (  # with the event that has this token, if there was one when the
         select(E.c.id).where(E.c.token == bindparam("sent_token")).scalar_subquery().label("known"),
     )
     .join(L, L.c.comparison_id == C.c.id)
-    .where(C.c.id == NUMBER, L.c.annotator == PERSON)
+    .where(C.c.id == COMPARISON, L.c.annotator == PERSON)
     .with_for_update(of=[C, L])
 )
-END_LEASE = update(L).where(L.c.comparison_id == NUMBER, L.c.annotator == PERSON).values(state=bindparam("new_state"))
-HOLD_AGAIN = (
-    update(L).where(L.c.comparison_id == NUMBER, L.c.annotator == PERSON).values(state="held", leased_until=UNTIL)
+END_LEASE = (
+    update(L).where(L.c.comparison_id == COMPARISON, L.c.annotator == PERSON).values(state=bindparam("new_state"))
 )
-ANSWERED = select(func.count()).select_from(L).where(L.c.annotator == PERSON, L.c.state == "answered")
+RENEW_ONE = (
+    update(L).where(L.c.comparison_id == COMPARISON, L.c.annotator == PERSON).values(state="held", leased_until=UNTIL)
+)
+LABELLED = select(func.count()).select_from(L).where(L.c.annotator == PERSON, L.c.state == "answered")
 
 _undo = E.alias()
-_STANDS = ~exists().where(_undo.c.undoes == E.c.id)
-EFFECTIVE = and_(E.c.kind == "answer", _STANDS)
+_NOT_UNDONE = ~exists().where(_undo.c.undoes == E.c.id)
+EFFECTIVE = and_(E.c.kind == "answer", _NOT_UNDONE)  # the labels that count
 BY_TOKEN = select(E).where(E.c.token == bindparam("sent_token"))
 NEWEST = (
     select(E.c.id, E.c.comparison_id, E.c.seconds)
@@ -118,10 +114,10 @@ NEWEST = (
     .order_by(E.c.id.desc())
     .limit(bindparam("count"))
 )
-LAST_DEED = (
+LAST_ACTION = (
     select(E.c.id, E.c.comparison_id, E.c.kind)
-    .where(E.c.annotator == PERSON, E.c.imported.is_(False), E.c.kind.in_(("answer", "skip")), _STANDS)
+    .where(E.c.annotator == PERSON, E.c.imported.is_(False), E.c.kind.in_(("answer", "skip")), _NOT_UNDONE)
     .order_by(E.c.id.desc())
     .limit(1)
 )
-RECORD = insert(E).returning(E.c.id)
+ADD_EVENT = insert(E).returning(E.c.id)

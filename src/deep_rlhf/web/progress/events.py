@@ -12,8 +12,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from deep_rlhf.errors import StoreUnavailable
 from deep_rlhf.feedback.state import shown_values
-from deep_rlhf.feedback.store import Store, Unavailable
+from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.access.auth import Problem
 from deep_rlhf.web.access.gate import Known
 
@@ -147,7 +148,7 @@ def event_routes(hub: Hub) -> APIRouter:
             """False after a logout, or once the login has run out."""
             try:
                 return bool(request.state.accounts.visitor(request).person == person)
-            except Unavailable:
+            except StoreUnavailable:
                 return True  # until the database answers again
 
         headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 
-from deep_rlhf.feedback.store import Refused, StoreError, Unavailable
+from deep_rlhf.errors import LabelRefused, StoreError, StoreUnavailable
 from deep_rlhf.web.access.auth import Problem, Visitor
 from deep_rlhf.web.access.security import TOO_LARGE, csrf_token
 from deep_rlhf.web.progress.charts import mark
@@ -108,10 +108,10 @@ def add_refusals(app: FastAPI) -> None:
         return _refusal(request, error.status, str(error), error.headers)
 
     async def on_store_error(request: Request, error: Exception) -> Response:
-        if isinstance(error, Unavailable):
+        if isinstance(error, StoreUnavailable):
             logger.warning("%s", error)
             return _refusal(request, 503, "The database does not answer now: try again in a moment.")
-        return _refusal(request, 409 if isinstance(error, Refused) else 400, str(error))
+        return _refusal(request, 409 if isinstance(error, LabelRefused) else 400, str(error))
 
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

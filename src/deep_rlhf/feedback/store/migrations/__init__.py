@@ -1,4 +1,4 @@
-"""The migrations of the store, run by the program itself: no alembic.ini, and never a command to remember."""
+"""The migrations of the store. Opening a store runs them; there is no alembic.ini and no command to run."""
 
 from pathlib import Path
 
@@ -8,20 +8,20 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection
 
-from deep_rlhf.feedback.store.errors import StoreError
+from deep_rlhf.errors import StoreError
 
 
 def configuration() -> Config:
-    """Where Alembic finds the scripts."""
+    """The Alembic configuration, with the folder of the scripts."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     return config
 
 
 def upgrade(connection: Connection, name: str) -> None:
-    """Brings the store to the newest revision, inside the transaction that `connection` has begun.
+    """Migrates the store to the newest revision, inside the transaction that `connection` has begun.
 
-    Raises StoreError for a store of a later version of this program.
+    Raises StoreError for a store that a later version of deep-rlhf made.
     """
     config = configuration()
     config.attributes["connection"] = connection

@@ -14,7 +14,7 @@ HELD = sa.text("state = 'held'")
 
 
 def upgrade() -> None:
-    """Makes every table."""
+    """Creates all tables."""
     _questions()
     _events()
     _trainer()
@@ -145,7 +145,7 @@ def _accounts() -> None:
 
 
 def _refuse_changes_of_events() -> None:
-    """Whatever program opens the database: what a person said stays as it was said."""
+    """Makes events immutable, whichever program opens the database."""
     if op.get_bind().dialect.name == "sqlite":
         for change in ("UPDATE", "DELETE"):
             op.execute(
@@ -168,7 +168,7 @@ def _refuse_changes_of_events() -> None:
 
 
 def _let_inserts_of_events_share_a_lock() -> None:
-    """Taken before the id, kept until the commit: who has waited for it knows that no smaller id will come."""
+    """The lock is taken before the id and kept until the commit, so whoever waited for it sees all smaller ids."""
     if op.get_bind().dialect.name != "postgresql":
         return
     op.execute(

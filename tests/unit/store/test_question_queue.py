@@ -6,8 +6,9 @@ from datetime import timedelta
 import pytest
 from store_parts import START, Clock, asked, pair, pairs, refused
 
+from deep_rlhf.errors import StoreError
 from deep_rlhf.feedback.records import Comparison
-from deep_rlhf.feedback.store import Store, StoreError
+from deep_rlhf.feedback.store import Store
 
 # ---- questions
 
@@ -49,11 +50,11 @@ def test_a_question_says_all_that_was_added(store: Store) -> None:
 
 
 def test_a_question_that_cannot_be_is_not_taken(store: Store) -> None:
-    with pytest.raises(StoreError, match="repeats number 77"):
+    with pytest.raises(StoreError, match="77"):
         store.add([pair(), pair(repeat_of=77)])
-    with pytest.raises(StoreError, match="finite priority"):
+    with pytest.raises(StoreError, match=r"finite priority.* nan"):
         store.add([pair(), pair(priority=float("nan"))])
-    with pytest.raises(StoreError, match="at least one person"):
+    with pytest.raises(StoreError, match=r"overlap.* 0"):
         store.add([pair(overlap=0)])
     assert store.waiting() == 0
     assert store.add([]) == []

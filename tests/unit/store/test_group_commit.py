@@ -12,8 +12,9 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 from store_parts import Clock, asked, pair, pairs
 
-from deep_rlhf.feedback.store import Store, StoreError, Unavailable, question_queue
-from deep_rlhf.feedback.store.question_queue import Given
+from deep_rlhf.errors import StoreError, StoreUnavailable
+from deep_rlhf.feedback.store import Store, question_queue
+from deep_rlhf.feedback.store.question_queue import LabelInput
 
 
 def test_what_another_process_wrote_is_seen_at_once(open_store: Callable[..., Store]) -> None:
@@ -79,7 +80,7 @@ def test_a_reader_waits_for_a_smaller_id_that_is_on_its_way(postgres: Server, cl
         asked(store, "bert")
         reader = threading.Thread(target=lambda: read.append([label.comparison_id for label in store.labels()]))
         with store._database._writing.begin() as connection:
-            question_queue.answer(connection, first, "anna", "1", Given(choice="a"), store._terms())
+            question_queue.add_label(connection, first, "anna", "1", LabelInput(choice="a"), store._terms())
             store.answer(second, "bert", token="2", choice="b")
             reader.start()
             with store._database.engine.connect() as other:
@@ -119,8 +120,8 @@ def test_one_writer_that_fails_takes_nobody_with_him(tmp_path: Path) -> None:
     with Store(tmp_path / "labels.db") as store:
         ids = store.add(pairs(12))
         asked(store, "anna", 12)
-        together = store._database._together
-        assert together is not None
+        writer = store._database._group_commit
+        assert writer is not None
         refusals: list[int] = []
 
         def send(number: int) -> None:
@@ -130,15 +131,15 @@ def test_one_writer_that_fails_takes_nobody_with_him(tmp_path: Path) -> None:
                 refusals.append(number)
 
         threads = [threading.Thread(target=send, args=(number,)) for number in ids]
-        with together._change:
-            together._somebody_writes = True  # all of them wait
+        with writer._change:
+            writer._is_writing = True  # all of them wait
         for thread in threads:
             thread.start()
-        while len(together._waiting) < 12 and any(thread.is_alive() for thread in threads):
+        while len(writer._waiting) < 12 and any(thread.is_alive() for thread in threads):
             pass
-        with together._change:
-            together._somebody_writes = False
-            together._change.notify_all()
+        with writer._change:
+            writer._is_writing = False
+            writer._change.notify_all()
         for thread in threads:
             thread.join()
         assert sorted(refusals) == [number for number in ids if number % 2 == 0]
@@ -153,7 +154,7 @@ def test_nothing_is_acknowledged_if_the_commit_fails(store: Store) -> None:
         raise OperationalError("COMMIT", {}, sqlite3.OperationalError("disk I/O error"))
 
     event.listen(store._database.engine, "commit", fail)
-    with pytest.raises(Unavailable, match="disk I/O error"):
+    with pytest.raises(StoreUnavailable, match="disk I/O error"):
         store.answer(number, "anna", token="1", choice="a")
     event.remove(store._database.engine, "commit", fail)
     assert store.last_event() == 0

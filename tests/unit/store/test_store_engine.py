@@ -13,11 +13,11 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from store_parts import START, asked, pair
 
-from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.store import Store, StoreError, Unavailable
+from deep_rlhf.errors import StoreError, StoreUnavailable, UserError
+from deep_rlhf.feedback.store import Store
 from deep_rlhf.feedback.store.migrations import head
-from deep_rlhf.feedback.store.schema import REVISION, Base
-from deep_rlhf.feedback.store.statements import HELD_BY, NEXT_FREE, RAN_OUT
+from deep_rlhf.feedback.store.schema import METADATA, REVISION
+from deep_rlhf.feedback.store.statements import EXPIRED_IDS, HELD_BY, NEXT_UNLOCKED
 
 
 def test_nothing_that_people_did_can_be_changed_or_deleted(store: Store) -> None:
@@ -37,7 +37,7 @@ def test_migrations_make_the_tables_that_the_program_has(store: Store) -> None:
     assert head() == REVISION
     with store._database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, Base.metadata) == []
+        assert compare_metadata(context, METADATA) == []
 
 
 def test_a_store_is_opened_again_with_what_it_holds(open_store: Callable[..., Store]) -> None:
@@ -65,9 +65,9 @@ def test_queries_of_the_page_use_their_indexes(tmp_path: Path) -> None:
     with Store(tmp_path / "labels.db") as store:
         values = {"person": "anna", "count": 2, "now": START}
         for statement, indexes in (
-            (NEXT_FREE, {"ix_comparisons_queue", "ix_leases_held"}),
+            (NEXT_UNLOCKED, {"ix_comparisons_queue", "ix_leases_held"}),
             (HELD_BY, {"ix_leases_annotator"}),
-            (RAN_OUT, {"ix_leases_held"}),
+            (EXPIRED_IDS, {"ix_leases_held"}),
         ):
             with store._database.engine.connect() as connection:
                 sql = str(statement.compile(connection.engine))
@@ -171,7 +171,7 @@ def test_a_database_that_is_gone_is_one_sentence(postgres: Server) -> None:
     with Store(address) as store:
         store.add([pair()])
         postgres.execute(f"DROP DATABASE {name_of(address)} WITH (FORCE)")
-        with pytest.raises(Unavailable, match="does not answer"):
+        with pytest.raises(StoreUnavailable, match="does not answer"):
             store.ask("anna")
-        with pytest.raises(Unavailable, match="does not answer"):
+        with pytest.raises(StoreUnavailable, match="does not answer"):
             store.labels()

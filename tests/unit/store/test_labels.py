@@ -7,8 +7,9 @@ import pytest
 from sqlalchemy import text
 from store_parts import Clock, asked, pair, pairs, refused
 
+from deep_rlhf.errors import LabelRefused, StoreError
 from deep_rlhf.feedback.records import Comparison
-from deep_rlhf.feedback.store import Refused, Store, StoreError
+from deep_rlhf.feedback.store import Store
 
 # ---- answers
 
@@ -120,7 +121,7 @@ def test_undo_takes_back_a_skip_while_nobody_else_has_the_question(store: Store)
     assert asked(store, "anna", 2) == [second]
     store.skip(second, "anna", token="3")
     assert asked(store, "bert") == [second]
-    with pytest.raises(Refused, match="it stays skipped"):
+    with pytest.raises(LabelRefused, match="it stays skipped"):
         store.undo("anna", token="u2")
     store.release("bert")
     assert [store.undo("anna", token=token) for token in ("u3", "u4", "u5")] == [second, first, None]

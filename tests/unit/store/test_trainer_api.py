@@ -5,8 +5,9 @@ from datetime import timedelta
 import pytest
 from store_parts import START, Clock, asked, pair, pairs
 
+from deep_rlhf.errors import StoreError
 from deep_rlhf.feedback.records import Alarm, Comparison, Version
-from deep_rlhf.feedback.store import Store, StoreError
+from deep_rlhf.feedback.store import Store
 
 # ---- what the trainer reads
 
