@@ -7,6 +7,7 @@ from typing import Any
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the expectations are those of a CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: workers of pytest share the cores
+os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # no thread: see processes.py
 
 import pytest
 import torch

@@ -1,32 +1,20 @@
-"""Runs of PPO and its relatives that are killed for real and resumed, each in a process forked from this one.
+"""Runs of PPO and its relatives, and what stops each of them: `stopped_runs` runs them."""
 
-`python killed_ppo_runs.py FOLDER` is to `killed_runs` what PPO is to the reward model: FOLDER/<name>/ is the output of
-the run `name`, FOLDER/<name>.log what it said, FOLDER/<name>.endings how each of its processes ended, and
-"FOLDER/<name>, stopped" what the first of them left.
-"""
-
-import gc
 import itertools
-import json
 import math
 import os
 import random
-import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import killed_runs
 import numpy as np
 import torch
-from killed_runs import at_update, kill, limited
-from tqdm import tqdm
+from stopped_runs import Run, at_update, interrupt, kill, limit_files
 
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
-from deep_rlhf.cli.main import run
 from deep_rlhf.runtime import checkpoint
 
 # 8 updates of four optimiser steps, but for those with a group of 4 and TRPO
@@ -55,10 +43,6 @@ def noisy(prompts: list[str], responses: list[str]) -> list[float]:
     return [math.nan, *rewards[1:]] if prompts[0] == BAD else rewards
 
 
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
 def interrupt_twice() -> None:
     """The second Ctrl-C as soon as the first was seen; then the reward never comes."""
     before = signal.getsignal(signal.SIGINT)
@@ -77,11 +61,6 @@ def hang_from(call: int) -> None:
 def scoring(call: int, act: Callable[[], Any]) -> Callable[[], None]:
     """`act` while the rewards of the `call`-th batch are computed."""
     return lambda: during.update({call: act})
-
-
-def updating(step: int, act: Callable[[], Any] = kill) -> Callable[[], None]:
-    """`act` just before the `step`-th step of Adam."""
-    return lambda: at_update(step, act)
 
 
 def half_written(save: int) -> None:
@@ -121,82 +100,27 @@ def tear(folder: Path) -> None:
     os.truncate(newest / "state.safetensors", 1000)
 
 
-class Run(NamedTuple):
-    """A command, what stops it, how it ends then, what happens before it is resumed, and flags of the first try."""
-
-    command: list[str]
-    stop: Callable[[], Any]
-    ending: int = -signal.SIGKILL
-    before_resume: Callable[[Path], Any] = lambda folder: None
-    flags: tuple[str, ...] = ()
-
-    @property
-    def whole(self) -> str:
-        """The name of the run that nothing stopped."""
-        return f"whole {self.command[0]}{' lora' if self.command == LORA else ''}"
-
-
 RUNS = {
-    "first update": Run(PPO, updating(3)),
+    "first update": Run(PPO, lambda: at_update(3)),
     "scoring": Run(PPO, scoring(6, kill)),
-    "update": Run(PPO, updating(26)),  # the fourth batch is bad, so this is in update 8
+    "update": Run(PPO, lambda: at_update(26)),  # the fourth batch is bad, so this is in update 8
     "file": Run(PPO, lambda: half_written(2)),
     "rename": Run(PPO, lambda: before_rename(2)),
     "torn": Run(PPO, scoring(7, kill), before_resume=tear),
-    "disk full": Run(PPO, lambda: limited(18, 50_000), ending=2),
-    "hang": Run(PPO, lambda: hang_from(4), ending=2, flags=("--reward_timeout=0.5",)),
+    "disk full": Run(PPO, lambda: limit_files(18, 50_000), ending=2),
+    "hang": Run(PPO, lambda: hang_from(4), ending=2, flags=("--reward_timeout=2",)),
     "interrupt": Run(PPO, scoring(5, interrupt), ending=130),
     "interrupt twice": Run(PPO, scoring(5, interrupt_twice), ending=130),
     "ending": Run(PPO, no_final_model),
-    "lora": Run(LORA, updating(14)),
-    "rloo": Run(RLOO, updating(10)),
+    "lora": Run(LORA, lambda: at_update(14)),
+    "rloo": Run(RLOO, lambda: at_update(10)),
     "trpo": Run(TRPO, scoring(4, kill)),
 }
 
 
-def process(name: str, command: list[str], stop: Callable[[], Any] = lambda: None) -> int:
-    """A command in a process of its own; how it ended."""
-
-    def act() -> None:
-        stop()
-        run(command[0], [*command[1:], f"--output_dir={name}"])
-        sys.exit(0)  # so that `killed_runs` goes no further
-
-    return killed_runs.process(Path(f"{name}.log"), [], act)
+def whole(command: list[str]) -> str:
+    """The name of the run of this command that nothing stops."""
+    return f"whole {command[0]}{' lora' if command == LORA else ''}"
 
 
-def take(name: str, run_: Run) -> None:
-    """The run `name`, stopped and resumed."""
-    endings = [process(name, [*run_.command, *run_.flags], run_.stop)]
-    shutil.copytree(name, f"{name}, stopped")
-    run_.before_resume(Path(name))
-    endings.append(process(name, [*run_.command, "--resume"]))
-    Path(f"{name}.endings").write_text(json.dumps(endings))
-
-
-def main(folder: Path) -> None:
-    """Every run, two at a time."""
-    sys.modules["killed_ppo_runs"] = sys.modules[__name__]  # the reward function is to be this module's
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell's background jobs ignore
-    torch.set_num_threads(1)
-    tqdm.monitor_interval = 0  # a thread, which no fork would have
-    os.chdir(folder)
-    # here, so that what it loads and compiles is inherited
-    run(PPO[0], [*PPO[1:], "--steps=16", "--output_dir=warm"])
-    during.clear()
-    globals()["calls"] = itertools.count(1)
-    gc.freeze()
-    wholes = {run_.whole: run_.command for run_ in RUNS.values()}
-    tasks = [lambda name=name, command=command: process(name, command) for name, command in wholes.items()]
-    tasks += [lambda name=name, run_=run_: take(name, run_) for name, run_ in RUNS.items()]
-    for number, task in enumerate(tasks):
-        if number >= 2:
-            os.wait()
-        if os.fork() == 0:
-            task()
-            os._exit(0)
-    os.wait(), os.wait()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+WHOLE = {whole(run.command): run.command for run in RUNS.values()}

@@ -1,59 +1,49 @@
 """PPO and its relatives, killed at any moment and resumed, end as if nothing had stopped them: to the last bit."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures import write_jsonl
-from killed_ppo_runs import BAD, PPO, RUNS
+from grids import slow_but
+from killed_ppo_runs import BAD, PPO, RUNS, WHOLE, whole
 from safetensors.torch import load_file, save_file
+from stopped_runs import Runs
 
 from deep_rlhf.cli.main import run
 
 TIMED = {"tokens_per_second", "sampling_share_of_time", "memory_gb"}
+EVERYDAY = ("update", "rename", "interrupt")
+
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
-def place(
+def runs(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]
-) -> Path:
-    """A folder in which every run of `killed_ppo_runs` took place."""
+) -> Runs:
+    """The runs of `killed_ppo_runs`, in a folder with what they need."""
     folder = tmp_path_factory.mktemp("killed")
     make_model("gpt2").save_pretrained(folder / "policy")
     make_tokenizer().save_pretrained(folder / "policy")
     adjectives, nouns = ("small", "big", "old", "new", "moon"), ("cat", "dog", "sun", "house")
     write_jsonl(folder / "prompts.jsonl", [{"prompt": f"{a} {b}"} for a in adjectives for b in nouns])
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    script = Path(__file__).with_name("killed_ppo_runs.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    return Runs(folder, "killed_ppo_runs", RUNS, WHOLE)
 
 
 @pytest.fixture
 def again(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str]]:
-    """again(name, *flags): PPO in a copy of what the run `name` left, here; its exit code and what it said."""
-    monkeypatch.chdir(place)
+    """again(folder, *flags): PPO in a copy of a folder, in this process; its exit code and what it said."""
+    monkeypatch.chdir(runs.folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    def call(name: str, *flags: str, command: list[str] = PPO) -> tuple[int, str]:
-        if not (tmp_path / "run").exists():
-            shutil.copytree(name, tmp_path / "run")
+    def call(folder: Path, *flags: str, command: list[str] = PPO) -> tuple[int, str]:
+        shutil.copytree(folder, tmp_path / "run")
         code = 0
         try:
             run(command[0], [*command[1:], f"--output_dir={tmp_path / 'run'}", *flags])
@@ -83,26 +73,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_stopped_run_goes_on_to_the_same_end(place: Path, name: str) -> None:
+@pytest.mark.parametrize("name", slow_but(EVERYDAY, RUNS))
+def test_a_stopped_run_goes_on_to_the_same_end(runs: Runs, name: str) -> None:
     """Metrics, samples and model; and every tensor of the last checkpoint: Adam's and the random states."""
-    endings, log = json.loads((place / f"{name}.endings").read_text()), (place / f"{name}.log").read_text()
-    assert endings == [RUNS[name].ending, 0], log
-    whole = place / RUNS[name].whole
-    assert metrics(place / name) == metrics(whole)
-    last = f"step-{len(metrics(whole))}"
-    assert checkpoints(place / name)[-1] == last
+    resumed, unstopped = runs.resumed(name), runs.whole(whole(RUNS[name].command))
+    assert metrics(resumed) == metrics(unstopped)
+    last = f"step-{len(metrics(unstopped))}"
+    assert checkpoints(resumed)[-1] == last
     files = ["samples.jsonl", "model/model.safetensors", f"checkpoints/{last}/state.safetensors"]
     files += ["best/model.safetensors"] if RUNS[name].command == PPO else []
     for file in files:
-        assert (place / name / file).read_bytes() == (whole / file).read_bytes(), file
-    assert (place / name / "report.html").exists()
+        assert (resumed / file).read_bytes() == (unstopped / file).read_bytes(), file
+    assert (resumed / "report.html").exists()
 
 
-def test_the_runs_to_compare_with_have_something_to_lose(place: Path) -> None:
-    ppo, lora, rloo, trpo = (metrics(place / f"whole {name}") for name in ("ppo", "ppo lora", "rloo", "trpo"))
+@pytest.mark.slow
+def test_the_runs_to_compare_with_have_something_to_lose(runs: Runs) -> None:
+    ppo, lora, rloo, trpo = (metrics(runs.whole(f"whole {name}")) for name in ("ppo", "ppo lora", "rloo", "trpo"))
     assert [row["step"] for row in ppo] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert [row["step"] for row in lines(place / "whole ppo" / "samples.jsonl")] == [
+    assert [row["step"] for row in lines(runs.whole("whole ppo") / "samples.jsonl")] == [
         step for step in range(1, 9) for _ in range(4)
     ]
     assert [row["bad_batches"] for row in ppo] == [0, 0, 0, 1, 1, 1, 1, 1]
@@ -117,21 +106,24 @@ def test_the_runs_to_compare_with_have_something_to_lose(place: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "left"),
-    [
-        ("first update", None),
-        ("scoring", ["step-2"]),  # none after update 4, whose batch was bad
-        ("update", ["step-2", "step-6"]),
-        ("file", [".step-6.tmp", "step-2"]),
-        ("rename", [".step-6.tmp", "step-2"]),
-        ("disk full", ["step-2"]),
-        ("hang", ["step-2"]),
-        ("interrupt", ["step-2", "step-5"]),
-        ("interrupt twice", ["step-2"]),
-        ("ending", ["step-6", "step-8"]),
-    ],
+    slow_but(
+        EVERYDAY,
+        [
+            ("first update", None),
+            ("scoring", ["step-2"]),  # none after update 4, whose batch was bad
+            ("update", ["step-2", "step-6"]),
+            ("file", [".step-6.tmp", "step-2"]),
+            ("rename", [".step-6.tmp", "step-2"]),
+            ("disk full", ["step-2"]),
+            ("hang", ["step-2"]),
+            ("interrupt", ["step-2", "step-5"]),
+            ("interrupt twice", ["step-2"]),
+            ("ending", ["step-6", "step-8"]),
+        ],
+    ),
 )
-def test_what_a_stopped_run_leaves(place: Path, name: str, left: list[str] | None) -> None:
-    folder = place / f"{name}, stopped"
+def test_what_a_stopped_run_leaves(runs: Runs, name: str, left: list[str] | None) -> None:
+    folder = runs.stopped(name)
     assert (checkpoints(folder) if left else (folder / "checkpoints").exists()) == (left or False)
     saved = {"disk full": False, "hang": True, "interrupt": True}
     assert (folder / "model" / "model.safetensors").exists() == saved.get(name, False)
@@ -139,54 +131,62 @@ def test_what_a_stopped_run_leaves(place: Path, name: str, left: list[str] | Non
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [
-        ("first update", "There is no whole checkpoint in 'first update/checkpoints': starting from the beginning."),
-        ("update", "Going on after update 6 of 8, from 'update/checkpoints/step-6'."),
-        ("file", "Going on after update 2 of 8, from 'file/checkpoints/step-2'."),
-        ("torn", "The checkpoint torn/checkpoints/step-6 is skipped: it is torn ("),
-        ("torn", "Going on after update 2 of 8, from 'torn/checkpoints/step-2'."),
-        ("interrupt", "Stopping after this update; press Ctrl-C again to stop at once."),
-        ("interrupt", "Stopped after update 5: the same command with --resume goes on from there."),
-        ("interrupt", "Going on after update 5 of 8, from 'interrupt/checkpoints/step-5'."),
-        ("interrupt twice", "Going on after update 2 of 8, from 'interrupt twice/checkpoints/step-2'."),
-        ("ending", "All 8 updates are done, says 'ending/checkpoints/step-8'."),
-    ],
+    slow_but(
+        EVERYDAY,
+        [
+            (
+                "first update",
+                "There is no whole checkpoint in 'first update/checkpoints': starting from the beginning.",
+            ),
+            ("update", "Going on after update 6 of 8, from 'update/checkpoints/step-6'."),
+            ("file", "Going on after update 2 of 8, from 'file/checkpoints/step-2'."),
+            ("torn", "The checkpoint torn/checkpoints/step-6 is skipped: it is torn ("),
+            ("torn", "Going on after update 2 of 8, from 'torn/checkpoints/step-2'."),
+            ("interrupt", "Stopping after this update; press Ctrl-C again to stop at once."),
+            ("interrupt", "Stopped after update 5: the same command with --resume goes on from there."),
+            ("interrupt", "Going on after update 5 of 8, from 'interrupt/checkpoints/step-5'."),
+            ("interrupt twice", "Going on after update 2 of 8, from 'interrupt twice/checkpoints/step-2'."),
+            ("ending", "All 8 updates are done, says 'ending/checkpoints/step-8'."),
+        ],
+    ),
 )
-def test_a_run_says_where_it_stops_and_goes_on(place: Path, name: str, words: str) -> None:
-    assert words in (place / f"{name}.log").read_text()
+def test_a_run_says_where_it_stops_and_goes_on(runs: Runs, name: str, words: str) -> None:
+    assert words in runs.log(name)
 
 
-def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(place: Path) -> None:
-    (error,) = [line for line in (place / "disk full.log").read_text().splitlines() if line.startswith("error: ")]
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(runs: Runs) -> None:
+    (error,) = [line for line in runs.log("disk full").splitlines() if line.startswith("error: ")]
     assert error.startswith("error: The checkpoint of step 6 could not be written to disk full/checkpoints (")
     assert "File too large" in error
     assert "the previous checkpoint disk full/checkpoints/step-2 is intact; make room and go on with --resume." in error
 
 
-def test_a_reward_that_never_comes_is_told_with_the_sample(place: Path) -> None:
-    (error,) = [line for line in (place / "hang.log").read_text().splitlines() if line.startswith("error: ")]
-    assert "killed_ppo_runs.noisy did not return within 0.5 s for 8 responses; sample 0 alone does the same" in error
+@pytest.mark.slow
+def test_a_reward_that_never_comes_is_told_with_the_sample(runs: Runs) -> None:
+    (error,) = [line for line in runs.log("hang").splitlines() if line.startswith("error: ")]
+    assert "killed_ppo_runs.noisy did not return within 2 s for 8 responses; sample 0 alone does the same" in error
     assert f"prompt '{BAD}'" in error
 
 
-def test_changed_flags_are_named_and_nothing_is_touched(again: Callable[..., Any], tmp_path: Path) -> None:
+def test_changed_flags_are_named_and_nothing_is_touched(again: Callable[..., Any], runs: Runs, tmp_path: Path) -> None:
     changed = ["--learning_rate=1e-2", "--steps=32", "--save_freq=3", "--exp_name=other", "--max_bad_batches=9"]
-    code, said = again("update, stopped", "--resume", *changed)
+    code, said = again(runs.stopped("update"), "--resume", *changed)
     assert code == 2
     assert said.splitlines()[-1] == (
         f"error: This is not the run in '{tmp_path / 'run'}': learning_rate (0.001 when the run began, now 0.01),"
         " steps (64 when the run began, now 32). Undo that, or start anew."
     )
-    assert contents(tmp_path / "run") == contents(Path("update, stopped"))
+    assert contents(tmp_path / "run") == contents(runs.stopped("update"))
 
 
-def test_another_algorithm_is_named(again: Callable[..., Any]) -> None:
-    code, said = again("update, stopped", "--resume", command=RUNS["rloo"].command)
+def test_another_algorithm_is_named(again: Callable[..., Any], runs: Runs) -> None:
+    code, said = again(runs.stopped("update"), "--resume", command=RUNS["rloo"].command)
     assert code == 2
     assert "group_size (None when the run began, now 4)" in said
 
 
-def test_other_prompts_and_other_weights_are_named(again: Callable[..., Any], tmp_path: Path) -> None:
+def test_other_prompts_and_other_weights_are_named(again: Callable[..., Any], runs: Runs, tmp_path: Path) -> None:
     rows = Path("prompts.jsonl").read_text().replace("big cat", "big red cat")
     (tmp_path / "prompts.jsonl").write_text(rows)
     shutil.copytree("policy", tmp_path / "policy")
@@ -194,7 +194,7 @@ def test_other_prompts_and_other_weights_are_named(again: Callable[..., Any], tm
     next(iter(weights.values())).flatten()[0] += 1e-6
     save_file(weights, tmp_path / "policy" / "model.safetensors", metadata={"format": "pt"})
     flags = [f"--query_dataset={tmp_path / 'prompts.jsonl'}", f"--model_name={tmp_path / 'policy'}"]
-    code, said = again("update, stopped", "--resume", *flags)
+    code, said = again(runs.stopped("update"), "--resume", *flags)
     assert code == 2
     for name in (
         "prompts ('",
@@ -206,33 +206,35 @@ def test_other_prompts_and_other_weights_are_named(again: Callable[..., Any], tm
 
 
 def test_free_flags_and_the_saved_settings_are_the_same_run(
-    again: Callable[..., Any], place: Path, tmp_path: Path
+    again: Callable[..., Any], runs: Runs, tmp_path: Path
 ) -> None:
     settings = ["--config=update, stopped/config.yaml", f"--output_dir={tmp_path / 'run'}"]
-    code, said = again("update, stopped", "--resume", "--save_freq=1", "--exp_name=other", command=["ppo", *settings])
+    code, said = again(
+        runs.stopped("update"), "--resume", "--save_freq=1", "--exp_name=other", command=["ppo", *settings]
+    )
     assert code == 0, said
-    assert metrics(tmp_path / "run") == metrics(place / "whole ppo")
+    assert metrics(tmp_path / "run") == metrics(runs.whole("whole ppo"))
     assert checkpoints(tmp_path / "run") == ["step-7", "step-8"]
 
 
-def test_an_unfinished_run_is_not_walked_over(again: Callable[..., Any], tmp_path: Path) -> None:
-    code, said = again("update, stopped")
+def test_an_unfinished_run_is_not_walked_over(again: Callable[..., Any], runs: Runs, tmp_path: Path) -> None:
+    code, said = again(runs.stopped("update"))
     assert code == 2
     assert said.splitlines()[-1] == (
         f"error: '{tmp_path / 'run'}' holds a run that stopped after 6 of 8 updates: add --resume to go on with it,"
         f" give another output_dir, or remove '{tmp_path / 'run' / 'checkpoints'}'."
     )
-    assert contents(tmp_path / "run") == contents(Path("update, stopped"))
+    assert contents(tmp_path / "run") == contents(runs.stopped("update"))
 
 
 def test_a_finished_run_learns_no_more_and_writes_its_report(
-    again: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    again: Callable[..., Any], runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "deep_rlhf"):
-        code, said = again("whole ppo", "--resume")
+        code, said = again(runs.whole("whole ppo"), "--resume")
     assert code == 0, said
     assert "All 8 updates are done" in caplog.text
-    before, after = contents(Path("whole ppo")), contents(tmp_path / "run")
+    before, after = contents(runs.whole("whole ppo")), contents(tmp_path / "run")
     assert before.keys() == after.keys()
     assert "report.html" in after
     for name in before:
