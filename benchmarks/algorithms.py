@@ -1,11 +1,10 @@
-"""Every algorithm on the task whose optimum is known, and what an update costs: `make algorithms` (fifteen minutes).
+"""Every algorithm on a task with a known optimum, and the cost of an update: `make algorithms` (fifteen minutes).
 
-`--costs` measures the costs alone and keeps the rest; `--table` only prints the figures of the guide again.
-
-Writes results/algorithms.json and the two pictures of docs/algorithms.md. The tasks and settings are those of
+Writes results/algorithms.json and the two pictures of docs/algorithms.md. Tasks and settings are those of
 tests/learning/optimum.py and optimum_runs.py; the cost is that of a 6-layer, 384-wide GPT-2 with random weights.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -37,14 +36,19 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--cost"]:
-        sys.stdout.write(json.dumps(cost(sys.argv[2])) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the tables of the last results, measure nothing")
+    parser.add_argument("--costs", action="store_true", help="measure the costs only, keep the other results")
+    parser.add_argument("--cost", choices=ALGORITHMS, help="print the cost of one algorithm as JSON")
+    options = parser.parse_args()
+    if options.cost:
+        sys.stdout.write(json.dumps(cost(options.cost)) + "\n")
         return
-    if sys.argv[1:2] == ["--table"]:
+    if options.table:
         kept = json.loads(RESULTS.read_text())
         sys.stdout.write(table(kept["optimum"], kept["cost"]))
         return
-    rows = json.loads(RESULTS.read_text())["optimum"] if sys.argv[1:2] == ["--costs"] else optimum_rows()
+    rows = json.loads(RESULTS.read_text())["optimum"] if options.costs else optimum_rows()
     costs = [measured_apart(name) for name in ALGORITHMS]
     RESULTS.write_text(json.dumps({"optimum": rows, "cost": costs}, indent=1) + "\n")
     sys.stdout.write(table(rows, costs))
@@ -79,7 +83,7 @@ def optimum_rows() -> list[Row]:
 
 
 def cost(name: str) -> Row:
-    """Seconds of an update and the peak memory of this process."""
+    """Seconds per update and peak memory of this process."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -109,20 +113,20 @@ def cost(name: str) -> Row:
 
 
 def measured_apart(name: str) -> Row:
-    """`cost` in a process of its own, whose peak memory is that of the algorithm."""
+    """Runs `cost` in a separate process, so that its peak memory is that of the algorithm."""
     command = [sys.executable, __file__, "--cost", name]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def table(rows: list[Row], costs: list[Row]) -> str:
-    """The last distances, worst of the seeds, and the costs."""
+    """The final distances (the worst seed's) and the costs, as Markdown tables."""
     lines = ["| | β = " + " | β = ".join(map(str, optimum.SCALES)) + " |", "|---|---|---|---|"]
     for name in optimum_runs.RUNS:
         worst = [max(row["kl"][-1] for row in rows if (row["name"], row["beta"]) == (name, b)) for b in optimum.SCALES]
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in worst) + " |")
     lines += ["", "| | seconds per update | peak memory, GB |", "|---|---|---|"]
     lines += [f"| {row['name']} | {row['seconds_per_update']:.1f} | {row['memory_gb']:.1f} |" for row in costs]
-    lines += ["", "| | responses until KL(π ‖ π*) stays within the bar at β = 0.5 | seconds |", "|---|---|---|"]
+    lines += ["", "| | responses until KL(π ‖ π*) stays within the target at β = 0.5 | seconds |", "|---|---|---|"]
     for name in ALGORITHMS:
         needed = [until_within(row) for row in rows if (row["name"], row["beta"]) == (name, 0.5)]
         samples, seconds = (sum(column) / len(needed) for column in zip(*needed, strict=True))
@@ -131,13 +135,13 @@ def table(rows: list[Row], costs: list[Row]) -> str:
 
 
 def until_within(row: Row) -> tuple[int, float]:
-    """Responses and seconds after the last update that left the policy outside the bar."""
+    """Responses and seconds until the policy stays within the target."""
     updates = 1 + max(update for update, distance in enumerate(row["kl"]) if distance > BOUND)
     return updates * row["batch_size"], updates * row["seconds"] / (len(row["kl"]) - 1)
 
 
 def fixed_points() -> list[str]:
-    """How far from π* GRPO's own fixed points lie, for responses of one token; closed form, nothing is trained."""
+    """The distance of GRPO's fixed points from π* for responses of one token, in closed form, without training."""
     tokenizer = conftest.make_tokenizer.__wrapped__()(optimum.WORDS)
     lines = [
         "| GRPO with k3 in its loss | " + " | ".join(f"β = {beta}" for beta in optimum.SCALES) + " |",
@@ -157,7 +161,7 @@ def fixed_points() -> list[str]:
 
 
 def draw_ppo(rows: list[Row]) -> None:
-    """PPO's way to the optimum at each β, a line a seed."""
+    """PPO's distance from the optimum at each β, one line per seed."""
     figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     for axes, beta in zip(figure.subplots(1, len(optimum.SCALES), sharey=True), optimum.SCALES, strict=True):
         for row in rows:
@@ -172,7 +176,7 @@ def draw_ppo(rows: list[Row]) -> None:
 
 
 def draw_algorithms(rows: list[Row]) -> None:
-    """Every algorithm at β = 0.5, against what it sampled and against the time it took."""
+    """Every algorithm's distance at β = 0.5, against sampled responses and against time."""
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     by_samples, by_time = figure.subplots(1, 2, sharey=True)
     for row in rows:

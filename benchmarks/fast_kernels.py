@@ -1,7 +1,7 @@
-"""What each of this project's kernels saves on a CPU: `python benchmarks/fast_kernels.py` (a minute on two cores).
+"""Times each of this project's CPU kernels: `python benchmarks/fast_kernels.py` (a minute on two cores).
 
-Sizes are those of the PPO job of docs/speed.md. Each figure is the fastest of some calls, in milliseconds; a call of
-something that is trained goes forward and back. `--quick` takes small sizes, to see that everything runs.
+The sizes are those of the PPO job of docs/speed.md. Each figure is the fastest of several calls, in milliseconds; for
+training, a call is a forward and a backward pass.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Row = tuple[str, list[float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="try the script with small sizes")
     vocabulary = 500 if parser.parse_args().quick else 50_258
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def cases(dtype: torch.dtype, vocabulary: int) -> Iterator[Row]:
-    """Name, and the milliseconds of the plain way and of this project's."""
+    """The name of each case, with the milliseconds of plain PyTorch and of this project."""
     plain = nn.Linear(WIDTH, vocabulary, bias=False).to(dtype)
     fast = nn.Sequential(copy.deepcopy(plain))
     use_fast_kernels(fast)

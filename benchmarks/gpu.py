@@ -1,11 +1,10 @@
-"""Reward modelling and PPO on a GPU, beside TRL's PPO, in one call of at most nine minutes.
+"""Measures reward modelling and PPO on a GPU, compared with TRL's PPO, in at most nine minutes.
 
-One epoch of a DistilBERT-base on as many pairs as hh-rlhf was published with; PPO of GPT-2 on whole prompts, here and
-with `--peer PYTHON` in TRL 1.12; how far the sampler's log-probabilities are from the trainer's. Weights are random.
-The pairs are real where `shared/` lies beside the checkout, repeated to their number. Every part has a process and a
-time limit of its own: an epoch that is stopped by it is extrapolated, as its `seconds_measured` tells, and of any other
-part the report says why it was not measured. Writes results/gpu.json and prints a table. `--smallest` runs the same
-code in a minute anywhere; its figures mean nothing, so the table says "not measured".
+One epoch of a DistilBERT-base on as many pairs as hh-rlhf has; PPO of GPT-2 on whole prompts, here and in TRL 1.12; and
+the difference between the log-probabilities of sampler and trainer. Weights are random. Pairs are real if there is a
+`shared/` folder beside the checkout, repeated up to the published number. Every part has its own process and time
+limit: an epoch stopped by the limit is extrapolated (`seconds_measured` has the measured time), and for other parts the
+report says why there is no figure. Writes results/gpu.json and prints a table.
 """
 
 import argparse
@@ -71,20 +70,20 @@ REWARD_JOB = RewardJob(
 )
 GAP_RESPONSES = 64
 
-# Seconds. Together with half a minute to prepare, they are less than nine minutes.
+# In seconds. With half a minute of preparation they add up to less than nine minutes.
 EPOCH_SECONDS = 150
 LIMITS = {"reward": EPOCH_SECONDS + 90, "ppo": 90, "trl": 130, "gap": 40}
 
-# Figure, what it is, its aim.
+# Key, description and target of each figure.
 FIGURES = {
     "epoch_seconds": ("one epoch of reward modelling, 160,800 pairs, DistilBERT-base: seconds", "≤ 120"),
     "tokenising_seconds": ("tokenising them before it: seconds", ""),
     "pairs_per_second": ("pairs/s of the epoch", ""),
-    "share": ("share of the measured matrix rate", "≥ 0.4"),
+    "share": ("MFU (share of the measured matrix rate)", "≥ 0.4"),
     "tokens_per_second": ("PPO, GPT-2 124M, prompts ≤ 512, 128 new tokens, batch 256: new tokens/s", ""),
-    "speed_ratio": ("times TRL's", "≥ 5"),
+    "speed_ratio": ("speed relative to TRL", "≥ 5"),
     "peak_gb": ("peak GPU memory, GB", ""),
-    "memory_ratio": ("TRL's is so many times as much", "≥ 4"),
+    "memory_ratio": ("TRL's memory relative to ours", "≥ 4"),
     "sampler_logprob_gap": (
         "sampler against trainer, mean absolute difference of log-probabilities: nats per token",
         "",
@@ -100,19 +99,19 @@ def main() -> None:
         result.write_text(json.dumps(PARTS[sys.argv[2]](workplace)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", metavar="PYTHON", help="an interpreter that has trl 1.12")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--smallest", action="store_true")
+    parser.add_argument("--peer", metavar="PYTHON", help="a Python interpreter with trl 1.12")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file of the results")
+    parser.add_argument("--smallest", action="store_true", help="try the script without a GPU; no figures")
     options = parser.parse_args()
     if not (torch.cuda.is_available() or options.smallest):
-        sys.exit("There is no GPU here: --smallest runs the same code without one, and measures nothing.")
+        sys.exit("There is no GPU here; --smallest tries the script without one.")
     report = measured(options.peer, smallest=options.smallest)
     options.output.write_text(json.dumps(report, indent=1) + "\n")
     sys.stdout.write(table(report))
 
 
 def measured(peer: str | None, *, smallest: bool) -> Row:
-    """Every part in turn, and the figures that come of them."""
+    """Runs every part in turn and computes the figures."""
     start = time.perf_counter()
     ppo, reward = PPO_JOB, REWARD_JOB
     if smallest:
@@ -144,7 +143,7 @@ def measured(peer: str | None, *, smallest: bool) -> Row:
 
 
 def prepare(workplace: Path, ppo: PPOJob, reward: RewardJob, *, real: bool) -> None:
-    """Fills a folder for each of the two jobs."""
+    """Writes a folder for each of the two jobs."""
     torch.manual_seed(0)
     for folder in ("ppo", "reward"):
         (workplace / folder).mkdir()
@@ -166,7 +165,7 @@ def prepare(workplace: Path, ppo: PPOJob, reward: RewardJob, *, real: bool) -> N
 
 
 def run(part: str, command: list[str], workplace: Path) -> Row:
-    """What a part reports, or why it was not measured."""
+    """Runs a part; returns its report, or the reason why it was not measured."""
     result = workplace / "result.json"
     result.unlink(missing_ok=True)
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -229,7 +228,7 @@ def reward_epoch(workplace: Path) -> Row:
 
 
 class StopAfter(TrainerCallback):
-    """Ends the training after so many seconds."""
+    """Stops the training after `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.perf_counter() + seconds
@@ -239,7 +238,7 @@ class StopAfter(TrainerCallback):
 
 
 def sampler_gap(workplace: Path) -> Row:
-    """How far the trainer's first log-probabilities are from those that the tokens were sampled with."""
+    """The difference between the trainer's first log-probabilities and those of the sampler."""
     job: PPOJob = read_job(workplace)
     responses = min(GAP_RESPONSES, job.batch_size)
     trainer = PPOTrainer(
@@ -263,14 +262,14 @@ PARTS: dict[str, Callable[[Path], Row]] = {"reward": reward_epoch, "gap": sample
 
 
 def seconds_since(start: float) -> float:
-    """When everything that was begun on the GPU is done."""
+    """Seconds since `start`, after waiting for the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def gpu_figures() -> Row:
-    """Of this process's GPU: the most memory that was allocated, in 10⁹ bytes, and bf16 operations per second."""
+    """The peak of allocated GPU memory in this process, in 10⁹ bytes, and the GPU's bf16 operations per second."""
     if not torch.cuda.is_available():
         return {}
     peak = torch.cuda.max_memory_allocated() / 1e9
@@ -287,7 +286,7 @@ def gpu_figures() -> Row:
 
 
 def figures(report: Row) -> Row:
-    """The figures of the table; NOT_MEASURED for what was not, and for all without a GPU or at the smallest size."""
+    """The figures of the table; all are NOT_MEASURED without a GPU or with --smallest."""
     found: Row = dict.fromkeys(FIGURES, NOT_MEASURED)
     if report["smallest"] or report["machine"]["gpu"] is None:
         return found
@@ -309,7 +308,7 @@ def figures(report: Row) -> Row:
 
 
 def unequal_work(report: Row) -> str | None:
-    """How the two sides of PPO differ in what they did."""
+    """The difference between the work of the two PPO sides, or None."""
     try:
         check_equal_work(report["settings"]["ppo"]["precision"], report["trl"], report["ppo"])
     except UnequalWorkError as error:
@@ -318,10 +317,10 @@ def unequal_work(report: Row) -> str | None:
 
 
 def table(report: Row) -> str:
-    """The figures with their aims, and what was not measured and why."""
-    lines = ["| | measured | aim |", "|---|---|---|"]
-    for name, (what, aim) in FIGURES.items():
-        lines.append(f"| {what} | {written(report['figures'][name])} | {aim} |")
+    """The figures with their targets, and the reasons for those not measured, as a Markdown table."""
+    lines = ["| | measured | target |", "|---|---|---|"]
+    for name, (what, target) in FIGURES.items():
+        lines.append(f"| {what} | {written(report['figures'][name])} | {target} |")
     where = report["machine"]
     described = [where["gpu"] or "no GPU", where["cpu"], f"torch {report['torch']}", report["data"]]
     lines += ["", f"{'; '.join(described)}; {report['seconds']:.0f} s in all"]
@@ -336,7 +335,7 @@ def table(report: Row) -> str:
 
 
 def written(value: float | str) -> str:
-    """Three digits, or all before the point."""
+    """A number with three significant digits, or all digits before the decimal point."""
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

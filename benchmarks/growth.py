@@ -1,10 +1,11 @@
-"""How PPO's time and memory grow with batch size, response length and prompt length: `make growth` (six minutes).
+"""Scaling of PPO's time and memory with batch size, response length and prompt length: `make growth` (six minutes).
 
-Each of the three is doubled three times from one base, every size in a process of its own: a 6-layer, 384-wide GPT-2
-with random weights, GPT-2's vocabulary, a reward model of the policy's size, prompts of exactly the wanted length and
-EOS off. Writes results/growth.json and the picture of docs/growth.md; `--table` only prints the table again.
+Each is doubled three times from a base, and every size runs in a separate process: a 6-layer, 384-wide GPT-2 with
+random weights, GPT-2's vocabulary, a reward model of the policy's size, prompts of exact length, and EOS disabled.
+Writes results/growth.json and the picture of docs/growth.md.
 """
 
+import argparse
 import json
 import math
 import random
@@ -50,11 +51,15 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--measure"]:
-        workplace, result = map(Path, sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table of the last results, measure nothing")
+    parser.add_argument("--measure", nargs=2, type=Path, metavar=("WORKPLACE", "RESULT"), help="measure one job")
+    options = parser.parse_args()
+    if options.measure:
+        workplace, result = options.measure
         result.write_text(json.dumps(measure(workplace)))
         return
-    if sys.argv[1:2] != ["--table"]:
+    if not options.table:
         RESULTS.write_text(json.dumps({"machine": machine(), "rows": measured_rows()}, indent=1) + "\n")
     rows = json.loads(RESULTS.read_text())["rows"]
     draw(rows)
@@ -62,7 +67,7 @@ def main() -> None:
 
 
 def measured_rows() -> list[Row]:
-    """The base, and each axis at two, four and eight times its size."""
+    """Measures the base, and each axis at two, four and eight times its size."""
     jobs = [BASE] + [
         replace(BASE, **{axis: factor * getattr(BASE, axis)}) for axis in AXES for factor in FACTORS if factor > 1
     ]
@@ -85,18 +90,18 @@ def measured_rows() -> list[Row]:
 
 
 def exact_prompts(tokenizer: PreTrainedTokenizerFast, job: PPOJob) -> list[str]:
-    """A prompt for every episode, each of exactly `prompt_tokens` random tokens, such as stand for themselves."""
+    """A prompt for every episode: exactly `prompt_tokens` random tokens that survive decoding and encoding."""
     rng = random.Random(0)
     unused = sorted(token for text, token in tokenizer.get_vocab().items() if text.startswith("<unused-"))
     drawn = [rng.choices(unused, k=job.prompt_tokens) for _ in range(job.episodes)]
     texts = tokenizer.batch_decode(drawn)
     if tokenizer(texts).input_ids != drawn:
-        raise SystemExit("The generated prompts are not what their tokens say.")
+        raise SystemExit("The generated prompts have other tokens than intended.")
     return texts
 
 
 def measure(workplace: Path) -> Row:
-    """Seconds of the fastest update, the share of an update before it learns, and memory, in this process."""
+    """Seconds of the fastest update, the share of collecting in it, and memory, in this process."""
     torch.set_num_threads(THREADS)
     job: PPOJob = read_job(workplace)
     config = PPOConfig(
@@ -126,20 +131,20 @@ def measure(workplace: Path) -> Row:
 
 
 def along(rows: list[Row], axis: str) -> list[Row]:
-    """The rows in which only `axis` differs from the base, smallest first."""
+    """The rows that differ from the base in `axis` only, smallest first."""
     others = [other for other in AXES if other != axis]
     found = [row for row in rows if all(row[other] == getattr(BASE, other) for other in others)]
     return sorted(found, key=lambda row: row[axis])
 
 
 def exponent(rows: list[Row], axis: str, measured: str) -> float:
-    """The slope of the logarithms: 1 where twice the size takes twice as much."""
+    """The slope on logarithmic scales: 1 for linear growth."""
     sizes, values = ([math.log(row[name]) for row in rows] for name in (axis, measured))
     return linear_regression(sizes, values).slope
 
 
 def table(rows: list[Row]) -> str:
-    """Every size, then the exponent of each axis: over all sizes, and of the last doubling alone."""
+    """Every size, then the exponent of each axis over all sizes and over the last doubling, as Markdown tables."""
     lines = [
         "| batch | response | prompt | seconds per update | of which collecting | GFLOP/s | memory, GB |",
         "|---|---|---|---|---|---|---|",
@@ -162,7 +167,7 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row]) -> None:
-    """Time and memory, in multiples of the base's, against size in multiples of the base's."""
+    """Time and memory against size relative to the base."""
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
     panels = {"seconds": "seconds per update", "memory_gb": "peak memory above the start, GB"}
     for axes, (measured, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):

@@ -1,10 +1,9 @@
 """The original's PPO command with whole prompts in 8 GiB: `make headline` (about ten minutes on two cores).
 
-The command as its users typed it, but for prompts of up to 512 tokens instead of 2 to 8, 128 new tokens instead of 32
-and a batch of 64: one update of a GPT-2 of 124M parameters, scored by a DistilBERT-base with a tokenizer of its own,
-both with random weights, so that every response has full length. Further flags are handed to the command, as in
-`headline.py --precision=fp32`. Fails if the process ever held more than 8 GiB. Writes results/headline.json; with
-`--tiny` two small models show that all works, and nothing is kept.
+The published command with prompts of up to 512 tokens instead of 2 to 8, 128 new tokens instead of 32 and a batch of
+64: one update of a GPT-2 with 124M parameters, scored by a DistilBERT-base with its own tokenizer, both with random
+weights, so that every response has full length. Other flags are passed to the command, as in
+`headline.py --precision=fp32`. Fails if the process ever used more than 8 GiB. Writes results/headline.json.
 """
 
 import argparse
@@ -56,7 +55,7 @@ TINY = {"layers": 2, "width": 64, "heads": 2}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="two small models; nothing is kept")
+    parser.add_argument("--tiny", action="store_true", help="try the script with two small models; write no results")
     options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         workplace = Path(folder)
@@ -71,11 +70,11 @@ def main() -> None:
         RESULTS.write_text(json.dumps(kept | {" ".join(flags) or "as typed": run}, indent=1) + "\n")
     sys.stdout.write(sentence(run) + "\n")
     if run["peak_gib"] >= LIMIT_GIB:
-        sys.exit(f"That is more than {LIMIT_GIB} GiB.")
+        sys.exit(f"The run used more than {LIMIT_GIB} GiB.")
 
 
 def prepare(workplace: Path, sizes: dict[str, int]) -> list[int]:
-    """Writes what the command names, models with other `sizes` if given; returns the tokens of each prompt."""
+    """Writes models (with other `sizes` if given) and data of the command; returns the prompts' lengths in tokens."""
     torch.manual_seed(0)
     link_scripts(workplace)
     dialogues = real_dialogues() if has_real_data() else generated_dialogues()
@@ -98,7 +97,7 @@ def prepare(workplace: Path, sizes: dict[str, int]) -> list[int]:
 
 
 def measured(workplace: Path, flags: list[str]) -> dict[str, Any]:
-    """Runs the command in `workplace` and reports its seconds and its memory."""
+    """Runs the command in `workplace` and measures its time and memory."""
     command = [
         *PPO_COMMAND,
         f"--max_prompt_length={LONGEST_PROMPT}",
@@ -118,13 +117,13 @@ def measured(workplace: Path, flags: list[str]) -> dict[str, Any]:
         "seconds": seconds,
         "seconds_per_update": mean(row["response_tokens"] * BATCH_SIZE / row["tokens_per_second"] for row in updates),
         "response_tokens": mean(row["response_tokens"] for row in updates),
-        # of the command's process, or of this one when it started it: Linux inherits that
+        # of the command's process, or of this one when it started that: Linux inherits the peak
         "peak_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * RUSAGE_BYTES / 2**30,
     }
 
 
 def sentence(run: dict[str, Any]) -> str:
-    """A run in words."""
+    """A sentence that describes a run."""
     return (
         f"{run['command']}: {run['seconds_per_update']:.0f} s per update,"
         f" {run['seconds']:.0f} s in all, peak {run['peak_gib']:.2f} GiB; {BATCH_SIZE} prompts of"

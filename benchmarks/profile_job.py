@@ -1,8 +1,7 @@
-"""Where this project's time goes in a job of `make bench`: `python benchmarks/profile_job.py ppo-large-bf16`.
+"""Profiles this project's side of a job of `make bench`: `python benchmarks/profile_job.py ppo-large-bf16`.
 
-Prints the operators that take most, as a share of all operators' own time, by PyTorch's profiler, which slows a job by
-a tenth. What is no matrix product (mm, bmm, addmm, linear) is work that the share of the matrix rate in speed.md does
-not count.
+Prints the most expensive operators with their share of all operators' own time, by PyTorch's profiler, which slows a
+job down by a tenth. MFU in docs/speed.md counts matrix products (mm, bmm, addmm, linear) only.
 """
 
 import argparse
@@ -21,7 +20,7 @@ PRODUCTS = ("mm", "linear", "convolution")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=JOBS)
+    parser.add_argument("job", choices=JOBS, help="name of the job")
     job = JOBS[parser.parse_args().job]
     torch.set_num_threads(THREADS)
     run = project.ppo if job.kind == "ppo" else project.reward
@@ -33,7 +32,7 @@ def main() -> None:
 
 
 def table(seconds: dict[str, float]) -> str:
-    """A Markdown table of the operators' own seconds, the largest first, and the sum of the matrix products."""
+    """The operators' own seconds, largest first, and the sum of the matrix products, as a Markdown table."""
     total = sum(seconds.values())
     products = sum(spent for name, spent in seconds.items() if is_product(name))
     rows = [("all matrix products", products), *sorted(seconds.items(), key=lambda row: -row[1])[:SHOWN]]

@@ -1,4 +1,4 @@
-"""GPT-2 and DistilBERT-base in their published sizes, and whole dialogues to read: for headline.py and gpu.py."""
+"""The published sizes of GPT-2 and DistilBERT-base, and whole prompts, for headline.py and gpu.py."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ DISTILBERT = {"layers": 6, "width": 768, "heads": 12, "vocabulary": 30_522}  # 6
 def whole_prompts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, *, longest: int, count: int
 ) -> tuple[list[str], list[int]]:
-    """`count` of the texts with at most `longest` tokens, and the tokens of each.
+    """`count` of the texts with at most `longest` tokens, and their lengths in tokens.
 
-    At equal distances in the order of length, the shortest and the longest among them; so they repeat if there are few.
+    They are evenly spaced in order of length, from the shortest to the longest; few texts are repeated.
     """
     texts = list(dict.fromkeys(texts))
     by_length = sorted(zip(map(len, tokenizer(texts).input_ids), texts, strict=True))

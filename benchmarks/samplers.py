@@ -1,12 +1,13 @@
-"""The ways to sample, at equal prompts: the engine here, transformers' `generate`, and its continuous batching.
+"""Compares samplers: this project's engine, transformers' `generate`, and its continuous batching.
 
-`python benchmarks/samplers.py` (about four minutes on two cores) writes results/samplers.json. Each way draws responses
-to the same 64 prompts of mixed length, three rounds in turn: once all of full length, once with ends drawn early.
-The engine uses this project's kernels (models/kernels.py), transformers' two ways PyTorch's own.
-Tokens per second count real tokens. The gap is the largest and the mean difference in nats between the sampler's
-log-probabilities and those that training computes of the same tokens.
+`python benchmarks/samplers.py` (about four minutes on two cores) writes results/samplers.json. Each sampler draws
+responses to the same 64 prompts of mixed length in three rounds, once with responses of full length, once with early
+EOS. The engine uses this project's CPU kernels (accel/cpu), the others PyTorch's. Tokens per second count real tokens.
+The gap is the largest and the mean difference in nats between the log-probabilities of the sampler and those computed
+in training.
 """
 
+import argparse
 import copy
 import json
 import os
@@ -34,6 +35,7 @@ Responses = list[tuple[list[int], list[float]]]  # ids and log-probabilities of 
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=384, n_head=6)).eval()
@@ -93,7 +95,7 @@ def engine(model: GPT2LMHeadModel, ends: list[int]) -> Callable[[list[list[int]]
 
 
 def generate(model: GPT2LMHeadModel, ends: list[int]) -> Callable[[list[list[int]], int], Responses]:
-    """Its scores, kept for the log-probabilities, are the logits of every token."""
+    """The log-probabilities come from its scores, which are the logits of every token."""
 
     def sample(prompts: list[list[int]], seed: int) -> Responses:
         torch.manual_seed(seed)
@@ -116,8 +118,8 @@ def generate(model: GPT2LMHeadModel, ends: list[int]) -> Callable[[list[list[int
 
 
 def continuous_batching(model: GPT2LMHeadModel, ends: list[int]) -> Callable[[list[list[int]], int], Responses]:
-    """The manager is kept between rounds, as a trainer would keep it; its first round sets it up."""
-    model = copy.deepcopy(model)  # its attention is exchanged
+    """The manager persists between rounds, as it would in a trainer; the first round creates it."""
+    model = copy.deepcopy(model)  # generate_batch replaces its attention
     config = ContinuousBatchingConfig(return_logprobs=True, seed=0)
 
     def sample(prompts: list[list[int]], seed: int) -> Responses:
@@ -148,7 +150,7 @@ def length_of(ids: list[int], ends: list[int]) -> int:
 
 @torch.no_grad()
 def gap(model: GPT2LMHeadModel, prompts: list[list[int]], responses: Responses) -> dict[str, Any]:
-    """Between the sampler's log-probabilities and those of one whole forward pass."""
+    """The differences between the sampler's log-probabilities and those of one forward pass over the whole text."""
     differences = []
     for prompt, (ids, logprobs) in zip(prompts, responses, strict=True):
         logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]

@@ -1,12 +1,12 @@
-"""The pictures of docs/labelling.md: the page's two tabs on a store with example answers, in a real browser.
+"""Takes the screenshots of docs/labelling.md: the page's two tabs on a store with example labels, in Chromium.
 
-python benchmarks/screenshots.py [FOLDER]: without a folder the three of docs/images, with one some more, to look at.
-Needs Chromium. The figures are made up.
+`python benchmarks/screenshots.py` writes the three of docs/images; with a FOLDER it writes more of them there. The
+figures are made up.
 """
 
+import argparse
 import math
 import random
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,7 +25,7 @@ SHOTS = (
     ("model", (1280, 800), "light"),
     ("label-phone", (360, 740), "light"),
 )
-MORE_SHOTS = (  # to look at
+MORE_SHOTS = (  # not in the documentation
     ("label-dark", (1280, 800), "dark"),
     ("model-dark", (1280, 800), "dark"),
     ("model-phone", (360, 740), "light"),
@@ -153,14 +153,17 @@ def enter(page: Page, url: str, name: str) -> None:
 
 
 def main() -> None:
-    """Writes the pictures."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs" / "images")
+    """Writes the screenshots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="folder for all screenshots (default: docs/images)")
+    given = parser.parse_args().folder
+    folder = given or Path(__file__).parents[1] / "docs" / "images"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary, Store(Path(temporary) / "labels.db", seed=2) as store:
         fill(store)
         with Server(create_app(store)) as server, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-            for name, size, scheme in SHOTS + (MORE_SHOTS if len(sys.argv) > 1 else ()):
+            for name, size, scheme in SHOTS + (MORE_SHOTS if given else ()):
                 page = browser.new_page(
                     viewport={"width": size[0], "height": size[1]},
                     color_scheme=scheme,

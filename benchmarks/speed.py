@@ -1,9 +1,7 @@
-"""This project and TRL side by side at the same jobs: `make bench` (an hour and a half on two cores).
+"""Compares this project with TRL on the same jobs: `make bench` (an hour and a half on two cores).
 
-Three rounds of each job, TRL and this project in turn, each in a process of its own. `--jobs` names some of them,
-`--rounds` how often; jobs measured earlier stay in results/speed.json. `--table` only prints that file's table.
-`--quick` runs tiny jobs on generated data to see that both sides run and do the same; it keeps nothing.
-docs/speed.md explains the figures.
+Each job runs in three rounds, TRL and this project in turn, each in a separate process. Results of other jobs stay in
+results/speed.json. docs/speed.md explains the figures.
 """
 
 import argparse
@@ -33,10 +31,10 @@ Report = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=lambda names: names.split(","), default=list(JOBS), help=f"of {','.join(JOBS)}")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--jobs", type=lambda names: names.split(","), default=list(JOBS), help=", ".join(JOBS))
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side per job")
+    parser.add_argument("--quick", action="store_true", help="check that both sides do the same, in tiny jobs")
+    parser.add_argument("--table", action="store_true", help="print the table of the last results, measure nothing")
     options = parser.parse_args()
     if unknown := set(options.jobs) - set(JOBS):
         parser.error(f"there is no job {', '.join(sorted(unknown))}; jobs: {', '.join(JOBS)}")
@@ -53,7 +51,7 @@ def main() -> None:
 
 
 def measured(job: Job, rounds: int, *, real: bool) -> Iterator[Report]:
-    """The report of a job after each round. Exits if the two sides did different work."""
+    """Yields the report of a job after each round. Exits if the two sides did different work."""
     with tempfile.TemporaryDirectory() as folder:
         workplace = Path(folder)
         operations = prepare(job, workplace, real=real)
@@ -89,7 +87,7 @@ def measured(job: Job, rounds: int, *, real: bool) -> Iterator[Report]:
 
 
 def run_peer(job: Job, workplace: Path) -> Report:
-    """One run of TRL, in the environment that has it."""
+    """One run of TRL, in its own environment."""
     return run_side([str(peer_python(job)), str(HERE / "peers" / f"trl_{job.kind}.py")], workplace)
 
 
@@ -99,7 +97,7 @@ def run_project(workplace: Path) -> Report:
 
 
 def run_side(command: list[str], workplace: Path) -> Report:
-    """Runs one side in a new process and returns what it reports."""
+    """Runs one side in a new process and returns its report."""
     result = workplace / "result.json"
     result.unlink(missing_ok=True)
     done = subprocess.run([*command, str(workplace), str(result)], env=environment(), capture_output=True, text=True)
@@ -109,7 +107,7 @@ def run_side(command: list[str], workplace: Path) -> Report:
 
 
 def environment() -> dict[str, str]:
-    """The same for both sides: so many threads, no accelerator, no network, and the modules that both import."""
+    """The environment of both sides: the same threads, no accelerator, no network, and the shared modules."""
     return {
         **os.environ,
         "PYTHONPATH": str(HERE),
@@ -122,7 +120,7 @@ def environment() -> dict[str, str]:
 
 
 def matrix_rate(precision: str) -> float:
-    """Operations per second, measured in a process of its own."""
+    """The CPU's operations per second in matrix products, measured in a separate process."""
     code = f"from side_by_side.measure import matrix_rate; print(matrix_rate({precision!r}, {THREADS}))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
@@ -137,14 +135,14 @@ def peer_python(job: Job) -> Path:
 
 
 def versions(job: Job) -> dict[str, str]:
-    """Of the libraries at the peer's side, which `make bench` installs in the versions of this project."""
+    """Versions of the peer's libraries, which `make bench` installs by this project's constraints."""
     code = f"from importlib.metadata import version; print(*map(version, {LIBRARIES}))"
     done = subprocess.run([str(peer_python(job)), "-c", code], capture_output=True, text=True, check=True)
     return dict(zip(LIBRARIES, done.stdout.split(), strict=True))
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine of the measurements."""
     described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.split(":")[1].strip() for line in described.splitlines() if line.startswith("model name")]
     return {

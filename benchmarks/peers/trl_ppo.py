@@ -1,8 +1,7 @@
-"""TRL's side of a PPO job, with an interpreter that has trl 1.12: `python trl_ppo.py WORKPLACE RESULT`."""
+"""Runs TRL's side of a PPO job, with trl 1.12: `python trl_ppo.py WORKPLACE RESULT`."""
 
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
 from datasets import Dataset
-from side_by_side.jobs import PPO_SETTINGS, THREADS, PPOJob, read_job
+from side_by_side.jobs import PPO_SETTINGS, THREADS, PPOJob, read_job, workplace_and_result
 from side_by_side.measure import watch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -19,7 +18,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 def main() -> None:
     torch.set_num_threads(THREADS)
-    workplace, result = map(Path, sys.argv[1:])
+    workplace, result = workplace_and_result(__doc__)
     job: PPOJob = read_job(workplace)
     if job.precision == "bf16":
         # As `accelerate launch --mixed_precision=bf16` does: with transformers 5, bf16=True alone changes nothing here.

@@ -1,13 +1,11 @@
-"""TRL's side of a reward job, with an interpreter that has trl 1.16: `python trl_reward.py WORKPLACE RESULT`."""
+"""Runs TRL's side of a reward job, with trl 1.16: `python trl_reward.py WORKPLACE RESULT`."""
 
 import json
-import sys
 import tempfile
-from pathlib import Path
 
 import torch
 from datasets import Dataset
-from side_by_side.jobs import REWARD_ARGUMENTS, THREADS, RewardJob, read_job
+from side_by_side.jobs import REWARD_ARGUMENTS, THREADS, RewardJob, read_job, workplace_and_result
 from side_by_side.measure import StepLosses, watch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
@@ -19,7 +17,7 @@ class Trainer(StepLosses, RewardTrainer):
 
 def main() -> None:
     torch.set_num_threads(THREADS)
-    workplace, result = map(Path, sys.argv[1:])
+    workplace, result = workplace_and_result(__doc__)
     job: RewardJob = read_job(workplace)
     with tempfile.TemporaryDirectory() as output_dir:
         config = RewardConfig(

@@ -1,4 +1,4 @@
-"""This project and TRL at the same job: what the jobs are, how they are prepared, measured, counted and compared.
+"""The same jobs in this project and in TRL: settings, preparation, measurement, operation counts and comparison.
 
-`jobs` and `measure` are imported by both sides, so they need nothing but the standard library and psutil.
+`jobs` and `measure` are imported by both sides, so they need the standard library and psutil alone.
 """

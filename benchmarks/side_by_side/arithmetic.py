@@ -1,16 +1,16 @@
-"""The arithmetic that a job needs, whoever does it and however: multiplications and additions of matrix products.
+"""The arithmetic that a job needs in any implementation: multiplications and additions of matrix products.
 
-- Real tokens only, no padding.
-- A forward pass is 2 × the weights in matrix products per token, and per layer 4 × width × the number of positions
-  that each token attends to (scores, then the weighted sum). Embeddings, norms, activations and the heads of one
-  output are left out.
-- A backward pass is two forward passes; nothing is computed twice.
-- PPO: sampling is one forward pass over prompt and response, with the vocabulary's head at response positions only
-  and nothing for the last token, which nothing follows; it gives the policy's log-probabilities, too. The reference
-  is one such pass; training one and its backward pass per epoch. The reward model reads the whole text once. A separate
-  critic reads what the policy reads, once for the values and once and back per epoch; a shared one costs nothing.
-- Reward models: both sides of a pair whole for an encoder, where every token sees every other; for a decoder the tokens
-  that both sides begin with are computed once.
+- Only real tokens count, no padding.
+- A forward pass needs 2 × the weights in matrix products per token, and per layer 4 × width × the number of positions
+  that each token attends to (scores, then the weighted sum). Embeddings, norms, activations and heads with one output
+  are left out.
+- A backward pass counts as two forward passes; nothing is recomputed.
+- PPO: sampling is one forward pass over prompt and response, with the output embeddings at response positions only and
+  nothing for the last token; it also yields the policy's log-probabilities. The reference needs one such pass; training
+  one forward and backward pass per epoch. The reward model computes the whole text once. A separate critic needs one
+  pass for the values, and a forward and backward pass per epoch; a shared critic needs nothing.
+- Reward models: both texts of a pair for an encoder, where every token attends to every other; for a decoder the common
+  prefix of the two texts is computed once.
 """
 
 from collections.abc import Iterable
@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 from side_by_side.jobs import PPOJob, RewardJob
 
-FORWARD_AND_BACKWARD = 3  # forward passes
+FORWARD_AND_BACKWARD = 3  # in units of a forward pass
 
 
 class PairLengths(NamedTuple):
-    """Tokens of a pair: how many both sides begin with, and the rest of each."""
+    """Tokens of a pair: the common prefix, and the rest of each text."""
 
     prefix: int
     rest_a: int
@@ -30,10 +30,10 @@ class PairLengths(NamedTuple):
 
 
 def ppo_operations(job: PPOJob, prompt_lengths: Iterable[int]) -> dict[str, int]:
-    """Operations of a whole PPO job by part; prompt_lengths are the tokens of each episode's prompt."""
+    """Operations of a whole PPO job by part; prompt_lengths: tokens of each episode's prompt."""
     states = scored = episodes = 0
     for length in prompt_lengths:
-        read = length + job.response_tokens - 1  # tokens before which, or after which, a response token stands
+        read = length + job.response_tokens - 1  # all tokens but the last
         states += trunk(job, read, causal_context(read))
         scored += trunk(job, read + 1, causal_context(read + 1))
         episodes += 1
@@ -49,7 +49,7 @@ def ppo_operations(job: PPOJob, prompt_lengths: Iterable[int]) -> dict[str, int]
 
 
 def reward_operations(job: RewardJob, pairs: Iterable[PairLengths]) -> dict[str, int]:
-    """Operations of one epoch over the pairs that are kept."""
+    """Operations of one epoch over the pairs."""
     forward = 0
     for pair in pairs:
         if job.architecture == "gpt2":
@@ -58,7 +58,7 @@ def reward_operations(job: RewardJob, pairs: Iterable[PairLengths]) -> dict[str,
             forward += trunk(job, sum(pair), context)
         else:
             for length in (pair.prefix + pair.rest_a, pair.prefix + pair.rest_b):
-                forward += trunk(job, length, length**2) + 2 * job.width**2  # the layer before DistilBERT's last
+                forward += trunk(job, length, length**2) + 2 * job.width**2  # DistilBERT's pre-classifier layer
     return {"training": FORWARD_AND_BACKWARD * forward}
 
 
@@ -71,16 +71,16 @@ def trunk(job: PPOJob | RewardJob, tokens: int, context: int) -> int:
 
 
 def head(job: PPOJob, tokens: int) -> int:
-    """Logits of the whole vocabulary for some tokens."""
+    """Operations of the logits of the whole vocabulary for `tokens` tokens."""
     return 2 * job.width * job.vocabulary * tokens
 
 
 def causal_context(tokens: int, before: int = 0) -> int:
-    """Positions attended to by `tokens` tokens that follow `before` others: each sees those, and itself and earlier."""
+    """Positions attended to, summed over `tokens` tokens that follow `before` others, with causal attention."""
     return tokens * before + tokens * (tokens + 1) // 2
 
 
 def shared_prefix(a: list[int], b: list[int]) -> PairLengths:
-    """How many ids a and b begin with in common, and what follows in each."""
+    """Lengths of the common prefix of a and b, and of the rest of each."""
     prefix = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return PairLengths(prefix, len(a) - prefix, len(b) - prefix)

@@ -1,5 +1,6 @@
-"""The jobs that both sides do, with one set of settings, and the bars that this project has to reach in them."""
+"""The jobs of both sides, with one set of settings, and this project's targets."""
 
+import argparse
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, ClassVar, Literal
 THREADS = 2
 VOCABULARY = 50_258  # GPT-2's 50,257 tokens and one for padding
 
-# TRL's names and defaults where it has one; only the step size is smaller, so that random weights stay finite.
+# TRL's names and defaults if it has one; the learning rate is smaller, so that random weights stay finite.
 PPO_SETTINGS: dict[str, float] = {
     "learning_rate": 1e-6,
     "temperature": 0.7,
@@ -19,14 +20,14 @@ PPO_SETTINGS: dict[str, float] = {
     "gamma": 1.0,
     "lam": 0.95,
 }
-# transformers.TrainingArguments of both sides.
+# transformers.TrainingArguments of both sides
 REWARD_ARGUMENTS: dict[str, Any] = {
     "num_train_epochs": 1,
     "learning_rate": 1.41e-5,
     "lr_scheduler_type": "linear",
     "max_grad_norm": 1.0,
     "weight_decay": 0.0,
-    "seed": 42,  # of the order of the pairs
+    "seed": 42,  # determines the order of the pairs
     "gradient_checkpointing": False,
     "eval_strategy": "no",
     "save_strategy": "no",
@@ -41,14 +42,14 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPOJob:
-    """PPO of a GPT-2 with random weights on prompts of at most `prompt_tokens`; EOS is off, so all are full length."""
+    """PPO of a GPT-2 with random weights on prompts of at most `prompt_tokens`; EOS is disabled."""
 
     kind: ClassVar[str] = "ppo"
     unit: ClassVar[str] = "episodes"
     name: str
     title: str
     precision: Precision
-    critic: Literal["shared", "separate"] = "shared"  # of this project; TRL's is always a model of its own
+    critic: Literal["shared", "separate"] = "shared"  # this project's; TRL's is always a separate model
     layers: int = 6
     width: int = 384
     heads: int = 6
@@ -56,7 +57,7 @@ class PPOJob:
     prompt_tokens: int = 64
     response_tokens: int = 48
     batch_size: int = 16
-    mini_batch_size: int = 4  # of TRL: responses per backward pass, accumulated to one optimiser step per epoch
+    mini_batch_size: int = 4  # TRL's responses per backward pass, accumulated to one optimiser step per epoch
     ppo_epochs: int = 4
     updates: int = 2
 
@@ -65,7 +66,7 @@ class PPOJob:
         return self.batch_size * self.updates
 
     def tiny(self) -> "PPOJob":
-        """The same job in a few seconds."""
+        """A small version of the job that takes a few seconds."""
         sizes = {"layers": 2, "width": 32, "heads": 2, "vocabulary": 700, "prompt_tokens": 16}
         return replace(self, **sizes, response_tokens=6, batch_size=4, mini_batch_size=2, ppo_epochs=2)
 
@@ -89,7 +90,7 @@ class RewardJob:
     max_length: int = 512
 
     def tiny(self) -> "RewardJob":
-        """The same job in a few seconds; some pairs are too long for it."""
+        """A small version of the job that takes a few seconds; some of its pairs are too long."""
         sizes = {"layers": 2, "width": 32, "heads": 2, "vocabulary": 700}
         return replace(self, **sizes, pairs=12, batch_size=4, max_length=200)
 
@@ -114,7 +115,7 @@ JOBS = {job.name: job for job in _JOBS}
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """How many times TRL's figure must be this project's: of the seconds, and of the peak memory above the start."""
+    """Targets: the ratios of TRL's seconds and of TRL's peak memory above the start to this project's."""
 
     speed: float
     memory: float
@@ -131,12 +132,21 @@ BARS = {
     "gpt2-fp32": Bar(3.0, 4.0),
     "gpt2-bf16": Bar(4.0, 4.0),
 }
-LEAST_SHARE = {"fp32": 0.6}  # of the measured matrix rate that the necessary arithmetic must reach
+LEAST_SHARE = {"fp32": 0.6}  # target MFU: necessary arithmetic by the measured matrix rate
 
 
 def write_job(job: Job, folder: Path) -> None:
     """Writes `job.json` into a workplace."""
     (folder / "job.json").write_text(json.dumps({"kind": job.kind, **asdict(job)}, indent=1))
+
+
+def workplace_and_result(description: str | None) -> tuple[Path, Path]:
+    """The command-line arguments of a side: the folder of the job, and the file for its report."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("workplace", type=Path, help="folder with job.json and the job's models and data")
+    parser.add_argument("result", type=Path, help="JSON file to write the report to")
+    options = parser.parse_args()
+    return options.workplace, options.result
 
 
 def read_job(folder: Path) -> Any:

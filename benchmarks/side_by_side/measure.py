@@ -1,4 +1,4 @@
-"""Seconds and memory of a job in this process, and the matrix rate of the machine."""
+"""Measures the time and memory of a job in this process, and the matrix rate of the machine."""
 
 import resource
 import sys
@@ -10,23 +10,22 @@ from typing import Any
 
 import psutil
 
-EVERY_SECONDS = 0.01  # between two looks at the memory
+INTERVAL_SECONDS = 0.01  # between two samples of the memory
 MATRIX_SIZE, REPEATS = 2048, 15
 RUSAGE_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
 
 
 @contextmanager
 def watch() -> Iterator[dict[str, float]]:
-    """Fills the dict it gives: `seconds` inside, and resident memory at the start and at the peak, in 10⁹ bytes.
+    """Yields a dict and fills it: `seconds`, and resident memory at the start and at the peak, in 10⁹ bytes.
 
-    The peak is what the operating system says if the job raised the process's high-water mark, and the largest of the
-    samples if something before the job had raised it higher.
+    The peak is the process's high-water mark if the job raised it, else the largest of the samples.
     """
     process, stop = psutil.Process(), threading.Event()
     samples = [process.memory_info().rss]
 
     def sample() -> None:
-        while not stop.wait(EVERY_SECONDS):
+        while not stop.wait(INTERVAL_SECONDS):
             samples.append(process.memory_info().rss)
 
     measured = {"start_gb": samples[0] / 1e9}
@@ -45,7 +44,7 @@ def watch() -> Iterator[dict[str, float]]:
 
 
 class StepLosses:
-    """A transformers.Trainer, of either side, that keeps the loss of each step in `step_losses`."""
+    """A mixin for the Trainer of either side: records the loss of each step in `step_losses`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.step_losses: list[float] = []
@@ -58,7 +57,7 @@ class StepLosses:
 
 
 def matrix_rate(precision: str, threads: int) -> float:
-    """Operations per second of the fastest of some products of two 2048 × 2048 matrices."""
+    """Operations per second of the fastest of several products of two 2048 × 2048 matrices."""
     import torch
 
     torch.set_num_threads(threads)

@@ -1,8 +1,9 @@
-"""A side's script, and the most GPU memory that it allocated: `python -m side_by_side.on_gpu SCRIPT WORKPLACE RESULT`.
+"""Runs a side's script and measures its peak GPU memory: `python -m side_by_side.on_gpu SCRIPT WORKPLACE RESULT`.
 
-Adds `gpu_peak_gb`, in 10⁹ bytes, to what the script reports. Needs nothing but torch, so that both sides can run it.
+Adds `gpu_peak_gb`, in 10⁹ bytes, to the script's report. It imports torch alone, so that both sides can run it.
 """
 
+import argparse
 import json
 import runpy
 import sys
@@ -12,8 +13,12 @@ import torch
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("script", "workplace", "result"):
+        parser.add_argument(name)
+    options = parser.parse_args()
+    script, result = options.script, options.result
     sys.argv = sys.argv[1:]
-    script, _, result = sys.argv
     runpy.run_path(script, run_name="__main__")
     if not torch.cuda.is_available():
         return

@@ -1,7 +1,6 @@
-"""This project's side of a job, in a process of its own: `python -m side_by_side.project WORKPLACE RESULT`."""
+"""Runs this project's side of a job: `python -m side_by_side.project WORKPLACE RESULT`."""
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,15 @@ from deep_rlhf.algorithms.ppo_config import PPOConfig
 from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardTrainer, pair_features
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.types import Preference
-from side_by_side.jobs import PPO_SETTINGS, REWARD_ARGUMENTS, THREADS, PPOJob, RewardJob, read_job
+from side_by_side.jobs import (
+    PPO_SETTINGS,
+    REWARD_ARGUMENTS,
+    THREADS,
+    PPOJob,
+    RewardJob,
+    read_job,
+    workplace_and_result,
+)
 from side_by_side.measure import StepLosses, watch
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -101,7 +108,7 @@ def reward(job: RewardJob, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(THREADS)
-    workplace, result = map(Path, sys.argv[1:])
+    workplace, result = workplace_and_result(__doc__)
     job = read_job(workplace)
     outcome = ppo(job, workplace) if job.kind == "ppo" else reward(job, workplace)
     result.write_text(json.dumps(outcome))

@@ -1,11 +1,12 @@
-"""Medians and ratios of a job's runs, and the table of all jobs in Markdown."""
+"""Medians and ratios of a job's runs, and a Markdown table of all jobs."""
 
 from statistics import median
 from typing import Any
 
 from side_by_side.jobs import BARS, JOBS, LEAST_SHARE
 
-LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # of the first step; TRL's bf16 is autocast, which rounds elsewhere
+# Between the losses of the first step; TRL uses autocast for bf16, which rounds elsewhere.
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 
 HEADER = (
     "| job | precision | TRL | Deep RLHF | speed | TRL, GB | Deep RLHF, GB | memory | MFU |",
@@ -14,7 +15,7 @@ HEADER = (
 
 
 class UnequalWorkError(Exception):
-    """The two sides did different things, so their figures cannot be compared; the message says what differs."""
+    """The two sides did different work, so their figures cannot be compared; the message names the differences."""
 
 
 def check_equal_work(precision: str, peer: dict[str, Any], project: dict[str, Any]) -> None:
@@ -57,7 +58,7 @@ def summary(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def missed(name: str, job: dict[str, Any]) -> list[str]:
-    """The targets that a job misses, in words."""
+    """Descriptions of the targets that a job misses."""
     bar, found = BARS[name], job["summary"]
     least = LEAST_SHARE.get(job["settings"]["precision"], 0.0)
     measures = {

@@ -1,7 +1,7 @@
-"""A folder with all that both sides of a job open: settings, tokenizer, random weights, prompts or pairs.
+"""The folder that both sides of a job read: settings, tokenizer, random weights, prompts or pairs.
 
-Prompts and pairs are real where `shared/` lies beside the checkout, with GPT-2's own tokenizer; otherwise both are made
-from the synthetic task, with dialogues of like length.
+Prompts and pairs are real, with GPT-2's own tokenizer, if there is a `shared/` folder beside the checkout; otherwise
+they come from the synthetic task, with dialogues of similar length.
 """
 
 import json
@@ -22,7 +22,7 @@ from transformers import (
 
 from deep_rlhf.data.chat import HH
 from deep_rlhf.data.preferences import load_preferences
-from deep_rlhf.data.synthetic import generate_prompts, generate_response
+from deep_rlhf.data.synthetic import generate_answer, generate_prompts
 from side_by_side.arithmetic import PairLengths, ppo_operations, reward_operations, shared_prefix
 from side_by_side.jobs import Job, PPOJob, RewardJob, write_job
 
@@ -30,11 +30,11 @@ REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 GENERATED_DIALOGUES, MEAN_EARLIER_TURNS = 600, 2.5  # about 180 tokens a dialogue, 70 % of them prompt, as in hh-rlhf
 
-Dialogue = tuple[str, str, str]  # the prompt, ending in the assistant's marker; the better answer; the worse
+Dialogue = tuple[str, str, str]  # the prompt, ending in the assistant's marker; the chosen response; the rejected one
 
 
 def prepare(job: Job, folder: Path, *, real: bool) -> dict[str, int]:
-    """Fills the folder and returns the operations that the job needs, by part."""
+    """Writes the folder and returns the operations that the job needs, by part."""
     torch.manual_seed(0)
     dialogues = real_dialogues() if real else generated_dialogues()
     tokenizer = gpt2_tokenizer() if real else generated_tokenizer(dialogues, job.vocabulary)
@@ -46,7 +46,7 @@ def prepare(job: Job, folder: Path, *, real: bool) -> dict[str, int]:
         write_policy_and_reward_model(job, tokenizer, folder)
         return ppo_operations(job, [len(ids) for ids in tokenizer(prompts).input_ids])
     pairs = [
-        {"prompt": prompt, "chosen": HH.response(better) + EOS, "rejected": HH.response(worse) + EOS}
+        {"prompt": prompt, "chosen": HH.answer(better) + EOS, "rejected": HH.answer(worse) + EOS}
         for prompt, better, worse in evenly(dialogues, job.pairs)
     ]
     (folder / "pairs.json").write_text(json.dumps(pairs))
@@ -55,26 +55,26 @@ def prepare(job: Job, folder: Path, *, real: bool) -> dict[str, int]:
 
 
 def has_real_data() -> bool:
-    """Whether real pairs and GPT-2's tokenizer lie beside the checkout."""
+    """Whether there are real pairs and GPT-2's tokenizer beside the checkout."""
     return REAL_DATA.is_dir()
 
 
 def real_dialogues() -> list[Dialogue]:
-    """The training pairs of hh-rlhf, each answer as the words after the last marker."""
+    """The training pairs of hh-rlhf; each response is the text after the last marker."""
     preferences, _ = load_preferences(str(REAL_DATA / "hh-rlhf"), split="train")
     return [(HH.prompt(pair.prompt), pair.a, pair.b) for pair in preferences]
 
 
 def generated_dialogues() -> list[Dialogue]:
-    """Dialogues of the synthetic task: some earlier turns, a question, two answers of one or two parts."""
+    """Dialogues of the synthetic task: some earlier turns, a question, two responses of one or two parts."""
     rng = random.Random(0)
     questions = generate_prompts(0)
     dialogues = []
     for row in range(GENERATED_DIALOGUES):
         turns = rng.choices(questions, k=int(rng.expovariate(1 / MEAN_EARLIER_TURNS)))
-        earlier = "".join(HH.prompt(turn) + HH.response(generate_response(turn, rng)) for turn in turns)
+        earlier = "".join(HH.prompt(turn) + HH.answer(generate_answer(turn, rng)) for turn in turns)
         question = questions[row % len(questions)]
-        a, b = (" ".join(generate_response(question, rng) for _ in range(rng.randint(1, 2))) for _ in range(2))
+        a, b = (" ".join(generate_answer(question, rng) for _ in range(rng.randint(1, 2))) for _ in range(2))
         dialogues.append((earlier + HH.prompt(question), a, b))
     return dialogues
 
@@ -85,9 +85,9 @@ def gpt2_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def generated_tokenizer(dialogues: Sequence[Dialogue], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the dialogues, filled up to `vocabulary` with tokens that stand for themselves.
+    """A byte-level BPE of the dialogues, filled up to `vocabulary` with added tokens.
 
-    So each id that random weights sample can be decoded, and its text is one token again.
+    Every id that random weights may sample can be decoded, and its text is encoded as that id again.
     """
     inner = ByteLevelBPETokenizer()
     texts = (part for dialogue in dialogues for part in dialogue)
@@ -104,7 +104,7 @@ def finished(inner: ByteLevelBPETokenizer) -> PreTrainedTokenizerFast:
 
 
 def cut_prompts(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFast, job: PPOJob) -> list[str]:
-    """First human turns of at most `prompt_tokens` tokens, as text that has the same tokens again: one per episode."""
+    """First human turns cut to `prompt_tokens` tokens, as texts that encode to the same tokens; one per episode."""
     turns = [prompt.split(HH.assistant)[0] + HH.assistant for prompt, _, _ in dialogues]
     cut = [ids[: job.prompt_tokens] for ids in tokenizer(turns).input_ids]
     texts = tokenizer.batch_decode(cut)
@@ -113,14 +113,14 @@ def cut_prompts(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerFas
 
 
 def evenly(rows: Sequence, count: int) -> list:
-    """`count` rows at equal distances."""
+    """`count` evenly spaced rows."""
     return list(rows[:: len(rows) // count][:count])
 
 
 def kept_lengths(
     pairs: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> list[PairLengths]:
-    """Lengths of the pairs of which neither side is too long."""
+    """Lengths of the pairs without a text of more than `max_length` tokens."""
     chosen, rejected = (
         tokenizer([pair["prompt"] + pair[side] for pair in pairs]).input_ids for side in ("chosen", "rejected")
     )
@@ -128,7 +128,7 @@ def kept_lengths(
 
 
 def write_policy_and_reward_model(job: PPOJob, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """`policy` and `reward`, two GPT-2 of one size; the reward model can be opened with its tokenizer."""
+    """Writes `policy` and `reward`, two GPT-2 of one size; the reward model's folder has the tokenizer."""
     config = gpt2_config(job, tokenizer)
     GPT2LMHeadModel(config).save_pretrained(folder / "policy")
     GPT2ForSequenceClassification(config).save_pretrained(folder / "reward")
@@ -136,7 +136,7 @@ def write_policy_and_reward_model(job: PPOJob, tokenizer: PreTrainedTokenizerFas
 
 
 def write_classifier(job: RewardJob, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """`model`, the classifier to be trained."""
+    """Writes `model`, the classifier to be trained."""
     if job.architecture == "gpt2":
         GPT2ForSequenceClassification(gpt2_config(job, tokenizer)).save_pretrained(folder / "model")
         return
@@ -154,7 +154,7 @@ def write_classifier(job: RewardJob, tokenizer: PreTrainedTokenizerFast, folder:
 
 
 def gpt2_config(job: Job, tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
-    """Without dropout, so that both sides compute the same."""
+    """A configuration without dropout, so that both sides compute the same."""
     return GPT2Config(
         vocab_size=len(tokenizer),
         n_layer=job.layers,

@@ -99,7 +99,7 @@ def test_figures_and_table_of_a_gpu() -> None:
     )
     text = gpu.table(report)
     assert "new tokens/s | 10,000 |" in text
-    assert "| times TRL's | 10 | ≥ 5 |" in text
+    assert "| speed relative to TRL | 10 | ≥ 5 |" in text
     assert "not measured" not in text
 
 
