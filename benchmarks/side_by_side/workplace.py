@@ -22,7 +22,7 @@ from transformers import (
 
 from deep_rlhf.data.chat import HH
 from deep_rlhf.data.preferences import load_preferences
-from deep_rlhf.data.synthetic import generate_answer, generate_prompts
+from deep_rlhf.data.synthetic import generate_prompts, generate_response
 from side_by_side.arithmetic import PairLengths, ppo_operations, reward_operations, shared_prefix
 from side_by_side.jobs import Job, PPOJob, RewardJob, write_job
 
@@ -46,7 +46,7 @@ def prepare(job: Job, folder: Path, *, real: bool) -> dict[str, int]:
         write_policy_and_reward_model(job, tokenizer, folder)
         return ppo_operations(job, [len(ids) for ids in tokenizer(prompts).input_ids])
     pairs = [
-        {"prompt": prompt, "chosen": HH.answer(better) + EOS, "rejected": HH.answer(worse) + EOS}
+        {"prompt": prompt, "chosen": HH.response(better) + EOS, "rejected": HH.response(worse) + EOS}
         for prompt, better, worse in evenly(dialogues, job.pairs)
     ]
     (folder / "pairs.json").write_text(json.dumps(pairs))
@@ -72,9 +72,9 @@ def generated_dialogues() -> list[Dialogue]:
     dialogues = []
     for row in range(GENERATED_DIALOGUES):
         turns = rng.choices(questions, k=int(rng.expovariate(1 / MEAN_EARLIER_TURNS)))
-        earlier = "".join(HH.prompt(turn) + HH.answer(generate_answer(turn, rng)) for turn in turns)
+        earlier = "".join(HH.prompt(turn) + HH.response(generate_response(turn, rng)) for turn in turns)
         question = questions[row % len(questions)]
-        a, b = (" ".join(generate_answer(question, rng) for _ in range(rng.randint(1, 2))) for _ in range(2))
+        a, b = (" ".join(generate_response(question, rng) for _ in range(rng.randint(1, 2))) for _ in range(2))
         dialogues.append((earlier + HH.prompt(question), a, b))
     return dialogues
 
