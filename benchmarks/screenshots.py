@@ -148,7 +148,7 @@ def enter(page: Page, url: str, name: str) -> None:
     """Opens the first tab under a name."""
     page.goto(url)
     page.get_by_label("Name").fill(name)
-    page.get_by_role("button", name="Begin").click()
+    page.get_by_role("button", name="Start").click()
     page.wait_for_selector(".question")
 
 

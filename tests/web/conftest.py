@@ -11,7 +11,7 @@ from page_keys import TIMEOUT, Visit, enter, wait_ready
 
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web.access import auth, gate
+from deep_rlhf.web.access import gate, passwords
 from deep_rlhf.web.app import WebSettings, create_app
 from deep_rlhf.web.progress import events
 from deep_rlhf.web.server import Server
@@ -24,7 +24,7 @@ CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-net
 
 @pytest.fixture(autouse=True)
 def _quick_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "_HASHER", auth.PasswordHasher(time_cost=1, memory_cost=64, parallelism=1))
+    monkeypatch.setattr(passwords, "_HASHER", passwords.PasswordHasher(time_cost=1, memory_cost=64, parallelism=1))
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def server(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(events, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(events, "POLL_INTERVAL", 0.1)
     with Server(create_app(store)) as running:
         yield running
 

@@ -1,4 +1,4 @@
-"""A browser without scripts, and the form in which prompts are written."""
+"""A browser without scripts, and the prompt template."""
 
 import re
 from typing import Any

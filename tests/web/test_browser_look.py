@@ -10,6 +10,8 @@ from deep_rlhf.feedback.records import Alarm, AnnotatorFigures, Comparison, Vers
 from deep_rlhf.feedback.state import ANNOTATORS
 from deep_rlhf.feedback.store import Store
 
+pytestmark = pytest.mark.browser
+
 
 def test_the_model_tab_shows_the_loop_and_changes_by_itself(visit: Visit, store: Store, add: Add) -> None:
     add(3)
@@ -19,18 +21,18 @@ def test_the_model_tab_shows_the_loop_and_changes_by_itself(visit: Visit, store:
     store.add_metrics([{"step": i, "reward": i / 10, "kl": i / 4, "sqrt_kl": (i / 4) ** 0.5} for i in range(1, 9)])
     for number in (0, 1):
         store.add_version(Version(kind="policy", number=number, step=5 * number, labels=number, last_event=number))
-        store.add_samples(number, [("\n\nHuman: Fixed?\n\nAssistant:", f"answer of version {number}")])
+        store.add_samples(number, [("\n\nHuman: Fixed?\n\nAssistant:", f"response of version {number}")])
     store.add_version(Version(kind="reward", number=1, step=4, labels=1, last_event=1))
     store.put("win_rate", {"rate": 0.63, "low": 0.4, "high": 0.8, "answers": 16, "first": 1, "last": 1})
-    store.put("outlook", {"next": 100, "accuracy_now": 0.61, "accuracy_then": 0.68, "text": "It will foresee 68%."})
+    store.put("outlook", {"next": 100, "accuracy_now": 0.61, "accuracy_then": 0.68, "text": "It will predict 68%."})
     store.put("choosing", {"chosen": {"answers": 12, "accuracy": 0.5, "informative": 0.3}, "random": {"answers": 3}})
     store.put("alpha", 0.37)
     figures = AnnotatorFigures(name="anna", answers=1, error_rate=0.1, error_rate_interval=(0.02, 0.5), agreement=0.75)
     ANNOTATORS.write(store, [figures])
     open_model(page)
     for text in (
-        *("63%", "40% to 80%, by 16 blind answers", "61% → 68%", "It will foresee 68%.", "0.37", "None so far."),
-        *("Too few answers to say", "answer of version 0", "answer of version 1", "reward 1, update 5", "50% to 98%"),
+        *("63%", "40% to 80%, from 16 blind labels", "61% → 68%", "It will predict 68%.", "0.37", "No alarms."),
+        *("Too few labels", "response of version 0", "response of version 1", "reward model 1, update 5", "50% to 98%"),
     ):
         page.get_by_text(text).first.wait_for()
     for name in ("Reward", "Distance from the start", "Reward against distance"):
@@ -40,16 +42,16 @@ def test_the_model_tab_shows_the_loop_and_changes_by_itself(visit: Visit, store:
     page.evaluate("document.activeElement.blur()")
     # What follows comes by itself, and the open table stays open.
     store.put("status", {"state": "training", "step": 9, "text": "Update 9 is under way."})
-    message = "Answers are 3.00 times as long."
+    message = "Responses are 3.00 times as long."
     store.add_alarm(Alarm(name="length_ratio", step=9, action="roll_back", message=message, figure=3, limit=2))
     store.add_version(Version(kind="policy", number=2, step=9, labels=1, last_event=1))
-    store.add_samples(2, [("\n\nHuman: Fixed?\n\nAssistant:", "answer of version 2")])
-    for text in ("Update 9 is under way.", message, "rolled back", "answer of version 2"):
+    store.add_samples(2, [("\n\nHuman: Fixed?\n\nAssistant:", "response of version 2")])
+    for text in ("Update 9 is under way.", message, "rolled back", "response of version 2"):
         page.get_by_text(text).first.wait_for()
     page.get_by_role("columnheader", name="reward", exact=True).wait_for()
     page.get_by_label("Left").select_option("1")
-    page.get_by_text("answer of version 1").wait_for()
-    assert not page.get_by_text("answer of version 0").is_visible()
+    page.get_by_text("response of version 1").wait_for()
+    assert not page.get_by_text("response of version 0").is_visible()
 
 
 def test_state_and_alarms_change_while_somebody_reads_the_figures_with_the_keyboard(visit: Visit, store: Store) -> None:
@@ -58,7 +60,7 @@ def test_state_and_alarms_change_while_somebody_reads_the_figures_with_the_keybo
     open_model(page)
     page.locator("figure summary").first.focus()
     store.put("status", {"state": "training", "step": 9, "text": "Update 9 is under way."})
-    message = "Answers are 3.00 times as long."
+    message = "Responses are 3.00 times as long."
     store.add_alarm(Alarm(name="length_ratio", step=9, action="warn", message=message, figure=3, limit=2))
     live = page.locator("[aria-live=polite]")
     for text in ("Update 9 is under way.", message):
@@ -66,10 +68,10 @@ def test_state_and_alarms_change_while_somebody_reads_the_figures_with_the_keybo
     assert page.evaluate("document.activeElement.textContent") == "Numbers"
     assert live.locator("a, button, summary, input, select, [tabindex]").count() == 0  # or they would keep it back
     # What has not changed is not replaced: it would be read aloud again.
-    page.evaluate("document.querySelector('#now .status').dataset.same = 'yes'")
-    with page.expect_response("**/model/now"):
+    page.evaluate("document.querySelector('#status .status').dataset.same = 'yes'")
+    with page.expect_response("**/model/status"):
         store.put("alpha", 0.5)
-    page.locator("#now .status[data-same]").wait_for()
+    page.locator("#status .status[data-same]").wait_for()
     store.put("status", {"state": "training", "step": 10, "text": "Update 10 is under way."})
     live.get_by_text("Update 10 is under way.").wait_for()
 
@@ -80,9 +82,9 @@ def test_the_red_button_asks_first_and_stops_everything(visit: Visit, store: Sto
     open_model(page)
     button = page.get_by_role("button", name="Yes, stop the trainer")
     assert not button.is_visible()
-    page.get_by_text("Stop everything …").click()
+    page.locator("#stop summary").click()
     button.click()
-    page.get_by_text("Stop asked for by anna").wait_for()
+    page.get_by_text("by anna").wait_for()
     assert store.get("stop")["by"] == "anna"
 
 
@@ -98,7 +100,7 @@ def test_a_phone_shows_answers_one_above_the_other_and_never_scrolls_sideways(
     store.add_samples(0, [("Fixed " + wide, wide)])
     store.add_metrics([{"step": i, "reward": 1e-7 * i, "sqrt_kl": 1e6 * i} for i in range(5)])
     page = visit("a" * 60, size=(360, 740), color_scheme=scheme)
-    first, second = (page.locator("#question .answer").nth(i).bounding_box() for i in (0, 1))
+    first, second = (page.locator("#question .response").nth(i).bounding_box() for i in (0, 1))
     assert second["y"] >= first["y"] + first["height"]
     no_overflow = "document.documentElement.scrollWidth <= innerWidth"
     assert page.evaluate(no_overflow)
@@ -112,7 +114,7 @@ def test_a_phone_shows_answers_one_above_the_other_and_never_scrolls_sideways(
     assert page.evaluate(no_overflow)
     page.keyboard.press("Escape")
     open_model(page)
-    page.get_by_text("Stop everything …").click()
+    page.locator("#stop summary").click()
     assert page.evaluate(no_overflow)
     page.get_by_role("button", name="Yes, stop the trainer").wait_for()
 
@@ -120,7 +122,7 @@ def test_a_phone_shows_answers_one_above_the_other_and_never_scrolls_sideways(
 def test_a_wide_screen_shows_two_answers_side_by_side(visit: Visit, add: Add) -> None:
     add("Hello", "x " * 400, "y")
     page = visit("anna")
-    first, second = (page.locator("#question .answer").nth(i).bounding_box() for i in (0, 1))
+    first, second = (page.locator("#question .response").nth(i).bounding_box() for i in (0, 1))
     assert first["y"] == second["y"]
     assert second["x"] >= first["x"] + first["width"]
 
@@ -179,7 +181,7 @@ def test_text_can_be_read_and_controls_have_names(visit: Visit, store: Store, ad
         page.get_by_role("button", name=name).wait_for()
     assert page.get_by_role("radio").count() == 4
     page.get_by_role("group", name="How much better?").wait_for()
-    page.get_by_role("region", name="Answer A").wait_for()
+    page.get_by_role("region", name="Response A").wait_for()
     assert page.get_by_role("link", name="Label").get_attribute("aria-current") == "page"
     assert page.locator("h1").count() == 1
     open_model(page)

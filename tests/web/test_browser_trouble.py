@@ -4,13 +4,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_keys import Add, Visit, another_tab, enter, number_on, press, wait_ready, wait_saved, wait_text
+from page_keys import (
+    Add,
+    Visit,
+    another_tab,
+    enter,
+    number_on,
+    press,
+    wait_empty,
+    wait_question,
+    wait_ready,
+    wait_saved,
+    wait_text,
+)
 
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web.access.auth import SESSION_COOKIE, add_account, hash_of
+from deep_rlhf.web.access.auth import add_account
+from deep_rlhf.web.access.cookies import SESSION_COOKIE, hash_token
 from deep_rlhf.web.app import create_app
 from deep_rlhf.web.server import Server
+
+pytestmark = pytest.mark.browser
 
 PASSWORD = "correct horse battery"
 HIDE = """(hidden) => {
@@ -29,12 +44,12 @@ def test_answers_wait_while_the_server_is_away_and_are_saved_once(
     wait_saved(page)
     server.stop()
     press(page, "ArrowUp")
-    wait_text(page, "[data-unsaved]", "1 answer is not saved yet")
+    wait_text(page, "[data-unsaved]", "1 label")
     page.keyboard.press("ArrowUp")
-    wait_text(page, "[data-unsaved]", "2 answers are not saved yet")
+    wait_text(page, "[data-unsaved]", "2 labels")
     assert store.answered("anna") == 1
     page.get_by_role("button", name="Change name").click()
-    wait_text(page, "[data-message]", "2 answers are not saved yet: wait before you leave.")
+    wait_text(page, "[data-message]", "2 labels")
     with Server(create_app(store), port=server.port):
         wait_saved(page)
         assert not page.locator("[data-unsaved]").is_visible()
@@ -57,7 +72,7 @@ def test_an_answer_that_was_lost_on_its_way_or_back_outlives_a_reload_and_counts
 
     page.route("**/answer", lose)
     page.keyboard.press("ArrowUp")
-    wait_text(page, "[data-unsaved]", "1 answer is not saved yet")
+    wait_text(page, "[data-unsaved]", "1 label")
     assert store.answered("anna") == arrives
     page.unroute_all(behavior="ignoreErrors")
     page.reload()
@@ -76,7 +91,7 @@ def test_an_answer_that_comes_too_late_says_so(visit: Visit, store: Store, add: 
     store.answer(question.id, "bert", token="t", choice="tie")
     assert question.id == number_on(page)
     press(page, "ArrowUp")
-    wait_text(page, "[data-message]", "Somebody else has question 1 by now")
+    wait_text(page, "[data-message]", "question 1")
     assert [label.annotator for label in store.labels()] == ["bert"]
 
 
@@ -86,7 +101,7 @@ def test_a_refused_question_can_be_put_to_the_same_person_again(visit: Visit, st
     store.release("anna")
     store.ask("bert")
     press(page, "ArrowUp")
-    wait_text(page, "[data-message]", "Somebody else has question 1 by now")
+    wait_text(page, "[data-message]", "question 1")
     store.release("bert")
     assert number_on(page) == 2
     press(page, "ArrowUp")
@@ -96,13 +111,13 @@ def test_a_refused_question_can_be_put_to_the_same_person_again(visit: Visit, st
     assert [label.annotator for label in store.labels()] == ["anna", "anna"]
 
 
-def test_a_question_that_was_lent_to_somebody_else_meanwhile_goes(visit: Visit, store: Store, add: Add) -> None:
+def test_a_question_that_was_leased_to_another_annotator_disappears(visit: Visit, store: Store, add: Add) -> None:
     add(3)
     page = visit("anna")
     store.release("anna")
     store.ask("bert")
     page.evaluate(LOOK_AGAIN)
-    wait_text(page, "[data-message]", "somebody else has it now")
+    wait_text(page, "[data-message]", "another annotator")
     assert number_on(page) == 2
     press(page, "ArrowUp")
     wait_saved(page)
@@ -119,12 +134,12 @@ def test_an_answer_never_gets_into_another_store(
     wait_saved(page)
     server.stop()
     press(page, "ArrowLeft")
-    wait_text(page, "[data-unsaved]", "1 answer is not saved yet")
+    wait_text(page, "[data-unsaved]", "1 label")
     with Store(tmp_path / "other.db", seed=1) as other:
         other.add([Comparison(prompt=f"Other {i}", answers=("x", "y")) for i in range(3)])
         with Server(create_app(other), port=server.port):
-            wait_text(page, "[data-message]", "This page belongs to another store than the one that is served now.")
-            page.get_by_role("link", name="Load it again.").click()
+            wait_text(page, "[data-message]", "another store")
+            page.get_by_role("link", name="Reload the page.").click()
             page.get_by_text("Other 0").wait_for()
             wait_ready(page)
             press(page, "ArrowDown")
@@ -147,7 +162,7 @@ def test_a_name_that_begins_like_another_one_does_not_send_his_answers(visit: Vi
     address = page.url
     page.route("**/answer", lambda route: route.abort("connectionreset"))
     page.keyboard.press("ArrowUp")
-    wait_text(page, "[data-unsaved]", "1 answer is not saved yet")
+    wait_text(page, "[data-unsaved]", "1 label")
     page.unroute_all(behavior="ignoreErrors")
     for name, answered in (("anna", 0), ("anna b", 1)):
         page.goto("about:blank")
@@ -168,7 +183,7 @@ def test_two_tabs_of_one_person(visit: Visit, store: Store, add: Add) -> None:
     press(first, "ArrowUp")
     wait_saved(first)
     press(second, "ArrowDown")
-    wait_text(second, "[data-message]", "anna has answered question 1 already.")
+    wait_text(second, "[data-message]", "question 1")
     press(second, "ArrowDown")
     wait_saved(second)
     assert [(label.comparison_id, label.choice) for label in store.labels()] == [(1, "tie"), (2, "cant_tell")]
@@ -181,9 +196,9 @@ def test_an_undo_that_another_tab_sends_is_over_for_both(visit: Visit, store: St
     wait_saved(first)
     first.context.route("**/undo", lambda route: route.abort("connectionreset"))
     first.keyboard.press("u")
-    wait_text(first, "[data-unsaved]", "1 answer is not saved yet")
+    wait_text(first, "[data-unsaved]", "1 label")
     second = another_tab(first)
-    wait_text(second, "[data-unsaved]", "1 answer is not saved yet")
+    wait_text(second, "[data-unsaved]", "1 label")
     second.route("**/undo", lambda route: route.abort("connectionreset"))
     first.context.unroute_all(behavior="ignoreErrors")
     wait_saved(first)
@@ -217,10 +232,10 @@ def test_an_answer_waits_for_the_next_login(visit: Visit, store: Store, add: Add
     press(page, "ArrowUp")
     wait_saved(page)
     (session,) = (cookie["value"] for cookie in page.context.cookies() if cookie["name"] == SESSION_COOKIE)
-    store.remove_login(hash_of(session))
+    store.remove_login(hash_token(session))
     press(page, "ArrowUp")
-    wait_text(page, "[data-message]", "1 answer is not saved yet. Log in to save it.")
-    page.get_by_role("link", name="Log in to save it.").click()
+    wait_text(page, "[data-message]", "1 label")
+    page.get_by_role("link", name="Log in to save.").click()
     enter(page, "anna", PASSWORD)
     wait_ready(page)
     wait_saved(page)
@@ -249,10 +264,10 @@ def test_more_tabs_can_be_open_than_a_browser_has_connections(visit: Visit, stor
     for _ in range(6):
         tabs[-1].evaluate(HIDE, True)
         tabs.append(another_tab(page))
-    wait_text(page, "#question h1", "No question just now")
+    wait_empty(page)
     for tab in tabs[1:]:
         tab.evaluate(HIDE, True)
     add(1)
     assert page.locator("#question .question").count() == 0
     page.evaluate(HIDE, False)
-    page.locator("#question .question").wait_for()
+    wait_question(page)

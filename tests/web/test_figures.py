@@ -8,11 +8,20 @@ import pytest
 from starlette.datastructures import FormData
 
 from deep_rlhf.feedback.records import Comparison, Label, Version
+from deep_rlhf.feedback.state import ArmFigures, SelectionFigures
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web.access.auth import Problem
 from deep_rlhf.web.labelling.routes import ranks_of
+from deep_rlhf.web.problem import Problem
 from deep_rlhf.web.progress.charts import Line, chart, interval, nice_range, thinned, tick_step
-from deep_rlhf.web.progress.view import Metrics, charts_of, choosing_says, compared, said, use_of, uses_of
+from deep_rlhf.web.progress.view import (
+    Metrics,
+    compare_versions,
+    first_use,
+    label_summary,
+    label_uses,
+    selection_summary,
+    training_charts,
+)
 from deep_rlhf.web.rendering.templates import clock, number, percent
 
 
@@ -92,54 +101,59 @@ def test_metrics_are_read_once_and_an_update_done_again_replaces_the_old_one(sto
     metrics.refresh()
     assert metrics.column("step", "reward") == [(1, 1), (2, -2)]
     assert metrics.column("sqrt_kl", "reward") == [(0.1, 1)]
-    assert [one.id for one in charts_of(metrics, [version("policy", 1, 2)])] == ["reward", "kl", "frontier"]
+    assert [one.id for one in training_charts(metrics, [version("policy", 1, 2)])] == ["reward", "kl", "frontier"]
 
 
 def test_each_answer_is_traced_to_the_update_that_used_it_first() -> None:
     rewards = [version("reward", 1, 0, 8, 10), version("reward", 2, 12, 20, 25)]
     policies = [version("policy", 0, 0), version("policy", 1, 12), version("policy", 2, 20)]
-    uses = uses_of(rewards, policies)
+    uses = label_uses(rewards, policies)
     assert [(use.reward.number, use.new_labels, use.events, use.policy) for use in uses] == [
         (2, 12, (10, 25), 2),
         (1, 8, (0, 10), 1),
     ]
-    used = [use_of(label(event), uses) for event in (1, 10, 11, 25, 26)]
+    used = [first_use(label(event), uses) for event in (1, 10, 11, 25, 26)]
     assert [use and use.reward.number for use in used] == [1, 1, 2, 2, None]
-    assert uses_of([version("reward", 1, 30)], policies)[0].policy is None
+    assert label_uses([version("reward", 1, 30)], policies)[0].policy is None
 
 
 def test_answers_are_told_by_what_was_preferred() -> None:
-    assert said(label(1)) == "first"
-    assert said(label(1, choice="b")) == "second"
-    assert said(label(1, choice="tie")) == "(tie)"
-    assert said(label(1, choice="cant_tell")) == "(can't tell)"
-    assert said(label(1, choice=None, ranks=(1, 2))) == "(an order)"
+    assert label_summary(label(1)) == "first"
+    assert label_summary(label(1, choice="b")) == "second"
+    assert label_summary(label(1, choice="tie")) == "(tie)"
+    assert label_summary(label(1, choice="cant_tell")) == "(can't tell)"
+    assert label_summary(label(1, choice=None, ranks=(1, 2))) == "(a ranking)"
 
 
-def test_whether_choosing_pays_is_said_only_with_enough_answers() -> None:
-    def arm(answers: int, informative: float | None) -> dict[str, object]:
-        return {"answers": answers, "informative": informative}
+def test_selected_and_random_questions_are_compared_only_with_enough_labels() -> None:
+    def summary(chosen: int, chosen_bits: float | None, random: int, random_bits: float | None) -> str:
+        return selection_summary(
+            SelectionFigures(
+                chosen=ArmFigures(answers=chosen, informative=chosen_bits),
+                random=ArmFigures(answers=random, informative=random_bits),
+            )
+        )
 
-    assert choosing_says(None).startswith("Too few")
-    assert choosing_says({"chosen": arm(50, 0.3), "random": arm(9, 0.1)}).startswith("Too few")
-    assert choosing_says({"chosen": arm(50, None), "random": arm(50, 0.1)}).startswith("Too few")
-    assert choosing_says({"chosen": arm(50, 0.3), "random": arm(50, 0.1)}).endswith("teach more than random ones.")
-    assert choosing_says({"chosen": arm(50, 0.0), "random": arm(50, 0.1)}).endswith("teach less than random ones.")
-    assert choosing_says({"chosen": arm(50, 0.1), "random": arm(50, 0.1)}).endswith("as much as random ones.")
+    assert selection_summary(None).startswith("Too few")
+    assert summary(50, 0.3, 9, 0.1).startswith("Too few")
+    assert summary(50, None, 50, 0.1).startswith("Too few")
+    assert summary(50, 0.3, 50, 0.1).endswith("more informative than random ones.")
+    assert summary(50, 0.0, 50, 0.1).endswith("less informative than random ones.")
+    assert summary(50, 0.1, 50, 0.1).endswith("as informative as random ones.")
 
 
 def test_versions_are_compared_by_prompt(store: Store) -> None:
-    assert compared(store, None, None)["known"] == []
+    assert compare_versions(store, None, None)["known"] == []
     for i in range(3):
         store.add_version(version("policy", i, 10 * i))
         store.add_samples(i, [("p", f"p{i}"), ("q", f"q{i}")] if i else [("p", "p0")])
-    newest = compared(store, None, None)
+    newest = compare_versions(store, None, None)
     assert (newest["left"], newest["right"], newest["follows"]) == (0, 2, True)
     assert newest["rows"] == [("p", "p0", "p2"), ("q", None, "q2")]
     assert newest["known"] == [(0, 0), (1, 10), (2, 20)]
-    chosen = compared(store, 2, 1)
+    chosen = compare_versions(store, 2, 1)
     assert (chosen["left"], chosen["right"], chosen["follows"]) == (2, 1, False)
-    assert compared(store, 99, 99)["right"] == 2
+    assert compare_versions(store, 99, 99)["right"] == 2
 
 
 @pytest.mark.parametrize(

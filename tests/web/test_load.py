@@ -24,6 +24,7 @@ from sqlalchemy import text
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
 
+pytestmark = pytest.mark.timing
 SECONDS = 60.0  # after which something hangs
 MOST_REQUESTS = 150  # of one person
 
@@ -190,7 +191,6 @@ def page(address: str) -> Iterator[Page]:
     running.kill()
 
 
-@pytest.mark.timing
 def test_nothing_is_lost_or_doubled_while_the_server_is_killed(page: Page) -> None:
     """Fifty people, who also skip and undo, three hundred questions, five times kill -9."""
     rng = random.Random(11)
@@ -236,7 +236,6 @@ def test_nothing_is_lost_or_doubled_while_the_server_is_killed(page: Page) -> No
         assert sorted(counting) == sorted(person.acknowledged.values())
 
 
-@pytest.mark.timing
 def test_an_answer_takes_less_than_a_tenth_of_a_second_with_twenty_people(page: Page) -> None:
     """The 95th percentile, where people are, whose pages listen and look: with the next question in the reply."""
     each, people = 12, 20

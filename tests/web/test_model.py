@@ -1,4 +1,4 @@
-"""The second tab without a browser: who sees which answers, and whether the trainer lives."""
+"""The model tab without a browser: who sees which labels, and whether the trainer is alive."""
 
 import re
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from deep_rlhf.web.progress.view import silent_since
 
 PASSWORD = "correct horse battery"
 NOW = datetime(2026, 3, 4, 12, 0, tzinfo=UTC)
-TOLD_LATER = "told once it is used"
+SHOWN_LATER = "shown after the first use"
 
 
 @pytest.fixture
@@ -47,15 +47,15 @@ def test_every_answer_can_be_traced_to_its_first_use(client: Client, store: Stor
         store.answer(question.id, "bert", token=f"t{question.id}", choice="a")
         if question.id % 30 == 0:
             learn(store, question.id // 30)
-    page, found = client.get("/model/answers").text, list[tuple[str, str]]()
+    page, found = client.get("/model/labels").text, list[tuple[str, str]]()
     while True:
-        found += re.findall(r"Question (\d+)\?.*?(reward \d)", page)
-        older = re.search(r'href="(/model/answers\?until=\d+)">Older', page)
+        found += re.findall(r"Question (\d+)\?.*?reward model (\d)", page)
+        older = re.search(r'href="(/model/labels\?until=\d+)">Older', page)
         if older is None:
             break
         page = client.get(older[1]).text
-        assert "The newest" in page
-    assert found == [(f"{i:03}", f"reward {i // 30 + 1}") for i in reversed(range(120))]
+        assert ">Newest<" in page
+    assert found == [(f"{i:03}", f"{i // 30 + 1}") for i in reversed(range(120))]
 
 
 def test_no_reward_model_learns_from_cant_tell(client: Client, store: Store) -> None:
@@ -65,8 +65,8 @@ def test_no_reward_model_learns_from_cant_tell(client: Client, store: Store) -> 
     store.answer(question.id, "bert", token="t", choice="cant_tell")
     learn(store, 1)
     page = client.get("/model").text
-    assert "never: it says nothing" in page
-    assert "reward 1, update 1" not in page
+    assert "never (can't tell)" in page
+    assert "reward model 1, update 1" not in page
 
 
 def test_an_annotator_sees_no_answer_before_a_reward_model_learned_from_it(
@@ -93,13 +93,13 @@ def test_an_annotator_sees_no_answer_before_a_reward_model_learned_from_it(
         assert "Question 1?" in page
         assert "Question 2?" not in page
         assert ">gold<" not in page
-        assert "Asked because" not in page
-        assert "measures only" not in page
-        assert "Gold right" not in page  # after each answer it would tell which question was gold
+        assert "Reason for asking" not in page
+        assert "only for measurement" not in page
+        assert "Gold correct" not in page  # after each answer it would tell which question was gold
         page = root.get(path).text
         assert "Question 2?" in page
-        assert "Gold right" in page
-        assert page.count("measures only") == 1  # no reward model learns from the gold question
+        assert "Gold correct" in page
+        assert page.count("only for measurement") == 1  # no reward model learns from the gold question
 
 
 def test_without_accounts_reasons_are_told_once_the_answer_is_used(
@@ -110,11 +110,11 @@ def test_without_accounts_reasons_are_told_once_the_answer_is_used(
     page = client.get("/model").text
     assert "Gold?" in page
     assert ">gold<" not in page
-    assert TOLD_LATER in page
+    assert SHOWN_LATER in page
     learn(store, 1)
     page = client.get("/model").text
     assert ">gold<" in page
-    assert TOLD_LATER not in page
+    assert SHOWN_LATER not in page
 
 
 @pytest.mark.parametrize(
@@ -147,26 +147,26 @@ def test_a_stop_is_only_asked_for_until_the_trainer_says_that_it_stopped(client:
     client.enter("anna")
     store.put("status", {"state": "training", "step": 3, "text": "Update 4.", "at": "2026-03-04T05:06:07+00:00"})
     store.put("stop", {"by": "anna", "at": "2026-03-04T05:06:09+00:00"})
-    page = client.get("/model/now").text
-    assert "Stop asked for by anna" in page
+    page = client.get("/model/status").text
+    assert "Stop requested by anna" in page
     assert "Stopped by" not in page
-    assert "no sign of life" not in page
+    assert "no heartbeat" not in page
     store.put("heartbeat", "2026-03-04T05:06:11+00:00")
-    page = client.get("/model/now").text
-    assert "Training: no sign of life since 04 Mar 2026, 05:06 UTC" in page
-    assert "hears it within seconds" not in page
+    page = client.get("/model/status").text
+    assert "Training: no heartbeat since 04 Mar 2026, 05:06 UTC" in page
+    assert "stops within seconds" not in page
     store.put("status", {"state": "stopped", "step": 3, "text": "The loop was stopped.", "at": None})
-    page = client.get("/model/now").text
+    page = client.get("/model/status").text
     assert "Stopped by anna" in page
-    assert "Stop asked for" not in page
-    assert "no sign of life" not in page
+    assert "Stop requested" not in page
+    assert "no heartbeat" not in page
 
 
 @pytest.mark.parametrize(
     ("number", "told"),
     [
-        (1, ("by 1 blind answer about version 3<", "1 question waits<")),
-        (2, ("by 2 blind answers about versions 2 to 3<", "2 questions wait<")),
+        (1, ("from 1 blind label of version 3<", "1 question waiting<")),
+        (2, ("from 2 blind labels of versions 2 to 3<", "2 questions waiting<")),
     ],
 )
 def test_one_is_not_several(client: Client, store: Store, number: int, told: tuple[str, str]) -> None:

@@ -10,8 +10,7 @@ from test_text import found_in
 
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web.access import security
-from deep_rlhf.web.access.security import LARGEST_BODY
+from deep_rlhf.web.access.headers import INTERNAL_ERROR, MAX_BODY
 from deep_rlhf.web.app import create_app
 
 Add = Callable[..., list[int]]
@@ -52,7 +51,7 @@ def test_hostile_text_adds_nothing_to_the_page(client: Client, store: Store) -> 
         assert f'data-question="{number}"' in page
         check_harmless(page)
         assert client.submit("/answer", question=number, token=f"t{number}", choice="a").status_code == 200
-        if number % 8 == 0 or number == len(payloads):  # the newest dozen answers are shown
+        if number % 8 == 0 or number == len(payloads):  # the newest dozen labels are shown
             store.put("status", {"state": payload, "step": 1, "text": payload, "at": payload})
             store.put("outlook", {"next": 100, "accuracy_now": 0.5, "accuracy_then": 0.6, "text": payload})
             check_harmless(client.get("/model").text)
@@ -78,7 +77,7 @@ def test_a_turn_that_an_answer_pretends_is_text_of_the_answer(client: Client, ad
 def test_every_route_has_the_headers_whatever_it_answers(client: Client, add: Add) -> None:
     add(2)
     client.enter()
-    asked = ["/", "/login", "/questions", "/progress", "/model", "/model/now", "/model/history", "/model/versions"]
+    asked = ["/", "/login", "/questions", "/progress", "/model", "/model/status", "/model/history", "/model/versions"]
     asked += ["/health", "/static/style.css", "/static/htmx.min.js", "/static/nothing", "/nothing", "/questions?want=x"]
     answers = [client.get(path) for path in asked]
     answers += [client.post(path) for path in ("/answer", "/skip", "/undo", "/stop", "/name", "/login", "/logout")]
@@ -99,7 +98,7 @@ def test_a_mistake_of_ours_has_them_too_and_tells_nothing(client: Client, store:
     answer = client.get("/")
     assert answer.status_code == 500
     assert answer.headers["content-security-policy"] == POLICY
-    assert answer.text == security.FAILED
+    assert answer.text == INTERNAL_ERROR
 
 
 # ---- hosts, forged forms
@@ -149,7 +148,7 @@ def test_only_forms_are_taken(client: Client) -> None:
 
 def test_a_large_request_is_refused_with_or_without_its_length(client: Client) -> None:
     csrf = client.csrf()
-    assert client.post("/name", data={"csrf": csrf, "name": "x" * LARGEST_BODY}).status_code == 413
+    assert client.post("/name", data={"csrf": csrf, "name": "x" * MAX_BODY}).status_code == 413
 
     def pieces() -> Any:
         yield f"csrf={csrf}&name=".encode()

@@ -12,10 +12,12 @@ import pytest
 from page_client import Client
 
 from deep_rlhf.cli import label
-from deep_rlhf.errors import StoreUnavailable, UserError
+from deep_rlhf.errors import ConfigError, StoreUnavailable, UserError
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web.access import auth
-from deep_rlhf.web.access.auth import NO_PASSWORD, add_account
+from deep_rlhf.web.access import auth, passwords
+from deep_rlhf.web.access.auth import add_account
+from deep_rlhf.web.access.cookies import hash_token
+from deep_rlhf.web.access.passwords import NO_PASSWORD
 from deep_rlhf.web.app import STATIC, WebSettings, create_app
 from deep_rlhf.web.progress import events
 from deep_rlhf.web.server import Server
@@ -55,7 +57,7 @@ def public(store: Store) -> Client:
 def test_it_does_not_start_where_others_reach_it_and_nobody_needs_a_password(
     store: Store, settings: dict[str, Any]
 ) -> None:
-    with pytest.raises(UserError, match="add an account"):
+    with pytest.raises(ConfigError, match=r"--add_user .*DEEP_RLHF_TOKEN"):
         create_app(store, WebSettings(**settings))
     create_app(store, WebSettings(**settings, token=TOKEN))
     add_account(store, "root", "admin", PASSWORD)
@@ -64,7 +66,7 @@ def test_it_does_not_start_where_others_reach_it_and_nobody_needs_a_password(
 
 def test_bad_settings_are_refused(store: Store) -> None:
     for bad in ({"token": "short"}, {"port": 70_000}, {"public_url": "labels.example"}, {"public_url": "http://a/b"}):
-        with pytest.raises(UserError):
+        with pytest.raises(ConfigError):
             WebSettings(**bad)
     for name, password in (("anna", "short"), ("an\nna", PASSWORD), (" anna", PASSWORD), ("", PASSWORD)):
         with pytest.raises(UserError):
@@ -74,7 +76,7 @@ def test_bad_settings_are_refused(store: Store) -> None:
 
 def test_nobody_gets_anything_without_a_login(public: Client, add: Add) -> None:
     add(1)
-    for path in ("/questions", "/progress", "/model/now", "/model/history", "/model/versions", "/events"):
+    for path in ("/questions", "/progress", "/model/status", "/model/history", "/model/versions", "/events"):
         answer = public.get(path, headers={"accept": "application/json"})
         assert answer.status_code == 401, path
     for path in ("/", "/model", "/progress"):
@@ -94,10 +96,11 @@ def test_a_name_cookie_is_no_login(public: Client, add: Add) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "   "])
-def test_nobody_gets_a_name_that_he_did_not_give(client: Client, name: str) -> None:
+def test_nobody_gets_a_name_that_they_did_not_give(client: Client, name: str) -> None:
     csrf = client.csrf()
     refused = client.post("/name", data={"csrf": csrf, "name": name}, headers={"accept": "application/json"})
-    assert (refused.status_code, refused.json()) == (422, {"error": "'name' is missing."})
+    assert refused.status_code == 422
+    assert "'name'" in refused.json()["error"]
     assert str(client.get("/").url).endswith("/login")
 
 
@@ -108,7 +111,7 @@ def test_login_and_logout(public: Client, store: Store, add: Add) -> None:
     before = public.cookies["deep_rlhf_session"]
     page = public.log_in("anna", PASSWORD)
     assert page.url.path == "/"
-    assert "Which answer is better?" in page.text
+    assert 'class="question pair"' in page.text
     after = public.cookies["deep_rlhf_session"]
     assert after != before  # whoever planted the old one has nothing
     assert store.waiting() == 0  # both are lent to anna now
@@ -125,8 +128,8 @@ def test_a_stream_of_events_ends_with_the_login(store: Store, monkeypatch: Any) 
     def away(_: str) -> None:
         raise StoreUnavailable("away")
 
-    monkeypatch.setattr(events, "LOOK_EVERY", 0.01)
-    monkeypatch.setattr(events, "ALIVE_EVERY", 0.05)
+    monkeypatch.setattr(events, "POLL_INTERVAL", 0.01)
+    monkeypatch.setattr(events, "PING_INTERVAL", 0.05)
     numbers = itertools.count()
     monkeypatch.setattr(store, "waiting", lambda: next(numbers))
     add_account(store, "anna", "annotator", PASSWORD)
@@ -140,7 +143,7 @@ def test_a_stream_of_events_ends_with_the_login(store: Store, monkeypatch: Any) 
                 broken.setattr(store, "login", away)
                 next(lines)
                 next(lines)
-            store.remove_login(auth.hash_of(client.cookies["deep_rlhf_session"]))
+            store.remove_login(hash_token(client.cookies["deep_rlhf_session"]))
             assert len(list(itertools.islice(lines, 5))) < 5  # it ends
 
 
@@ -171,6 +174,7 @@ def test_a_form_of_another_site_does_not_log_anybody_out(public: Client) -> None
         assert "set-cookie" not in refused.headers, path
 
 
+@pytest.mark.browser
 def test_a_link_on_another_site_leads_to_the_page_and_logs_nobody_out(store: Store, browser: Any) -> None:
     """With a real browser: `localhost` and `127.0.0.1` are two sites, whatever the port."""
     add_account(store, "anna", "annotator", PASSWORD)
@@ -197,15 +201,15 @@ def test_a_link_on_another_site_leads_to_the_page_and_logs_nobody_out(store: Sto
 
 def test_an_annotator_cannot_stop_the_trainer(public: Client, store: Store) -> None:
     public.log_in("anna", PASSWORD)
-    assert "Stop everything" not in public.get("/model").text
+    assert 'id="stop"' not in public.get("/model").text
     answer = public.submit("/stop", sure="true")
     assert answer.status_code == 403
-    assert answer.json()["error"] == "Only an administrator may do this."
+    assert list(answer.json()) == ["error"]
     assert store.get("stop") is None
     public.submit("/logout")
     public.log_in("root", PASSWORD)
-    assert "Stop everything" in public.get("/model").text
-    assert public.submit("/stop").status_code == 200  # but he was not sure
+    assert 'id="stop"' in public.get("/model").text
+    assert public.submit("/stop").status_code == 200  # but without confirming
     assert store.get("stop") is None
     public.submit("/stop", sure="true")
     assert store.get("stop")["by"] == "root"
@@ -214,7 +218,7 @@ def test_an_annotator_cannot_stop_the_trainer(public: Client, store: Store) -> N
 
 def test_passwords_and_sessions_are_kept_as_hashes(public: Client, store: Store, tmp_path: Any) -> None:
     public.log_in("anna", PASSWORD)
-    assert auth.PasswordHasher().hash(PASSWORD).startswith("$argon2id$v=19$m=65536,t=3,p=4$")
+    assert passwords.PasswordHasher().hash(PASSWORD).startswith("$argon2id$v=19$m=65536,t=3,p=4$")
     assert store.user("anna").password_hash.startswith("$argon2id$")  # type: ignore[union-attr]
     session = public.cookies["deep_rlhf_session"]
     written = b"".join(path.read_bytes() for path in tmp_path.glob("labels.db*"))
@@ -288,7 +292,7 @@ def test_a_new_password_ends_the_logins_of_the_old_one(
     public.log_in("anna", PASSWORD)
     root = Client(public.app, base_url="http://labels.example.org")
     root.log_in("root", PASSWORD)
-    assert command("--set_password=anna") == "anna has a new password, and is logged out everywhere.\n"
+    assert command("--set_password=anna").startswith("anna ")
     assert public.get("/").url.path == "/login"
     assert root.get("/").url.path == "/"
     assert public.log_in("anna", PASSWORD).status_code == 403
@@ -302,7 +306,7 @@ def test_a_removed_account_is_logged_out_and_gives_back_what_it_holds_but_its_an
     public.log_in("anna", PASSWORD)
     assert public.submit("/answer", question=1, token="t", choice="a").status_code == 200
     assert store.waiting() == 0
-    assert command("--remove_user=anna") == "anna cannot log in any more; the answers stay.\n"
+    assert command("--remove_user=anna").startswith("anna ")
     assert public.get("/").url.path == "/login"
     assert public.log_in("anna", PASSWORD).status_code == 403
     assert store.waiting() == 2
@@ -313,10 +317,10 @@ def test_a_removed_account_is_logged_out_and_gives_back_what_it_holds_but_its_an
 def test_mistakes_about_accounts_are_one_sentence(store: Store, command: Callable[..., str], tmp_path: Any) -> None:
     add_account(store, "anna", "annotator", PASSWORD)
     for flags, match in (
-        (["--remove_user=bert"], "There is no user 'bert'"),
-        (["--set_password=bert"], "There is no user 'bert'"),
-        (["--set_password=anna", "--remove_user=anna"], "one of --add_user, --set_password and --remove_user"),
-        (["--remove_user=anna", f"--store={tmp_path / 'other.db'}"], "does not exist"),
+        (["--remove_user=bert"], "'bert'"),
+        (["--set_password=bert"], "'bert'"),
+        (["--set_password=anna", "--remove_user=anna"], "--add_user, --set_password and --remove_user"),
+        (["--remove_user=anna", f"--store={tmp_path / 'other.db'}"], "other.db"),
     ):
         with pytest.raises(UserError, match=match):
             command(*flags)

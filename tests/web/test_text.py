@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from payloads import PAYLOADS
 
-from deep_rlhf.web.rendering.markdown import LONGEST_KEPT, LONGEST_MARKDOWN, TAGS, Turn, _kept, render, short, turns_of
+from deep_rlhf.web.rendering.markdown import MAX_CACHED, MAX_MARKDOWN, TAGS, Turn, _cached, render, short, turns_of
 
 
 class _Found(HTMLParser):
@@ -63,15 +63,15 @@ def test_items_keep_the_numbers_that_were_written() -> None:
     assert render("007. Bond") == "<pre>007. Bond</pre>"
 
 
-def test_only_the_html_of_short_texts_is_kept() -> None:
+def test_only_the_html_of_short_texts_is_cached() -> None:
     """Hostile text, of which there may be much, must not fill the memory."""
-    _kept.cache_clear()
+    _cached.cache_clear()
     for i in range(3):
         render(f"{i} " + "|a" * 5000)
         render(f"{i} short")
-    assert _kept.cache_info().currsize == 3
+    assert _cached.cache_info().currsize == 3
     grows = ["#\n" * 1000, "- " * 1000, "|a" * 5 + "\n" + "|-" * 5 + "\n" + "a\n" * 1000]
-    assert max(len(render(text[:LONGEST_KEPT])) for text in grows) * _kept.cache_parameters()["maxsize"] < 10e6
+    assert max(len(render(text[:MAX_CACHED])) for text in grows) * _cached.cache_parameters()["maxsize"] < 10e6
 
 
 def test_markdown_is_shown_as_it_is_meant() -> None:
@@ -109,8 +109,8 @@ def test_an_address_is_text() -> None:
 )
 def test_markdown_that_is_made_to_be_slow_is_not(text: str) -> None:
     """Bounded by its size: tables, which grow, and nesting, which swallows, are shown as written."""
-    assert len(text) <= LONGEST_MARKDOWN
-    assert len(render(text)) < 20 * LONGEST_MARKDOWN
+    assert len(text) <= MAX_MARKDOWN
+    assert len(render(text)) < 20 * MAX_MARKDOWN
 
 
 def test_long_text_is_shown_as_it_was_written_and_cut_at_last() -> None:

@@ -1,1 +1,1 @@
-"""The page on which people compare answers and watch the model change; it meets the trainer in the store alone."""
+"""The web page: labelling, training progress, and access control."""

@@ -1,4 +1,4 @@
-"""The page on a port: in the foreground, or in a thread beside something else."""
+"""Serves the page on a port, in the foreground or in a thread."""
 
 import asyncio
 import errno
@@ -11,15 +11,15 @@ from typing import Self
 import uvicorn
 from fastapi import FastAPI
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError, ResourceError
 
-SECONDS_TO_START = 30.0
-SECONDS_TO_STOP = 5  # for requests that are under way
-MOST_CONNECTIONS = 1000
+START_TIMEOUT = 30.0  # seconds
+STOP_TIMEOUT = 5  # seconds for open requests
+MAX_CONNECTIONS = 1000
 
 
 class _Uvicorn(uvicorn.Server):
-    """Ends the open event streams before it waits for connections to end."""
+    """Closes the event streams before it waits for open connections."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         hub = getattr(self.config.app.state, "hub", None)  # type: ignore[union-attr]
@@ -29,10 +29,10 @@ class _Uvicorn(uvicorn.Server):
 
 
 class Server:
-    """The page in a thread of its own; also a context manager. Port 0 takes a free one."""
+    """The page in its own thread; also a context manager. Port 0 takes a free port."""
 
     def __init__(self, app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> None:
-        """Raises UserError if the port cannot be had."""
+        """Raises ResourceError if the port is not available, ConfigError for a host that is not this machine."""
         self._socket = _listen(host, port)
         self.host, self.port = host, int(self._socket.getsockname()[1])
         self._server = _Uvicorn(_config(app))
@@ -40,16 +40,16 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """The page's URL."""
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     def start(self) -> Self:
-        """Serves, and returns once requests are answered. Raises UserError if that does not come about."""
+        """Starts serving and returns once the server accepts requests. Raises ResourceError if it does not start."""
         self._thread.start()
-        deadline = time.monotonic() + SECONDS_TO_START
+        deadline = time.monotonic() + START_TIMEOUT
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() > deadline:
-                raise UserError(f"The page does not start on {self.url}.")
+                raise ResourceError(f"The page does not start on {self.url}.")
             time.sleep(0.005)
         return self
 
@@ -58,10 +58,10 @@ class Server:
         self._run()
 
     def stop(self) -> None:
-        """Ends it, after the requests that are under way."""
+        """Stops the server after the open requests."""
         self._server.should_exit = True
         if self._thread.is_alive():
-            self._thread.join(SECONDS_TO_STOP + 5)
+            self._thread.join(STOP_TIMEOUT + 5)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -79,27 +79,27 @@ class Server:
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:
-    """Serves the page until it is stopped. Raises UserError if the port cannot be had."""
+    """Serves the page until it is stopped. Raises as `Server`."""
     Server(app, host, port).run()
 
 
 def _config(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        access_log=False,  # addresses may hold what is nobody's business
+        access_log=False,  # URLs may contain private data
         log_level="warning",
-        log_config=None,  # by the program's own logging, if at all
+        log_config=None,  # leaves logging to the program
         server_header=False,
-        proxy_headers=False,  # `security.client_of` reads them, and only where a proxy is expected
-        timeout_graceful_shutdown=SECONDS_TO_STOP,
-        limit_concurrency=MOST_CONNECTIONS,
+        proxy_headers=False,  # `client_address` reads them, and only behind a proxy
+        timeout_graceful_shutdown=STOP_TIMEOUT,
+        limit_concurrency=MAX_CONNECTIONS,
         ws="none",
     )
 
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named so that asyncio knows it for TCP and switches off Nagle's delay, which costs 40 ms per answer.
+    # With the protocol given, asyncio recognises TCP and disables Nagle's algorithm, which costs 40 ms per reply.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -108,6 +108,8 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         reason = error.strerror or str(error)
-        flag = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
-        raise UserError(f"The page cannot be served on {host}, port {port}: {reason}. Try another {flag}.") from None
+        message = f"The page cannot be served on {host}, port {port}: {reason}. Try another"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise ResourceError(f"{message} --port.") from None
+        raise ConfigError(f"{message} --host.") from None
     return bound

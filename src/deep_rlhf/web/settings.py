@@ -1,30 +1,32 @@
-"""Where the page is served, and whom it lets in."""
+"""Settings of the web page: its address, and who may use it."""
 
 import ipaddress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
+from deep_rlhf.settings import check_settings, setting
 
 SHORTEST_TOKEN = 16  # characters of an access token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebSettings:
-    """Raises UserError for a value that cannot work."""
+    """Where the page is served and who may use it. Raises ConfigError for a value that cannot work."""
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    token: str | None = field(default=None, repr=False)  # whoever knows it may label under a name of his own
-    public_url: str | None = None  # how browsers reach the page, where that is through a proxy
+    port: int = setting(8000, "port to serve on; 0 takes a free one", least=0, most=65_535)
+    token: str | None = field(default=None, repr=False)  # access token: its holder may label under any free name
+    public_url: str | None = None  # the page's URL for browsers, if it is served through a proxy
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port < 65_536:
-            raise UserError(f"port must lie between 0 and 65535, not {self.port}.")
+        check_settings(self)
         if self.token is not None and len(self.token) < SHORTEST_TOKEN:
-            raise UserError(f"An access token has at least {SHORTEST_TOKEN} characters: make a longer one.")
+            raise ConfigError(f"The access token must have at least {SHORTEST_TOKEN} characters.")
         if self.public_url is not None and not self._has_good_url():
-            raise UserError(f"public_url is like https://labels.example.org, without a path; not {self.public_url}.")
+            raise ConfigError(
+                f"public_url must be like https://labels.example.org, without a path, not {self.public_url}."
+            )
 
     def _has_good_url(self) -> bool:
         try:
@@ -41,22 +43,22 @@ class WebSettings:
 
     @property
     def is_public(self) -> bool:
-        """Whether others than the people at this machine can reach the page."""
+        """Whether other machines can reach the page."""
         return self.public_url is not None or not is_loopback(self.host)
 
     @property
     def public_host(self) -> str | None:
-        """The host's name in `public_url`."""
+        """The host name in `public_url`."""
         return urlsplit(self.public_url).hostname if self.public_url else None
 
     @property
     def is_https(self) -> bool:
-        """Whether browsers reach the page encrypted, so that cookies may insist on it."""
+        """Whether browsers reach the page over HTTPS, so that cookies can require it."""
         return self.public_url is not None and urlsplit(self.public_url).scheme == "https"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine alone."""
+    """Whether a host name or address means this machine only."""
     if host == "localhost":
         return True
     try:

@@ -1,1 +1,1 @@
-"""Accounts, passwords and limits of the web page."""
+"""Access control of the web page: accounts, passwords, cookies, rate limits and security headers."""

@@ -1,4 +1,4 @@
-"""Logging in and out, and the name of whoever is at this machine."""
+"""Routes: logging in and out, and the local user's name."""
 
 from typing import Annotated
 
@@ -6,21 +6,25 @@ from fastapi import APIRouter, Form
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from deep_rlhf.web.access.auth import DEFAULT_NAME, Accounts, Problem, remember_name
+from deep_rlhf.web.access.auth import Accounts
+from deep_rlhf.web.access.cookies import set_name_cookie
 from deep_rlhf.web.access.gate import Gate
-from deep_rlhf.web.rendering.templates import page, see
+from deep_rlhf.web.problem import Problem
+from deep_rlhf.web.rendering.templates import page, redirect
+
+DEFAULT_NAME = "me"
 
 Text = Annotated[str, Form()]
 
 
 def account_routes(accounts: Accounts, gate: Gate) -> APIRouter:
-    """The routes of people's accounts."""
+    """Builds the routes of user accounts."""
     router = APIRouter()
 
     @router.get("/login")
     def show_login(request: Request) -> Response:
         if request.state.visitor.person is not None:
-            return see(request, "/")
+            return redirect(request, "/")
         if not accounts.need_login():
             return page(request, "name.html", default=DEFAULT_NAME)
         return page(request, "login.html", name="", problem=None, has_token=accounts.settings.token is not None)
@@ -32,7 +36,7 @@ def account_routes(accounts: Accounts, gate: Gate) -> APIRouter:
         if accounts.log_in(request.state.visitor, name, password, response):
             return response
         has_token = accounts.settings.token is not None
-        problem = "Name and password do not belong together."
+        problem = "Wrong name or password."
         return page(request, "login.html", status=403, name=name[:200], problem=problem, has_token=has_token)
 
     @router.post("/name")
@@ -40,8 +44,8 @@ def account_routes(accounts: Accounts, gate: Gate) -> APIRouter:
         response = RedirectResponse("/", status_code=303)
         if not accounts.need_login():
             if not (name := name.strip()):
-                raise Problem(422, "'name' is missing.")  # as where it is empty
-            remember_name(response, name, secure=request.state.visitor.secure)
+                raise Problem(422, "'name' is missing.")  # the same sentence as for an empty field
+            set_name_cookie(response, name, secure=request.state.visitor.secure)
         return response
 
     @router.post("/logout")

@@ -1,1 +1,1 @@
-"""The page where people label."""
+"""The labelling tab: questions and labels."""

@@ -1,1 +1,1 @@
-"""The page that shows how training goes."""
+"""The model tab: how training proceeds."""

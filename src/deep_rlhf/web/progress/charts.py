@@ -1,4 +1,4 @@
-"""Curves as SVG that the server draws from numbers: no script, colours from the style sheet, a table beside each."""
+"""Line charts as SVG, drawn by the server without scripts; the style sheet colours them, and each has a table."""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-MOST_POINTS = 300  # of a line: more are less than a pixel apart
-MOST_ROWS = 20  # of the table beside it
+MAX_POINTS = 300  # per line; more would be less than a pixel apart
+MAX_ROWS = 20  # of the table
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 42
 MARKS = ("circle", "square", "triangle")  # lines differ by mark and dash, not by colour alone
@@ -17,7 +17,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Points in their order, joined or not."""
+    """The points of one line in order, joined by a line or not."""
 
     name: str
     points: Sequence[Point]
@@ -26,7 +26,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A picture, the sentence that it stands for, and its numbers."""
+    """A chart with its description and its table of numbers."""
 
     id: str
     title: str
@@ -39,7 +39,7 @@ class Chart:
 def chart(
     id: str, title: str, x_name: str, y_name: str, lines: Sequence[Line], marks: Sequence[float] = ()
 ) -> Chart | None:
-    """A line chart; None without any points. `marks` are positions on the x axis where something changed."""
+    """Draws a line chart; None if there are no points. `marks` are x positions that get a vertical line."""
     kept = [Line(line.name, thinned(_finite(line.points)), line.joined) for line in lines]
     kept = [line for line in kept if line.points]
     if not kept:
@@ -66,8 +66,8 @@ def chart(
     return Chart(id, title, svg, description, (x_name, *(line.name for line in kept)), _table(kept))
 
 
-def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most so many of the points, evenly spread, the first and the last among them."""
+def thinned(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
+    """Returns at most `most` evenly spread points, including the first and the last."""
     if len(points) <= most:
         return list(points)
     step = (len(points) - 1) / (most - 1)
@@ -75,14 +75,14 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def nice_range(low: float, high: float) -> tuple[float, float]:
-    """A range around low and high that begins and ends at ticks."""
+    """Returns a range around [low, high] that begins and ends at ticks."""
     step = tick_step(low, high)
     low, high = math.floor(low / step) * step, math.ceil(high / step) * step
     return (low, high) if high > low else (low - step, high + step)
 
 
 def tick_step(low: float, high: float, about: int = 5) -> float:
-    """1, 2 or 5 times a power of ten, so that there are about so many ticks."""
+    """Returns 1, 2 or 5 times a power of ten that gives about `about` ticks."""
     raw = max(high - low, abs(high) * 1e-6, 1e-9) / about
     power = 10.0 ** math.floor(math.log10(raw))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
@@ -120,7 +120,7 @@ def _axes(frame: _Frame, x_name: str, y_name: str) -> list[Markup]:
 
 
 def _drawn(frame: _Frame, line: Line, number: int) -> list[Markup]:
-    """The line and a mark at its end by which it is told from the others, or many marks."""
+    """Draws a line with a mark at its end that identifies it, or a mark at each point."""
     places = [(frame.x(x), frame.y(y)) for x, y in line.points]
     if not line.joined:
         return [mark(number, x, y, size=2.5) for x, y in places]
@@ -131,7 +131,7 @@ def _drawn(frame: _Frame, line: Line, number: int) -> list[Markup]:
 
 
 def mark(kind: int, x: float, y: float, size: float = 4) -> Markup:
-    """A small circle, square or triangle, by the number of its line."""
+    """Draws a small circle, square or triangle, by the number of the line."""
     kind %= len(MARKS)
     if MARKS[kind] == "circle":
         return Markup('<circle class="dot line-{}" cx="{}" cy="{}" r="{}"/>').format(kind, x, y, size)
@@ -154,7 +154,7 @@ def _table(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     for line in lines:
         for x, y in line.points:
             values.setdefault(x, {})[line.name] = y
-    xs = [x for x, _ in thinned([(x, 0.0) for x in sorted(values)], MOST_ROWS)]
+    xs = [x for x, _ in thinned([(x, 0.0) for x in sorted(values)], MAX_ROWS)]
     return [
         (_short(x), *(_short(values[x][line.name]) if line.name in values[x] else "–" for line in lines)) for x in xs
     ]
@@ -170,7 +170,7 @@ def _short(value: float) -> str:
 
 
 def interval(value: float, low: float, high: float) -> Markup:
-    """A share between 0 and 1 with its interval, on a scale whose middle is marked."""
+    """Draws a share between 0 and 1 with its interval, on a scale with a mark at 50%."""
 
     def at(share: float) -> float:
         return round(8 + 284 * min(max(share, 0.0), 1.0), 1)

@@ -1,4 +1,4 @@
-"""Server-sent events: one task looks into the store while somebody listens, and tells all of them what changed."""
+"""Server-sent events: while pages are connected, one task polls the store and sends each page what changed."""
 
 import asyncio
 import json
@@ -15,111 +15,111 @@ from starlette.responses import Response, StreamingResponse
 from deep_rlhf.errors import StoreUnavailable
 from deep_rlhf.feedback.state import shown_values
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.web.access.auth import Problem
 from deep_rlhf.web.access.gate import Known
+from deep_rlhf.web.problem import Problem
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY = 1.0  # seconds
-ALIVE_EVERY = 15.0  # seconds, after which it is asked who listens, and a comment shows that the connection is there
-RETRY = 2000  # milliseconds until a browser connects again
-MOST_LISTENERS, MOST_PER_PERSON = 300, 12
+POLL_INTERVAL = 1.0  # seconds
+PING_INTERVAL = 15.0  # seconds between checks of the login, each with a comment that keeps the connection alive
+RETRY = 2000  # milliseconds until a browser reconnects
+MAX_LISTENERS, MAX_PER_PERSON = 300, 12
 
-State = dict[str, Any]  # what is told, by kind
+State = dict[str, Any]  # kind of event -> its data
 
 
 class Listener:
-    """One open connection: what it has not been told yet, the newest of each kind."""
+    """One open connection and its unsent events, the newest of each kind."""
 
     def __init__(self, person: str) -> None:
         self.person = person
-        self.news: dict[str, Any] = {}
+        self.unsent: dict[str, Any] = {}
         self.wake = asyncio.Event()
 
-    def tell(self, kind: str, value: Any) -> None:
-        """Leaves news for the connection's own task."""
-        self.news[kind] = value
+    def put(self, kind: str, value: Any) -> None:
+        """Queues an event for the connection's own task."""
+        self.unsent[kind] = value
         self.wake.set()
 
 
 class Hub:
-    """Everybody who listens. Belongs to one event loop."""
+    """All open connections. Belongs to one event loop."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._listeners: set[Listener] = set()
-        self._watching: asyncio.Task[None] | None = None
+        self._poller: asyncio.Task[None] | None = None
         self._state: State | None = None
         self._rows = 0
         self._closed = False
 
-    def check_room(self, person: str) -> None:
-        """Raises Problem where too many listen already."""
+    def check_capacity(self, person: str) -> None:
+        """Raises Problem if this user, or all users together, have too many connections."""
         own = sum(listener.person == person for listener in self._listeners)
-        if own >= MOST_PER_PERSON or len(self._listeners) >= MOST_LISTENERS:
-            raise Problem(429, "Too many pages are open: close some.", {"Retry-After": "30"})
+        if own >= MAX_PER_PERSON or len(self._listeners) >= MAX_LISTENERS:
+            raise Problem(429, "Too many pages are open; close some.", {"Retry-After": "30"})
 
     def join(self, person: str) -> Listener:
-        """A new listener, who is first told how everything stands."""
+        """Adds a connection, which first receives the current state."""
         listener = Listener(person)
         self._listeners.add(listener)
         for kind, value in (self._state or {}).items():
-            listener.tell(kind, value)
-        if self._watching is None:
-            self._watching = asyncio.create_task(self._watch())
+            listener.put(kind, value)
+        if self._poller is None:
+            self._poller = asyncio.create_task(self._poll())
         return listener
 
     def leave(self, listener: Listener) -> None:
-        """A connection ended; the last one ends the looking."""
+        """Removes a connection; polling stops with the last one."""
         self._listeners.discard(listener)
-        if not self._listeners and self._watching is not None:
-            self._watching.cancel()
-            self._watching = self._state = None
+        if not self._listeners and self._poller is not None:
+            self._poller.cancel()
+            self._poller = self._state = None
 
     def close(self) -> None:
-        """Ends every connection, so that the server can stop."""
+        """Closes every connection, so that the server can stop."""
         self._closed = True
         for listener in self._listeners:
             listener.wake.set()
 
     async def stream(self, person: str, is_known: Callable[[], bool]) -> AsyncIterator[str]:
-        """What a connection is sent until it ends, or its person is not known any more."""
+        """Yields the events of one connection until it closes or its user's login ends."""
         listener = self.join(person)
         try:
             yield f"retry: {RETRY}\n\n"
-            ask_at = monotonic() + ALIVE_EVERY
+            ping_at = monotonic() + PING_INTERVAL
             while not self._closed:
                 try:
-                    await asyncio.wait_for(listener.wake.wait(), ask_at - monotonic())
+                    await asyncio.wait_for(listener.wake.wait(), ping_at - monotonic())
                 except TimeoutError:
                     if not await run_in_threadpool(is_known):
                         return
-                    ask_at = monotonic() + ALIVE_EVERY
+                    ping_at = monotonic() + PING_INTERVAL
                     yield ": still here\n\n"
                     continue
                 listener.wake.clear()
-                news, listener.news = listener.news, {}
-                for kind, value in news.items():
+                events, listener.unsent = listener.unsent, {}
+                for kind, value in events.items():
                     yield f"event: {kind}\ndata: {json.dumps(value)}\n\n"
         finally:
             self.leave(listener)
 
-    async def _watch(self) -> None:
+    async def _poll(self) -> None:
         while True:
             try:
-                state = await run_in_threadpool(self._look)
-            except Exception as error:  # the looking must go on, whatever one look met
-                logger.debug("No news: %s", error)
+                state = await run_in_threadpool(self._read_state)
+            except Exception as error:  # one failed poll must not end the others
+                logger.debug("The store could not be polled: %s", error)
             else:
                 for kind, value in state.items():
                     if self._state is None or self._state[kind] != value:
                         for listener in self._listeners:
-                            listener.tell(kind, value)
+                            listener.put(kind, value)
                 self._state = state
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(POLL_INTERVAL)
 
-    def _look(self) -> State:
-        """What may have changed, by kind: counts and states, never what people or models said."""
+    def _read_state(self) -> State:
+        """Reads what may have changed, by kind of event: counts and states, never what people or models wrote."""
         store = self.store
         self._rows = max((row["id"] for row in store.metrics(after=self._rows)), default=self._rows)
         policies, rewards = len(store.versions("policy")), len(store.versions("reward"))
@@ -137,19 +137,19 @@ class Hub:
 
 
 def event_routes(hub: Hub) -> APIRouter:
-    """The route that pages listen on."""
+    """Builds the route of the event stream."""
     router = APIRouter()
 
     @router.get("/events")
     async def events(request: Request, person: Known) -> Response:
-        hub.check_room(person.name)
+        hub.check_capacity(person.name)
 
         def is_known() -> bool:
-            """False after a logout, or once the login has run out."""
+            """False after a logout or once the login has expired."""
             try:
                 return bool(request.state.accounts.visitor(request).person == person)
             except StoreUnavailable:
-                return True  # until the database answers again
+                return True  # until the database is available again
 
         headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
         return StreamingResponse(hub.stream(person.name, is_known), media_type="text/event-stream", headers=headers)

@@ -1,1 +1,1 @@
-"""Templates and rendered text."""
+"""Rendering: templates, Markdown and error pages."""

@@ -1,8 +1,8 @@
-"""Text of people and models as HTML. It is hostile input, whoever wrote it.
+"""Renders text of people and models as HTML. All of it is untrusted input.
 
-Markdown-it escapes all HTML (`html: False`), nothing becomes a link or an image, and nh3 passes only a handful of tags
-without addresses. The page's content security policy is the last line, should anything slip through. Nor may a text
-hide from who judges it: where Markdown would swallow a letter or a digit, it is shown as it was written.
+Markdown-it escapes all HTML (`html: False`), nothing becomes a link or an image, and nh3 passes only a few tags without
+URLs. The content security policy is the last line of defence. A text cannot hide anything from annotators either:
+where Markdown would drop a letter or a digit, the source is shown instead.
 """
 
 import html
@@ -22,10 +22,10 @@ from markupsafe import Markup, escape
 
 from deep_rlhf.data.chat import HH
 
-LONGEST_MARKDOWN = 6_000  # characters; longer text is shown as it was written
-LONGEST_SHOWN = 100_000
-LONGEST_KEPT = 2_000  # whose HTML is kept for the next time; hostile text could fill the memory
-MOST_CELLS = 2_000  # that a table could have: short rows are filled up, so a few letters could make megabytes
+MAX_MARKDOWN = 6_000  # characters; the source of longer text is shown
+MAX_SHOWN = 100_000
+MAX_CACHED = 2_000  # characters of a text whose HTML is cached; more would let hostile text fill the memory
+MAX_CELLS = 2_000  # of a table: short rows are padded, so a few letters could make megabytes
 TAGS = {
     *("p", "br", "hr", "em", "strong", "s", "code", "pre", "blockquote", "ul", "ol", "li", "span"),
     *("table", "thead", "tbody", "tr", "th", "td"),
@@ -33,22 +33,22 @@ TAGS = {
 _CLASSES = {"p": {"heading"}, "span": {"address"}}
 _TAG = re.compile(r"<[^>]*>")
 _NUMBER = re.compile(r'<li value="(\d+)">')
-_OVERRIDES = dict.fromkeys((0x202D, 0x202E), "\N{REPLACEMENT CHARACTER}")  # would turn words round
+_OVERRIDES = dict.fromkeys((0x202D, 0x202E), "\N{REPLACEMENT CHARACTER}")  # they reverse the order of words
 _MARKER = re.compile(rf"(?:^|{re.escape(HH.human[:2])})({HH.human.strip()}|{HH.assistant.strip()})[ \t]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side of a dialogue says."""
+    """One turn of a dialogue."""
 
     role: Literal["person", "model"]
     text: str
 
 
 def turns_of(prompt: str) -> list[Turn]:
-    """A prompt as the turns of its dialogue; text that has no turn markers is one turn of a person.
+    """Splits a prompt into the turns of its dialogue; text without turn markers is one turn of a person.
 
-    The last marker of a prompt stands for the answers, so it makes no turn.
+    An empty last turn of the model is dropped: it is where the response begins.
     """
     words = prompt.strip()
     if not words.startswith(HH.human.strip()):
@@ -64,36 +64,36 @@ def turns_of(prompt: str) -> list[Turn]:
 
 
 def render(text: str) -> Markup:
-    """Safe HTML of a text in Markdown. Blank text is empty Markup."""
-    return _kept(text) if len(text) <= LONGEST_KEPT else _rendered(text)
+    """Renders Markdown as safe HTML; blank text gives empty Markup."""
+    return _cached(text) if len(text) <= MAX_CACHED else _rendered(text)
 
 
 def _rendered(text: str) -> Markup:
     text = _readable(text)
     lines = text.split("\n")
     cells = len(lines) * max(line.count("|") for line in lines)
-    if len(text) <= LONGEST_MARKDOWN and cells <= MOST_CELLS:
+    if len(text) <= MAX_MARKDOWN and cells <= MAX_CELLS:
         written = _MARKDOWN.render(text)
         clean = nh3.clean(written, tags=TAGS, attributes={"li": {"value"}}, allowed_classes=_CLASSES, link_rel=None)
         shown = html.unescape(_TAG.sub("", _NUMBER.sub(r"\1 ", clean)))
         if not _letters_and_digits(text) - _letters_and_digits(shown):
             return Markup(clean.strip())
-    left = len(text) - LONGEST_SHOWN
+    left = len(text) - MAX_SHOWN
     note = f"\n… and {left:,} more characters" if left > 0 else ""
-    return Markup("<pre>{}</pre>").format(text[:LONGEST_SHOWN] + note)
+    return Markup("<pre>{}</pre>").format(text[:MAX_SHOWN] + note)
 
 
-_kept = lru_cache(maxsize=256)(_rendered)
+_cached = lru_cache(maxsize=256)(_rendered)
 
 
 def short(text: str, most: int = 120) -> str:
-    """The beginning of a text on one line."""
+    """Returns the beginning of a text on one line, at most `most` characters."""
     words = " ".join(_readable(text[: most * 4]).split())
     return words if len(words) <= most else words[: most - 1].rstrip() + "…"
 
 
 def _readable(text: str) -> str:
-    """Without control characters and halves of characters, which a sampled token can be."""
+    """Removes control characters, and half characters, which a sampled token can be."""
     whole = text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     visible = whole.translate(_OVERRIDES)
     return "".join(c for c in visible if c in "\n\t" or unicodedata.category(c) != "Cc")
@@ -104,9 +104,9 @@ def _letters_and_digits(text: str) -> Counter[str]:
 
 
 class _Renderer(RendererHTML):
-    """Addresses are shown as text and lead nowhere; headings do not get among those of the page.
+    """Shows URLs as text, without links, and headings as paragraphs, outside the page's own outline.
 
-    Items have the numbers that were written: Markdown would count on from the first one.
+    List items keep the numbers that were written; Markdown would renumber them.
     """
 
     def link_open(self, tokens: Sequence[Token], index: int, *_: Any) -> str:
@@ -150,9 +150,9 @@ def _address(*words: object, form: str = " ({})") -> Markup:
 
 
 def _markdown() -> MarkdownIt:
-    # A reference definition would vanish from what is judged, and entities are not what the model wrote.
+    # Reference definitions would disappear from the text, and entities would differ from what the model wrote.
     parser = MarkdownIt("commonmark", {"html": False, "breaks": True}, renderer_cls=_Renderer)
-    parser.normalizeLink = parser.normalizeLinkText = str  # type: ignore[assignment]  # shown as it was written
+    parser.normalizeLink = parser.normalizeLinkText = str  # type: ignore[assignment]  # shown unchanged
     return parser.enable(["table", "strikethrough"]).disable(["reference", "entity", "html_block", "html_inline"])
 
 

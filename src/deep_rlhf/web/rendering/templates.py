@@ -1,41 +1,33 @@
-"""How pages are made from templates, and how every refusal becomes one sentence: a page, or JSON for a script."""
+"""Renders pages and page fragments from templates."""
 
-import logging
 import math
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from deep_rlhf.errors import LabelRefused, StoreError, StoreUnavailable
-from deep_rlhf.web.access.auth import Problem, Visitor
-from deep_rlhf.web.access.security import TOO_LARGE, csrf_token
+from deep_rlhf.web.access.auth import Visitor
+from deep_rlhf.web.access.csrf import csrf_token
 from deep_rlhf.web.progress.charts import mark
 from deep_rlhf.web.rendering import markdown
-
-logger = logging.getLogger(__name__)
 
 DASH = "–"
 
 
 def percent(value: float | None) -> str:
-    """0.123 as 12%."""
+    """Formats 0.123 as 12%; a dash if there is no value."""
     return DASH if value is None or not math.isfinite(value) else f"{value:.0%}"
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number with so many digits after the point."""
+    """Formats a number with `digits` decimals; a dash if there is no value."""
     return DASH if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def clock(moment: datetime | str | None) -> str:
-    """A moment as people read it, in UTC."""
+    """Formats a time in UTC; a dash if there is none."""
     try:
         moment = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
     except ValueError:
@@ -66,7 +58,7 @@ _TEMPLATES = _environment()
 
 
 def fragment(request: Request, template: str, /, **values: Any) -> str:
-    """A part of a page as HTML; its forms carry the token of this browser, and the store that they are about."""
+    """Renders a part of a page as HTML. Its forms carry this browser's CSRF token and the id of the store."""
     visitor: Visitor = request.state.visitor
     return _TEMPLATES.get_template(template).render(
         csrf=csrf_token(visitor.session),
@@ -78,73 +70,16 @@ def fragment(request: Request, template: str, /, **values: Any) -> str:
 
 
 def page(request: Request, template: str, /, *, status: int = 200, **values: Any) -> Response:
-    """A whole page. A browser that comes for the first time gets its cookie."""
+    """Renders a whole page; sets the session cookie of a new browser."""
     html = fragment(request, template, **values)
-    # A sampled token can be half of a character: "replace" keeps it from costing the whole page.
+    # A sampled token can be half a character, which UTF-8 cannot encode.
     response = HTMLResponse(html.encode("utf-8", errors="replace"), status_code=status)
     request.state.visitor.keep(response)
     return response
 
 
-def see(request: Request, address: str) -> Response:
-    """Sends the browser to another page, after a form."""
+def redirect(request: Request, address: str) -> Response:
+    """Redirects the browser to another page, also after a form or an htmx request."""
     if "hx-request" in request.headers:
         return Response(status_code=204, headers={"HX-Redirect": address})
     return RedirectResponse(address, status_code=303)
-
-
-def wants_json(request: Request) -> bool:
-    """Whether a script asks, not a form."""
-    return "application/json" in request.headers.get("accept", "")
-
-
-def add_refusals(app: FastAPI) -> None:
-    """Every error becomes one clear sentence, and none tells what is inside."""
-
-    async def on_problem(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Problem)
-        if error.status == 401 and not wants_json(request) and request.method == "GET":
-            return see(request, "/login")
-        return _refusal(request, error.status, str(error), error.headers)
-
-    async def on_store_error(request: Request, error: Exception) -> Response:
-        if isinstance(error, StoreUnavailable):
-            logger.warning("%s", error)
-            return _refusal(request, 503, "The database does not answer now: try again in a moment.")
-        return _refusal(request, 409 if isinstance(error, LabelRefused) else 400, str(error))
-
-    async def on_invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return _refusal(request, 422, _sentence(error.errors()))
-
-    async def on_http_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        sentence = {
-            404: "There is no such page.",
-            405: "This page does not take that kind of request.",
-            413: TOO_LARGE,
-        }
-        return _refusal(request, error.status_code, sentence.get(error.status_code, "The request cannot be read."))
-
-    app.add_exception_handler(Problem, on_problem)
-    app.add_exception_handler(StoreError, on_store_error)
-    app.add_exception_handler(RequestValidationError, on_invalid)
-    app.add_exception_handler(HTTPException, on_http_error)
-
-
-def _refusal(request: Request, status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
-    if wants_json(request):
-        return JSONResponse({"error": sentence}, status_code=status, headers=headers)
-    if not hasattr(request.state, "visitor"):
-        return PlainTextResponse(sentence, status_code=status, headers=headers)
-    response = page(request, "error.html", status=status, sentence=sentence)
-    response.headers.update(headers or {})
-    return response
-
-
-def _sentence(errors: Sequence[Any]) -> str:
-    first = errors[0]
-    name = str(first["loc"][-1])
-    if first["type"] == "missing":
-        return f"'{name}' is missing."
-    return f"'{name}' cannot be read: {first['msg'][:1].lower()}{first['msg'][1:]}."

@@ -1,41 +1,40 @@
 "use strict";
-// What happens elsewhere: each server-sent event becomes an event of the body, the newest of a kind at most every so
-// often, and never none.
+// Server-sent events: each becomes an event of the body. Events of one kind are throttled; the newest is never dropped.
 (() => {
-  const EVERY = { questions: 0, people: 3000, model: 3000, versions: 3000 }; // milliseconds
+  const INTERVAL = { questions: 0, people: 3000, model: 3000, versions: 3000 }; // milliseconds
   const waiting = {};
 
-  function tell(kind, detail) {
+  function dispatch(kind, detail) {
     document.body.dispatchEvent(new CustomEvent(kind, { detail }));
   }
 
-  function tellLater(kind, detail) {
-    if (!EVERY[kind]) return tell(kind, detail);
+  function throttle(kind, detail) {
+    if (!INTERVAL[kind]) return dispatch(kind, detail);
     if (kind in waiting) {
       waiting[kind] = { detail };
       return undefined;
     }
     waiting[kind] = null;
     setTimeout(() => {
-      const news = waiting[kind];
+      const next = waiting[kind];
       delete waiting[kind];
-      if (news) tellLater(kind, news.detail);
-    }, EVERY[kind]);
-    return tell(kind, detail);
+      if (next) throttle(kind, next.detail);
+    }, INTERVAL[kind]);
+    return dispatch(kind, detail);
   }
 
   let source = null;
 
-  // Only while the page is seen: a browser opens six connections to one host, for all tabs together.
+  // Only while the page is visible: a browser opens at most six connections to one host, for all tabs together.
   function connect() {
     if (source || document.hidden) return;
     const opened = (source = new EventSource("/events"));
-    for (const kind of Object.keys(EVERY)) {
-      opened.addEventListener(kind, (event) => tellLater(kind, JSON.parse(event.data)));
+    for (const kind of Object.keys(INTERVAL)) {
+      opened.addEventListener(kind, (event) => throttle(kind, JSON.parse(event.data)));
     }
-    opened.addEventListener("open", () => tell("connected"));
+    opened.addEventListener("open", () => dispatch("connected"));
     opened.addEventListener("error", () => {
-      // A lost connection is taken up again by the browser; a refused one is not.
+      // The browser reopens a lost connection, but not a refused one.
       if (opened.readyState !== EventSource.CLOSED || source !== opened) return;
       source = null;
       setTimeout(connect, 3000);

@@ -1,26 +1,26 @@
 "use strict";
-// The first tab: what keys and buttons do.
+// The labelling tab: keys and buttons.
 (() => {
-  const RENEW_EVERY = 60000; // milliseconds, so that a question is not lent to somebody else while it is read
+  const RENEW_EVERY = 60000; // milliseconds; keeps the lease of a question that is being read
   const place = one("#question");
   const questions = new Questions(place, () => sender.count);
   const { ranking } = questions;
   const sender = new Sender(place, { ids: () => questions.ids, settle, rest });
-  let busy = false; // while an undo is under way, nothing is answered
+  let busy = false; // during an undo nothing can be labelled
 
-  // ---- answering
+  // ---- labelling
 
   function finish(path, fields) {
     if (!questions.current || busy) return;
-    const said = { question: questions.current.id, ...fields };
-    if (path === "/answer") said.seconds = questions.seconds.toFixed(2);
-    questions.done.add(said.question);
+    const record = { question: questions.current.id, ...fields };
+    if (path === "/answer") record.seconds = questions.seconds.toFixed(2);
+    questions.done.add(record.question);
     warn("");
-    const counter = one("[data-answered]");
+    const counter = one("[data-labelled]");
     if (path === "/answer" && counter) counter.textContent = Number(counter.textContent) + 1;
     questions.next();
-    say(path === "/skip" ? "Skipped. Next question." : "Next question.");
-    sender.add(path, said);
+    announce(path === "/skip" ? "Skipped. Next question." : "Next question.");
+    sender.add(path, record);
   }
 
   function undo() {
@@ -31,35 +31,35 @@
     sender.add("/undo", {});
   }
 
-  // What the server said to a record.
+  // Handles the result of a record.
   function settle({ path, fields }, { data, refused }) {
     if (path === "/undo") busy = false;
     place.removeAttribute("aria-busy");
     if (refused) {
       warn(refused);
-      questions.done.delete(Number(fields.question)); // it may be put to this person again
+      questions.done.delete(Number(fields.question)); // it may be asked again
       questions.refill();
       return;
     }
     if (path === "/undo") askAgain(data);
     questions.take(data);
-    document.body.dispatchEvent(new CustomEvent("answered"));
+    document.body.dispatchEvent(new CustomEvent("labelled"));
   }
 
   function askAgain(data) {
     if (data.undone === null) {
-      warn("There is no answer to take back.");
+      warn("There is nothing to undo.");
       return;
     }
     questions.done.delete(data.undone);
     const again = data.questions.find((question) => question.id === data.undone);
     if (again) {
       questions.putBefore(again);
-      say("Your last answer or skip is taken back: answer again.");
+      announce("Your last label or skip was undone; label the question again.");
     } else questions.refill();
   }
 
-  // Nothing waits any more. An undo that another tab has sent is over for this one, too.
+  // Nothing is unsent. An undo that another tab has sent is finished for this one, too.
   function rest() {
     if (!busy) return;
     busy = false;
@@ -75,8 +75,8 @@
   function toggleStrength(value) {
     const radio = one(`input[name=strength][value="${value}"]`, place);
     radio.checked = !radio.checked;
-    const word = one("span", radio.parentElement).firstChild.textContent; // without the key, which follows it
-    say(radio.checked ? `${word.trim()} better` : "Strength taken back");
+    const word = one("span", radio.parentElement).firstChild.textContent; // without the key that follows it
+    announce(radio.checked ? `${word.trim()} better` : "Strength cleared");
   }
 
   function saveOrder() {
@@ -116,14 +116,14 @@
     return false;
   }
 
-  // Whether a key is for us, and not for the browser or for what has the focus.
+  // Whether a key is a command of this page, not of the browser or of the focused element.
   function isOurs(event) {
     if (event.repeat || event.isComposing || one("dialog[open]")) return false;
     if (event.ctrlKey || event.metaKey || event.altKey || event.getModifierState("AltGraph")) return false;
     const isArrow = event.key.startsWith("Arrow");
     if (isArrow && (event.shiftKey || isInScroller(event.target))) return false; // with Shift they select text
     const field = event.target.closest("input, select, textarea");
-    if (field && (field.type !== "radio" || isArrow)) return false; // they move within a row of radio buttons
+    if (field && (field.type !== "radio" || isArrow)) return false; // arrow keys move within a row of radio buttons
     return !(event.key === "Enter" && event.target.closest("button, a"));
   }
 
@@ -149,20 +149,20 @@
   });
   one("form.who").addEventListener("submit", (event) => {
     if (!sender.count) return;
-    event.preventDefault(); // they could not be sent under another name
+    event.preventDefault(); // they can be sent only under this name
     warn(`${notSaved(sender.count)}: wait before you leave.`);
   });
   const help = one("[data-help]");
   help.hidden = false;
   help.addEventListener("click", () => one("#help").showModal());
 
-  // ---- time, and what happens elsewhere
+  // ---- visibility, timers and server events
 
   document.addEventListener("visibilitychange", () => {
-    questions.turn();
+    questions.visibilityChanged();
     if (!document.hidden) document.body.dispatchEvent(new CustomEvent("people"));
   });
-  // What comes while nobody sees the page is left: it may say that nobody is logged in, which is over when it is seen.
+  // A hidden page ignores responses: they may report a logout that has ended by the time the page is shown.
   document.body.addEventListener("htmx:beforeOnLoad", (event) => {
     if (document.hidden) event.preventDefault();
   });
@@ -175,7 +175,7 @@
   }
   addEventListener("online", () => sender.wake());
 
-  // ---- begin
+  // ---- start
 
   const unsent = sender.unsent.all();
   busy = unsent.some((record) => record.path === "/undo");

@@ -1,19 +1,19 @@
 "use strict";
-// The second tab: what is replaced keeps what was opened, and waits while somebody is in it with the keyboard.
+// The model tab: a replaced part keeps its open details, and is not replaced while it has the keyboard focus.
 (() => {
   const stale = new Set(); // parts that were not replaced
   let open = [];
   let scrolled = [];
-  let now = null; // the newest state and alarms
+  let status = null; // the last HTML of the status
 
-  // Whether a request that nobody asked for would take the focus from somebody.
-  function disturbs({ requestConfig, target }) {
-    const byItself = !["change", "submit"].includes(requestConfig.triggeringEvent?.type);
-    return byItself && target.contains(document.activeElement);
+  // Whether an automatic request would take the focus away.
+  function stealsFocus({ requestConfig, target }) {
+    const automatic = !["change", "submit"].includes(requestConfig.triggeringEvent?.type);
+    return automatic && target.contains(document.activeElement);
   }
 
   document.body.addEventListener("htmx:beforeRequest", (event) => {
-    if (!disturbs(event.detail)) return;
+    if (!stealsFocus(event.detail)) return;
     stale.add(event.detail.elt);
     event.preventDefault();
   });
@@ -28,12 +28,12 @@
   });
   document.body.addEventListener("htmx:beforeSwap", (event) => {
     const { target, serverResponse, requestConfig } = event.detail;
-    if (disturbs(event.detail)) {
-      stale.add(requestConfig.elt); // the focus came while the request was under way
+    if (stealsFocus(event.detail)) {
+      stale.add(requestConfig.elt); // it got the focus during the request
       event.detail.shouldSwap = false;
-    } else if (target.id === "now" && event.detail.shouldSwap) {
-      event.detail.shouldSwap = serverResponse !== now; // what has not changed is not read aloud again
-      now = serverResponse;
+    } else if (target.id === "status" && event.detail.shouldSwap) {
+      event.detail.shouldSwap = serverResponse !== status; // screen readers announce only changes
+      status = serverResponse;
     }
     open = [...target.querySelectorAll("details[open][id]")].map((details) => details.id);
     scrolled = [...target.querySelectorAll(".table")].map((table) => table.scrollLeft);

@@ -1,10 +1,10 @@
 "use strict";
-// What the scripts of the first tab share: parts of the page, and sentences to the person.
+// Shared by the scripts of the labelling tab: selectors, messages and announcements.
 const one = (selector, inside = document) => inside.querySelector(selector);
 
-// For those who hear the page.
-function say(sentence) {
-  one("[data-said]").textContent = sentence;
+// For screen readers.
+function announce(sentence) {
+  one("[data-announced]").textContent = sentence;
 }
 
 function warn(sentence, link) {
@@ -14,9 +14,9 @@ function warn(sentence, link) {
   message.hidden = !sentence;
 }
 
-const notSaved = (count) => `${count === 1 ? "1 answer is" : `${count} answers are`} not saved yet`;
+const notSaved = (count) => `${count === 1 ? "1 label is" : `${count} labels are`} not saved yet`;
 
-// crypto.randomUUID is missing where a page is not encrypted.
+// crypto.randomUUID exists only over HTTPS and on loopback.
 function randomToken() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }

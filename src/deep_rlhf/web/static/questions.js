@@ -1,17 +1,17 @@
 "use strict";
-// The question on the screen, and the next ones, held ready.
+// The question on the screen, and the next ones.
 class Questions {
-  // `unsent()` is how many answers the server does not have yet.
+  // `unsent()` returns the number of labels that the server does not have yet.
   constructor(place, unsent) {
     this.place = place;
     this.unsent = unsent;
     this.ranking = new Ranking(place);
-    this.current = null; // { id, html, seconds, since } of what is on the screen
-    this.ahead = []; // { id, html } of what comes next
-    this.done = new Set(); // ids that were answered or skipped here
+    this.current = null; // { id, html, seconds, since } of the question on the screen
+    this.ahead = []; // { id, html } of the next questions
+    this.done = new Set(); // ids that were labelled or skipped here
   }
 
-  // What the server has put on the page; `done` are those that are answered though it does not know it yet.
+  // Reads the questions that the server rendered; those in `done` are labelled, but the server does not know it yet.
   begin(done) {
     this.done = new Set(done);
     const rendered = [...document.querySelectorAll("template[data-ahead]")].map((template) => template.innerHTML);
@@ -21,7 +21,7 @@ class Questions {
       if (!this.done.has(id)) this.ahead.push({ id, html });
     }
     if (this.ahead.length && this.ahead[0].html === rendered[0]) {
-      this.current = { ...this.ahead.shift(), seconds: 0, since: performance.now() }; // it is on the screen already
+      this.current = { ...this.ahead.shift(), seconds: 0, since: performance.now() }; // already on the screen
     } else if (rendered.length) this.next();
   }
 
@@ -29,14 +29,14 @@ class Questions {
     return [this.current?.id, ...this.ahead.map((question) => question.id)].filter(Boolean);
   }
 
-  // Seconds for which the question was looked at.
+  // Seconds for which the question was visible.
   get seconds() {
     const { seconds, since } = this.current;
     return (seconds + (document.hidden ? 0 : performance.now() - since)) / 1000;
   }
 
-  // The page was hidden, or is seen again.
-  turn() {
+  // The page was hidden or shown.
+  visibilityChanged() {
     if (!this.current) return;
     if (document.hidden) this.current.seconds += performance.now() - this.current.since;
     else {
@@ -75,26 +75,26 @@ class Questions {
     else if (!this.current && !this.unsent() && !one(".waiting", this.place)) this.show(null);
   }
 
-  // Asks what this browser holds, which also keeps it; what was lent to somebody else meanwhile goes.
+  // Fetches the questions leased to this browser, which renews the leases, and drops those now leased to others.
   async refill() {
     const have = this.ids;
-    const want = Math.min(Math.max(AHEAD, have.length) + this.unsent(), MOST_HELD);
+    const want = Math.min(Math.max(AHEAD, have.length) + this.unsent(), MAX_HELD);
     const { storeId, csrf } = this.place.dataset;
     try {
       const asked = new URLSearchParams({ have: have.join(","), want, store_id: storeId });
       const response = await fetch(`/questions?${asked}`, {
         headers: { Accept: "application/json", "X-CSRF-Token": csrf },
         redirect: "error",
-        signal: AbortSignal.timeout(GIVE_UP_AFTER),
+        signal: AbortSignal.timeout(REQUEST_TIMEOUT),
       });
-      const isOutdated = response.headers.get("X-Page") === "outdated"; // of another person, or another store
-      // A page that nobody sees stays: somebody is logging in again in another tab, perhaps. It asks when it is seen.
+      const isOutdated = response.headers.get("X-Page") === "outdated"; // of another user or another store
+      // A hidden page stays: the user may be logging in again in another tab. It asks again when it is shown.
       if (document.hidden && (response.status === 401 || isOutdated)) return;
       if (response.status === 401) location.assign("/login");
       if (isOutdated) location.reload();
       if (response.ok) this.keep(await response.json(), have);
     } catch {
-      // the next event or renewal asks again
+      // the next event or renewal retries
     }
   }
 
@@ -102,7 +102,7 @@ class Questions {
     this.ahead = this.ahead.filter((question) => data.held.includes(question.id));
     const id = this.current?.id;
     if (asked.includes(id) && !this.done.has(id) && !data.held.includes(id)) {
-      warn("You looked at that question for so long that somebody else has it now.");
+      warn("The lease of that question expired, and another annotator has it now.");
       this.next();
     }
     this.take(data);

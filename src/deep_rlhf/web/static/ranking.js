@@ -1,5 +1,5 @@
 "use strict";
-// The ranks of three and more answers, given by keys or by radio buttons; `place` holds the question.
+// The ranks of three or more responses, set by keys or radio buttons; `place` contains the question.
 class Ranking {
   constructor(place) {
     this.place = place;
@@ -8,8 +8,8 @@ class Ranking {
   }
 
   clear() {
-    this.given = []; // numbers of answers, in the order in which they were ranked
-    this.ties = false; // the next one is as good as the one before
+    this.given = []; // numbers of the responses, in the order in which they were ranked
+    this.ties = false; // the next one is as good as the previous one
   }
 
   get fieldsets() {
@@ -28,59 +28,59 @@ class Ranking {
     return this.fieldsets.map((_, i) => i + 1);
   }
 
-  // What the radio buttons say, after one of them was pressed.
+  // Reads the radio buttons after one of them was pressed.
   read() {
     this.given = this.numbers.filter((number) => this.rankOf(number)).sort((a, b) => this.rankOf(a) - this.rankOf(b));
     this.ties = false;
-    this.tell();
+    this.report();
   }
 
   rank(number) {
     if (number > this.fieldsets.length || this.rankOf(number)) return undefined;
     const last = this.given.length ? this.rankOf(this.given.at(-1)) : 0;
     const rank = this.ties && last ? last : last + 1;
-    if (rank > this.fieldsets.length) return this.warnOfLast(); // the mouse gave the last rank already
+    if (rank > this.fieldsets.length) return this.warnOfLast(); // the mouse assigned the last rank already
     this.setRank(number, rank);
     this.given.push(number);
     this.ties = false;
-    return this.tell();
+    return this.report();
   }
 
   tie() {
     this.ties = this.given.length > 0;
-    this.tell();
+    this.report();
   }
 
   takeBack() {
     if (this.given.length) this.setRank(this.given.pop(), 0);
     this.ties = false;
-    this.tell();
+    this.report();
   }
 
-  tell() {
+  report() {
     const words = this.given.map((number, i) => {
       if (i === 0) return `${number}`;
       return this.rankOf(number) === this.rankOf(this.given[i - 1]) ? ` = ${number}` : ` > ${number}`;
     });
     const order = words.length ? `Best first: ${words.join("")}${this.ties ? " =" : ""}` : "1 is the best.";
     this.place.querySelector("[data-advice]").textContent = order;
-    say(order.replaceAll("=", "as good as").replaceAll(">", "then"));
+    announce(order.replaceAll("=", "as good as").replaceAll(">", "then"));
   }
 
   warnOfLast() {
-    warn(`There is no rank after ${this.fieldsets.length}: take one back, or press the rank that you mean.`);
+    warn(`There is no rank after ${this.fieldsets.length}: remove one, or select the rank with the mouse.`);
   }
 
-  // The fields of an answer, the only answer that is left being the last; null if it is not clear which rank is meant.
+  // The form fields; a single remaining response is ranked last. Null if ranks are missing or ambiguous.
   fields() {
     const left = this.numbers.filter((number) => !this.rankOf(number));
     if (left.length > 1) {
-      warn(`${left.length} answers have no rank yet.`);
+      warn(`${left.length} responses have no rank yet.`);
       return null;
     }
     const lowest = Math.max(...this.numbers.map((number) => this.rankOf(number)));
     if (left.length && lowest === this.fieldsets.length) {
-      warn(`Answer ${left[0]} has no rank yet.`);
+      warn(`Response ${left[0]} has no rank yet.`);
       return null;
     }
     for (const number of left) this.setRank(number, lowest + 1);

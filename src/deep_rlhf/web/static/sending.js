@@ -1,17 +1,17 @@
 "use strict";
-// Sends what a person says, one after the other and each until the server has it.
-const AHEAD = 2; // questions that this browser holds: the one on the screen, and the next
-const MOST_HELD = 12;
-const GIVE_UP_AFTER = 10000; // milliseconds without an answer, and a request is sent again
+// Sends labels, skips and undos in order, and retries each until the server has it.
+const AHEAD = 2; // questions leased to this browser: the one on the screen, and the next
+const MAX_HELD = 12;
+const REQUEST_TIMEOUT = 10000; // milliseconds, after which a request is sent again
 
 class Sender {
-  // `ids()` are the questions that the browser has; `settle(record, result)` is told what came of each record, `rest()`
-  // that none is left.
+  // `ids()` returns the ids of the browser's questions; `settle(record, result)` receives the result of each record;
+  // `rest()` is called once none is left.
   constructor(place, { ids, settle, rest }) {
     Object.assign(this, { place, ids, settle, rest });
     this.unsent = new Unsent(place.dataset.storeId, place.dataset.person);
     this.sending = false;
-    this.wake = () => {}; // tries again at once
+    this.wake = () => {}; // retries at once
     this.show(false);
   }
 
@@ -19,13 +19,13 @@ class Sender {
     return this.unsent.all().length;
   }
 
-  // Says how many answers wait, if the server is `late`.
+  // Shows how many records are unsent, if the server is `late`.
   show(late) {
     const count = this.count;
     this.place.dataset.unsent = count;
     const box = one("[data-unsaved]");
     box.hidden = !(late && count);
-    box.textContent = box.hidden ? "" : `${notSaved(count)}: the server does not answer. Trying again …`;
+    box.textContent = box.hidden ? "" : `${notSaved(count)}: the server does not respond. Retrying …`;
   }
 
   add(path, fields) {
@@ -63,33 +63,33 @@ class Sender {
     }
     this.sending = false;
     if (this.count) return;
-    this.show(false); // another tab of this person may have sent them
+    this.show(false); // another tab of this user may have sent them
     this.rest();
   }
 
-  // Posts one record; what came of it: { data }, { refused }, { again: true } or { stop: link }.
+  // Posts one record; returns { data }, { refused }, { again: true } or { stop: link }.
   async post({ path, fields }) {
-    const waiting = this.count - 1; // leases of those are still counted
+    const waiting = this.count - 1; // their leases still count
     const have = this.ids();
     const want = path === "/undo" ? have.length + waiting + 1 : AHEAD + waiting;
     const { storeId, csrf } = this.place.dataset;
-    const asked = { store_id: storeId, have: have.join(","), want: Math.min(want, MOST_HELD) };
+    const asked = { store_id: storeId, have: have.join(","), want: Math.min(want, MAX_HELD) };
     try {
       const response = await fetch(path, {
         method: "POST",
         headers: { Accept: "application/json", "X-CSRF-Token": csrf },
         body: new URLSearchParams({ ...fields, ...asked }),
         redirect: "error",
-        keepalive: true, // whoever answers and leaves at once has answered
-        signal: AbortSignal.timeout(GIVE_UP_AFTER),
+        keepalive: true, // a label is sent even if the page is closed at once
+        signal: AbortSignal.timeout(REQUEST_TIMEOUT),
       });
       if (response.status === 429 || response.status >= 500) return { again: true };
       const data = await response.json();
       if (response.ok) return { data };
-      if (response.status === 401) return { stop: ["/login", "Log in to save it."] };
-      if (response.status === 403) return { stop: ["/", "Load the page again to save it."] };
-      // Kept under its store's id: it is sent if that store is served again.
-      if (response.headers.get("X-Page") === "outdated") return { stop: ["/", "Load it again."], sentence: data.error };
+      if (response.status === 401) return { stop: ["/login", "Log in to save."] };
+      if (response.status === 403) return { stop: ["/", "Reload the page to save."] };
+      // Kept under its store's id, and sent once that store is served again.
+      if (response.headers.get("X-Page") === "outdated") return { stop: ["/", "Reload the page."], sentence: data.error };
       return { refused: data.error };
     } catch {
       return { again: true };

@@ -1,16 +1,15 @@
 "use strict";
-// What a person has said and the server has not acknowledged. It outlives a reload, in the browser's own storage,
-// under the store and the person's name: nobody else who uses this browser sends it as his, and it never answers a
-// question of the same number in another store.
+// Records that the server has not acknowledged. They survive a reload in the browser's storage, under the store's id
+// and the user's name: another user of this browser never sends them, nor do they label a question of another store.
 class Unsent {
   constructor(storeId, person) {
-    // Neither holds a blank, so that no prefix is the beginning of another one.
+    // Neither contains a blank, so no prefix is the beginning of another one.
     this.prefix = `deep-rlhf unsent ${storeId} ${encodeURIComponent(person)} `;
-    this.memory = new Map(); // where the browser stores nothing
+    this.memory = new Map(); // used if the browser has no storage
     this.count = 0;
   }
 
-  // Keeps { path, fields } and returns whether it outlives a reload.
+  // Keeps { path, fields }; returns whether it survives a reload.
   add(record) {
     this.count += 1;
     const key = `${this.prefix}${Date.now()}-${String(this.count).padStart(6, "0")}-${randomToken().slice(0, 8)}`;
@@ -23,7 +22,7 @@ class Unsent {
     }
   }
 
-  // All of them, the oldest first.
+  // All records, oldest first.
   all() {
     const found = [...this.memory].map(([key, record]) => ({ key, ...record }));
     try {
@@ -31,7 +30,7 @@ class Unsent {
         if (key.startsWith(this.prefix)) found.push({ key, ...JSON.parse(localStorage.getItem(key)) });
       }
     } catch {
-      // nothing is stored here
+      // there is no storage
     }
     return found.sort((a, b) => (a.key < b.key ? -1 : 1));
   }
@@ -41,7 +40,7 @@ class Unsent {
     try {
       localStorage.removeItem(key);
     } catch {
-      // nothing is stored here
+      // there is no storage
     }
   }
 }
