@@ -7,11 +7,13 @@ import os
 import random
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import torch
 from torch import nn
@@ -38,20 +40,6 @@ def saved(folder: Path, state: dict[Any, Any]) -> dict[Any, Any]:
     assert read is not None
     assert (read.path, read.step) == (folder / "step-1", 1)
     return read.state
-
-
-def in_a_process(act: Callable[[], Any]) -> int:
-    """How a forked process ends in which `act` runs: 0, minus a signal, or 2 after a UserError."""
-    child = os.fork()
-    if child == 0:
-        try:
-            act()
-        except UserError:
-            os._exit(2)
-        except BaseException:
-            os._exit(99)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -201,12 +189,8 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
-) -> None:
-    for step in (1, 2):
-        save_checkpoint(tmp_path, step, STATE | {"step": step})
+def save_and_die(folder: Path, place: str) -> None:
+    """SIGKILL at this place of saving step 3: for a process of its own."""
     original = checkpoint.save_file
 
     def die(*arguments: Any) -> None:
@@ -215,22 +199,31 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
             os.truncate(arguments[1], 100_000)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(f"deep_rlhf.runtime.checkpoint.{PLACES[place]}", die)
-    assert in_a_process(lambda: save_checkpoint(tmp_path, 3, STATE | {"step": 3})) == -signal.SIGKILL
-    monkeypatch.undo()
-    read = latest_checkpoint(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"deep_rlhf.runtime.checkpoint.{PLACES[place]}", die)
+        save_checkpoint(folder, 3, STATE | {"step": 3})
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("place", PLACES)
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        save_checkpoint(folder, step, STATE | {"step": step})
+    assert processes.run(save_and_die, folder, place, log=tmp_path / "log") == -signal.SIGKILL
+    read = latest_checkpoint(folder)
     assert read is not None
     assert read.state["step"] == read.step == (3 if place == "rotation" else 2)
     assert torch.equal(read.state["weights"], STATE["weights"])
     assert caplog.messages == []  # nothing half written bears a checkpoint's name
-    save_checkpoint(tmp_path, 3, STATE | {"step": "again"})
-    assert names(tmp_path) == ["step-2", "step-3"]
+    save_checkpoint(folder, 3, STATE | {"step": "again"})
+    assert names(folder) == ["step-2", "step-3"]
 
 
-def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_checkpoint(tmp_path, 5, {"is": "old"}, keep=1)
+def replace_and_die(folder: Path) -> None:
+    """SIGKILL when the new checkpoint of step 5 is about to get the old one's name: for a process of its own."""
     rename = os.rename
 
     def die_at_the_second(source: Path, target: Path) -> None:
@@ -238,45 +231,53 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one(
             os.kill(os.getpid(), signal.SIGKILL)
         rename(source, target)
 
-    monkeypatch.setattr("os.rename", die_at_the_second)
-    assert in_a_process(lambda: save_checkpoint(tmp_path, 5, {"is": "new"}, keep=1)) == -signal.SIGKILL
-    monkeypatch.undo()
-    read = latest_checkpoint(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.rename", die_at_the_second)
+        save_checkpoint(folder, 5, {"is": "new"}, keep=1)
+
+
+@pytest.mark.processes
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_one(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save_checkpoint(folder, 5, {"is": "old"}, keep=1)
+    assert processes.run(replace_and_die, folder, log=tmp_path / "log") == -signal.SIGKILL
+    read = latest_checkpoint(folder)
     assert read is not None
     assert (read.step, read.state) == (5, {"is": "old"})
-    save_checkpoint(tmp_path, 5, {"is": "new"}, keep=1)
-    assert names(tmp_path) == ["step-5"]
+    save_checkpoint(folder, 5, {"is": "new"}, keep=1)
+    assert names(folder) == ["step-5"]
 
 
+def save_with_little_room(folder: Path, step: int, size: int) -> None:
+    """The kernel refuses to write beyond `size` bytes of a file: for a process of its own, whose log has the error."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try:
+        save_checkpoint(folder, step, STATE | {"long": "x" * 400_000})
+    except UserError as error:
+        print(f"error: {error}")  # noqa: T201
+        sys.exit(2)
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("size", [1_000, 200_200])
 def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(tmp_path: Path, size: int) -> None:
     """The kernel refuses to write beyond `size` bytes: of the tensors, or of the tree behind them."""
     folder = tmp_path / "checkpoints"
-    state = STATE | {"long": "x" * 400_000}
 
-    def save_with_little_room(step: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        try:
-            save_checkpoint(folder, step, state)
-        except UserError as error:
-            os.write(log, str(error).encode())
-            raise
+    def error_at(step: int) -> str:
+        log = tmp_path / f"log {step}"
+        assert processes.run(save_with_little_room, folder, step, size, log=log) == 2
+        return log.read_text().partition("error: ")[2].rstrip("\n")
 
-    log = os.open(tmp_path / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    assert in_a_process(lambda: save_with_little_room(1)) == 2
+    said = error_at(1)
     assert names(folder) == []
-    said = (tmp_path / "log").read_text()
     assert said.startswith(f"The checkpoint of step 1 could not be written to {folder} (")
     assert "File too large" in said
     assert said.endswith("there is no earlier checkpoint; make room, or choose another output_dir.")
 
-    save_checkpoint(folder, 1, state)
-    os.ftruncate(log, 0)
-    os.lseek(log, 0, os.SEEK_SET)
-    assert in_a_process(lambda: save_with_little_room(2)) == 2
-    os.close(log)
+    save_checkpoint(folder, 1, STATE | {"long": "x" * 400_000})
+    said = error_at(2)
     assert names(folder) == ["step-1"]
-    said = (tmp_path / "log").read_text()
     assert said.endswith(f"the previous checkpoint {folder / 'step-1'} is intact; make room and go on with --resume.")
     read = latest_checkpoint(folder)
     assert read is not None
