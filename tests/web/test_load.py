@@ -4,7 +4,6 @@ Numbers of people, answers and requests are fixed, and everything ends by a dead
 """
 
 import math
-import multiprocessing
 import random
 import re
 import statistics
@@ -16,6 +15,7 @@ from typing import Any
 
 import httpx
 import page_process
+import processes
 import pytest
 from page_client import Client
 from postgres import free_port, postgres  # noqa: F401
@@ -40,9 +40,9 @@ class Page:
 
     def start(self) -> None:
         """Starts a process and waits until it answers."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["deep_rlhf.web.app", "deep_rlhf.web.server"])
-        self._process = context.Process(target=page_process.serve_page, args=(self.address, self.port), daemon=True)
+        self._process = processes.fork_server().Process(
+            target=page_process.serve_page, args=(self.address, self.port), daemon=True
+        )
         self._process.start()
         deadline = time.monotonic() + SECONDS
         while True:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import killed_people
+import processes
 import pytest
 from postgres import Server, server
 from sqlalchemy import text
@@ -20,6 +21,8 @@ from deep_rlhf.feedback.store.schema import REVISION
 
 SECONDS = 60.0  # after which something hangs
 
+pytestmark = pytest.mark.processes
+
 
 class Process:
     """A process that works on a store and tells what it does."""
@@ -27,9 +30,7 @@ class Process:
     def __init__(self, work: killed_people.Work, address: str, person: str) -> None:
         self.person = person
         self.told, end = multiprocessing.Pipe(duplex=False)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["deep_rlhf.feedback.store"])  # else each process would import it anew
-        self._process = context.Process(target=work, args=(address, person, end), daemon=True)
+        self._process = processes.fork_server().Process(target=work, args=(address, person, end), daemon=True)
         self._process.start()
         end.close()
 
