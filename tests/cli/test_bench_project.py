@@ -15,6 +15,8 @@ import speed
 from side_by_side.jobs import JOBS
 from side_by_side.workplace import kept_lengths, prepare
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.parametrize("name", ["ppo-separate-fp32", "ppo-bf16"])
 def test_ppo(name: str, tmp_path: Path) -> None:

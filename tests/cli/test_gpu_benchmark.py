@@ -25,6 +25,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_every_part_but_the_peer_runs(report: dict[str, Any]) -> None:
     assert [part for part in gpu.LIMITS if "not_measured" in report[part]] == ["trl"]
     job = report["settings"]["ppo"]
@@ -40,6 +42,8 @@ def test_every_part_but_the_peer_runs(report: dict[str, Any]) -> None:
     assert report["trl"] == {"not_measured": "no --peer was given"}
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_what_needs_a_gpu_is_not_measured(report: dict[str, Any]) -> None:
     assert set(report["figures"].values()) == {"not measured"}
     rows = [line for line in gpu.table(report).splitlines() if line.startswith("| ")][1:]

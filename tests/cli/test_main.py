@@ -28,6 +28,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"deep-rlhf {__version__}\n"
 
 
+@pytest.mark.processes
 def test_a_mistake_ends_a_process_with_one_line_and_code_2(tmp_path: Path) -> None:
     """The only test of this file in a process of its own: the others see the same through `run`."""
     command = [sys.executable, "-c", "from deep_rlhf.cli.main import main; main()", "ppoo"]
@@ -40,6 +41,7 @@ def test_a_mistake_ends_a_process_with_one_line_and_code_2(tmp_path: Path) -> No
     assert result.stdout == ""
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("command", ["teach", "label", "store"])
 def test_what_only_serves_or_copies_starts_without_the_trainers_libraries(command: str) -> None:
     heavy = "{'torch', 'transformers.trainer', 'transformers.modeling_utils', 'datasets', 'peft', 'accelerate'}"

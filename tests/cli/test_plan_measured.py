@@ -24,6 +24,8 @@ from transformers import (
 from deep_rlhf.planning.memory_plan import GIB
 from deep_rlhf.runtime.precision import multiplies_bf16
 
+pytestmark = [pytest.mark.processes, pytest.mark.timing]
+
 VOCABULARY = 50_257  # GPT-2's
 PROMPT, RESPONSE, TEXT = 64, 48, 250  # in tokens
 FORMAT = "bf16" if multiplies_bf16(torch.device("cpu")) else "fp32"  # what is emulated takes minutes, and other memory

@@ -17,6 +17,8 @@ from deep_rlhf.errors import UserError
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.types import Preference
 
+pytestmark = pytest.mark.processes
+
 # The original's command, word for word.
 COMMAND = """
 python reward_modeling.py --model_name_or_path="distilbert/distilbert-base-uncased" \

@@ -19,6 +19,8 @@ from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.state import STATUS, Status
 from deep_rlhf.feedback.store import Store
 
+pytestmark = pytest.mark.processes
+
 SECONDS = 120  # for anything that is waited for
 SMALL = [
     *("--labeler=simulated", "--taste=short", "--pace=0.02", "--initial_labels=8", "--refit_after=8", "--seed=1"),

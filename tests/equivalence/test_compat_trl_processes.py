@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import trl_processes
 
+pytestmark = pytest.mark.processes
+
 
 def test_two_processes_step_as_one(tmp_path: Path, make_model: Callable[..., Any], tokenizer: Any) -> None:
     make_model("gpt2").save_pretrained(tmp_path / "model")

@@ -10,6 +10,8 @@ import reward_processes
 import torch
 import transformers
 
+pytestmark = pytest.mark.processes
+
 
 def test_two_processes_have_the_losses_of_one(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import two_processes
 
+pytestmark = pytest.mark.processes
+
 SPEED_AND_MEMORY = {"tokens_per_second", "sampling_share_of_time", "memory_gb"}
 
 

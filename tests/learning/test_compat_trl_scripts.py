@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from deep_rlhf.compat.trl import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 
+pytestmark = pytest.mark.processes
+
 SCRIPTS = Path(__file__).parent / "trl_scripts"
 SETTINGS = {
     "steps": 480,

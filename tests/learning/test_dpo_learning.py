@@ -203,6 +203,7 @@ def test_the_first_loss_is_ln_2_times_the_mean_weight(
     assert losses == [pytest.approx(5.5 / 5 * math.log(2), abs=1e-4)]
 
 
+@pytest.mark.processes
 def test_two_processes_train_as_one(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
     make_model("gpt2").save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")

@@ -112,6 +112,7 @@ def test_options_that_contradict_each_other_are_refused(settings: dict[str, Any]
     assert words in str(refused.value)
 
 
+@pytest.mark.processes
 def test_importing_the_package_imports_nothing_heavy() -> None:
     program = "import sys, deep_rlhf; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
