@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo teach quick test test-all test-8bit system lint format bars algorithms curves bench growth headline clean
+.PHONY: demo teach quick test test-all test-8bit system lint format bars algorithms curves bench growth headline architecture clean
 demo: $(VENV)/.installed
 	$(BIN)/deep-rlhf demo --seed=$(SEED)
 
@@ -65,6 +65,10 @@ growth: $(VENV)/.installed
 # The original's PPO command with whole prompts in 8 GiB. HEADLINE takes flags of ppo.py, as in HEADLINE=--precision=fp32.
 headline: $(VENV)/.installed
 	$(BIN)/python benchmarks/headline.py $(HEADLINE)
+
+# The picture of docs/architecture.md, drawn from the imports.
+architecture: $(VENV)/.installed
+	$(BIN)/python docs/draw_architecture.py
 
 # torch first and alone, by the same constraints as the project's own, so that both sides run the same build.
 .peers/%/.installed: benchmarks/peers/requirements-%.txt constraints.txt

@@ -250,7 +250,7 @@ def sampler_gap(workplace: Path) -> Row:
             ppo_epochs=1,
         ),
         prompts=json.loads((workplace / "prompts.json").read_text()),
-        reward=lambda prompts, answers: [float(len(answer)) for answer in answers],
+        reward=lambda prompts, texts: [float(len(text)) for text in texts],
         model=str(workplace / "policy"),
         tokenizer=str(workplace / "tokenizer"),
     )

@@ -1,0 +1,1 @@
+"""PPO and other policy-gradient methods; SFT, reward models, DPO."""

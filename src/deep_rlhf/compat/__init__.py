@@ -1,1 +1,1 @@
-"""Interfaces of other libraries over the parts of this one."""
+"""Interfaces of other libraries, such as TRL 0.7 to 0.11."""

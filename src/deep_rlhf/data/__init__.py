@@ -1,0 +1,1 @@
+"""Reads preferences and prompts; contains the synthetic task."""

@@ -1,0 +1,1 @@
+"""Comparison of policies, metrics of reward models, reports."""

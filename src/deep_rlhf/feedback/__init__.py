@@ -1,0 +1,1 @@
+"""People in the loop: questions, labels, refits of the reward model, alarms."""

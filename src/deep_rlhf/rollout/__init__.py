@@ -1,0 +1,1 @@
+"""Samples responses and computes the log-probabilities of their tokens."""

@@ -1,0 +1,1 @@
+"""Processes, precision, optimisers, checkpoints and run folders."""

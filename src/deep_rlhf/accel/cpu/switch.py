@@ -29,9 +29,8 @@ def is_plain() -> bool:
 
 
 def has_fast_linear(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's private operators multiply matrices of `dtype` on this CPU, faster than PyTorch's default."""
-    known = dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bf16(CPU))
-    return known and not is_plain() and torch.backends.mkldnn.is_available() and linear_operators_work(dtype)
+    """Whether linear layers in `dtype` may use oneDNN's private operators on this CPU."""
+    return linear_operators_work(dtype) and not is_plain()
 
 
 def has_fast_attention() -> bool:
@@ -51,7 +50,10 @@ def libc_function(name: str) -> Any:
 
 @cache
 def linear_operators_work(dtype: torch.dtype) -> bool:
-    """Tries oneDNN's private linear operators once on small matrices: they exist, and the result is right."""
+    """Whether oneDNN's private linear operators exist, are fast in `dtype`, and give the right product; tried once."""
+    fast = dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bf16(CPU))
+    if not fast or not torch.backends.mkldnn.is_available():
+        return False
     inputs = torch.linspace(-1, 1, 3 * 8, device=CPU).reshape(3, 8).to(dtype)
     weight = torch.linspace(1, -2, 4 * 8, device=CPU).reshape(4, 8).to(dtype)
     bias = torch.linspace(0, 1, 4, device=CPU).to(dtype)
