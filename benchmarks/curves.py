@@ -195,7 +195,7 @@ def make_session(
 
     from deep_rlhf.data.chat import HH
     from deep_rlhf.data.synthetic import generate_prompts, judge
-    from deep_rlhf.feedback.annotators.base import SimulatedLabeler
+    from deep_rlhf.feedback.annotators.simulated import SimulatedLabeler
     from deep_rlhf.feedback.loop.config import SessionConfig
     from deep_rlhf.feedback.loop.session import Session
     from deep_rlhf.feedback.store import Store

@@ -60,7 +60,7 @@ def fill(store: Store) -> None:
     comparisons = [
         Comparison(
             prompt=HH.format(prompt),
-            answers=(good, bad),
+            responses=(good, bad),
             why_selected=reasons[i % 4],
             writers=(0, 4) if i % 4 == 3 else (),
             policy_version=i // 20,
@@ -75,9 +75,9 @@ def fill(store: Store) -> None:
         question = store.ask(person)[0]
         choice = rng.choices(("a", "b", "tie"), (7, 2, 1))[0]
         seconds = rng.uniform(2.5, 7)
-        store.answer(question.id, person, token=f"{i}", choice=choice, strength=rng.randint(1, 4), seconds=seconds)
-    store.add([Comparison(prompt=DIALOGUE, answers=(LONG, SHORT), why_selected="variance", priority=50)])
-    store.add([Comparison(prompt=HH.format(prompt), answers=(a, b)) for prompt, a, b in QUESTIONS])
+        store.add_label(question.id, person, token=f"{i}", choice=choice, strength=rng.randint(1, 4), seconds=seconds)
+    store.add([Comparison(prompt=DIALOGUE, responses=(LONG, SHORT), why_selected="variance", priority=50)])
+    store.add([Comparison(prompt=HH.format(prompt), responses=(a, b)) for prompt, a, b in QUESTIONS])
     _history(store, rng)
 
 
@@ -109,7 +109,7 @@ def _history(store: Store, rng: random.Random) -> None:
         [
             AnnotatorFigures(
                 name=name,
-                answers=28,
+                labels=28,
                 error_rate=rate,
                 error_rate_interval=(low, high),
                 gold_right=2,

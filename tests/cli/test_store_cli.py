@@ -21,18 +21,18 @@ def labelled(tmp_path: Path) -> str:
     with Store(path) as store:
         store.add(
             [
-                Comparison(prompt=f"p{i}", answers=("x", "y"), why_selected="variance", policy_version=i)
+                Comparison(prompt=f"p{i}", responses=("x", "y"), why_selected="variance", policy_version=i)
                 for i in (1, 2, 10)
             ]
         )
         store.add(
-            [Comparison(prompt="ranking", answers=("x", "y", "z")), Comparison(prompt="waits", answers=("x", "y"))]
+            [Comparison(prompt="ranking", responses=("x", "y", "z")), Comparison(prompt="waits", responses=("x", "y"))]
         )
         for i, choice in enumerate(("a", "cant_tell", "b")):
             person = "[bold]bert" if i == 2 else "anna"
             number = store.ask(person)[0].id
-            store.answer(number, person, token=str(i), choice=choice)  # type: ignore[arg-type]
-        store.answer(store.ask("anna")[0].id, "anna", token="ranking", ranks=[1, 2, 3])
+            store.add_label(number, person, token=str(i), choice=choice)  # type: ignore[arg-type]
+        store.add_label(store.ask("anna")[0].id, "anna", token="ranking", ranks=[1, 2, 3])
     return str(path)
 
 
@@ -116,7 +116,7 @@ def test_what_a_store_holds(labelled: str, tmp_path: Path, capsys: pytest.Captur
         (["export", "{labelled}", "{tmp}/x.jsonl", "--all=perhaps"], "expected True or False"),
         (["import", "{labelled}", "{tmp}/nothing.jsonl"], "no file or folder"),
         (["import", "{labelled}", "{tmp}", "--on_bad_rows=ignore"], "invalid choice: 'ignore'"),
-        (["import", "{labelled}", "{labelled}"], "known type"),
+        (["import", "{labelled}", "{labelled}"], "unknown file type; known are .jsonl"),
         (["show", "mysql://me:secret@host/x"], "SQLite or PostgreSQL"),
         (["show"], "required: STORE"),
         (["show", "{labelled}", "more"], "more"),

@@ -6,8 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from deep_rlhf.feedback.annotators.base import SimulatedLabeler
-from deep_rlhf.feedback.annotators.simulated import AnnotatorHabits
+from deep_rlhf.feedback.annotators.simulated import AnnotatorHabits, SimulatedLabeler
 from deep_rlhf.feedback.loop.config import SessionConfig
 from deep_rlhf.feedback.loop.session import Session
 from deep_rlhf.feedback.state import STOP

@@ -11,7 +11,7 @@ from test_reward_learning import comparisons
 
 from deep_rlhf.algorithms.supervised.reward_trainer import RewardTrainer
 from deep_rlhf.errors import ConfigError, DataError, ModelError
-from deep_rlhf.feedback.annotators.reliability import Answered, fit_error_rates
+from deep_rlhf.feedback.annotators.reliability import JudgedPair, fit_error_rates
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.reward_refit.bootstrap import bag_id, is_held_out
 from deep_rlhf.feedback.reward_refit.ensemble import RefitSettings, RewardFit, classifier_of
@@ -96,7 +96,7 @@ def test_who_answers_at_random_is_found_and_hurts_less(new_fit):
         told = {pair.id: pair for pair in mixed}
         rates = fit_error_rates(
             [
-                Answered(annotator=told[name].annotator, predicted=p, mu=told[name].mu)
+                JudgedPair(annotator=told[name].annotator, predicted=p, mu=told[name].mu)
                 for name, p in fitted.predictions.items()
             ]
         )
@@ -138,8 +138,8 @@ def test_a_refit_is_told_who_errs_and_what_was_ranked_together(make_model, make_
     ranking = ("gold", "red", "the sun")
     with Store(tmp_path / "labels.db", seed=1) as store:
         refits = Refits(job, tmp_path, store, policy=lambda: (policy, make_tokenizer()))
-        store.add([Comparison(prompt=prompt, answers=answers) for prompt, *answers in better])
-        store.add([Comparison(prompt="the cat ", answers=ranking)])
+        store.add([Comparison(prompt=prompt, responses=answers) for prompt, *answers in better])
+        store.add([Comparison(prompt="the cat ", responses=ranking)])
         answer_all(store, better, {"ann": 0.0, "bob": 0.0, "flips": 1.0})
         refits.run()
         found = {one.name: one.error_rate for one in ANNOTATORS.read(store) or []}
@@ -159,12 +159,12 @@ def answer_all(store: Store, better: dict[tuple[str, str, str], float], people: 
         if not asked:
             return
         number, comparison = asked[0].id, asked[0].comparison
-        if len(comparison.answers) > 2:
-            store.answer(number, name, token=f"{number}", ranks=(1, 2, 3))
+        if len(comparison.responses) > 2:
+            store.add_label(number, name, token=f"{number}", ranks=(1, 2, 3))
         else:
-            mu = better[comparison.prompt, *comparison.answers]
+            mu = better[comparison.prompt, *comparison.responses]
             mu = float(rng.random() < 0.5) if rng.random() < people[name] else mu
-            store.answer(number, name, token=f"{number}", choice="a" if mu else "b")
+            store.add_label(number, name, token=f"{number}", choice="a" if mu else "b")
 
 
 # ---- from process to process

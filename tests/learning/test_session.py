@@ -91,7 +91,7 @@ def test_a_batched_session_waits_for_people_and_asks_on_where_they_skip(policy: 
                     if question.id % 2:
                         store.skip(question.id, "ann", token=f"{question.id}")
                     else:
-                        store.answer(question.id, "ann", token=f"{question.id}", choice="a")
+                        store.add_label(question.id, "ann", token=f"{question.id}", choice="a")
 
         person = threading.Thread(target=ann)
         person.start()
@@ -205,7 +205,7 @@ def test_after_a_kill_a_session_goes_on_from_its_checkpoint_and_no_label_is_lost
         assert again.run() == "done"
         assert [row["step"] for row in store.metrics()] == [1, 2, 3, 4, 5, 5, 6]
         assert [one.event_id for one in store.labels()][: len(labels)] == labels
-        asked = [(one.comparison.prompt, frozenset(one.comparison.answers)) for one in store.labels()]
+        asked = [(one.comparison.prompt, frozenset(one.comparison.responses)) for one in store.labels()]
         assert len(set(asked)) == len(asked)  # what was asked after the checkpoint is not asked again
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 

@@ -15,7 +15,8 @@ from postgres import Server, postgres  # noqa: F401
 from deep_rlhf.cli.reward import RewardArguments, load_splits
 from deep_rlhf.data.preferences import load_preferences
 from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.exchange.export import export_labels, import_answers, read_answers
+from deep_rlhf.feedback.exchange.export import export_labels
+from deep_rlhf.feedback.exchange.import_ import import_labels, read_labels
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.reward_refit.preferences import all_preferences
 from deep_rlhf.feedback.store import Store
@@ -24,9 +25,9 @@ from deep_rlhf.types import Preference
 TARGETS = ("labels.jsonl", "labels.jsonl.gz", "labels.parquet", "labels")
 
 
-def import_labels(store: Store, source: Any, **options: str) -> int:
-    """As `deep-rlhf store import` does it; returns how many answers are new."""
-    return import_answers(store, read_answers(source, **options)[0])
+def import_file(store: Store, source: Any, **options: str) -> int:
+    """As `deep-rlhf store import` does it; returns how many labels are new."""
+    return import_labels(store, read_labels(source, **options)[0])
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def label_everything(store: Store) -> None:
         [
             Comparison(
                 prompt="\n\nHuman: Hi?\n\nAssistant:",
-                answers=(" Yes, \x00 Wörter", " No ✓"),
+                responses=(" Yes, \x00 Wörter", " No ✓"),
                 why_selected="information",
                 policy_version=3,
                 reward_version=2,
@@ -56,13 +57,13 @@ def label_everything(store: Store) -> None:
                 overlap=2,
                 priority=9.0,
             ),
-            Comparison(prompt="tie", answers=("x", "y"), priority=8.0),
-            Comparison(prompt="can't tell", answers=("x", "y"), priority=7.0),
-            Comparison(prompt="ranking", answers=("p", "q", "r", "s"), why_selected="variance", priority=6.0),
-            Comparison(prompt="gold", answers=("x", "y"), why_selected="gold", expected="b", priority=5.0),
-            Comparison(prompt="win rate", answers=("x", "y"), why_selected="win_rate", priority=4.0),
-            Comparison(prompt="equal", answers=("x", "x "), priority=3.0),
-            Comparison(prompt="taken back", answers=("x", "y"), priority=2.0),
+            Comparison(prompt="tie", responses=("x", "y"), priority=8.0),
+            Comparison(prompt="can't tell", responses=("x", "y"), priority=7.0),
+            Comparison(prompt="ranking", responses=("p", "q", "r", "s"), why_selected="variance", priority=6.0),
+            Comparison(prompt="gold", responses=("x", "y"), why_selected="gold", expected="b", priority=5.0),
+            Comparison(prompt="win rate", responses=("x", "y"), why_selected="win_rate", priority=4.0),
+            Comparison(prompt="equal", responses=("x", "x "), priority=3.0),
+            Comparison(prompt="taken back", responses=("x", "y"), priority=2.0),
         ]
     )
     given: dict[str, dict[str, Any]] = {
@@ -77,13 +78,15 @@ def label_everything(store: Store) -> None:
     }
     for question in store.ask("anna", count=8):
         prompt = question.comparison.prompt
-        store.answer(question.id, "anna", token=f"anna {question.id}", **given[prompt])
+        store.add_label(question.id, "anna", token=f"anna {question.id}", **given[prompt])
     store.undo("anna", token="undo")
     store.release("anna")
     store.ask("bert")
-    store.answer(original, "bert", token="bert", choice="a")
-    store.add([Comparison(prompt="tie", answers=("x", "y"), why_selected="repeat", repeat_of=original, priority=99.0)])
-    store.answer(store.ask("bert")[0].id, "bert", token="repeat", choice="b")
+    store.add_label(original, "bert", token="bert", choice="a")
+    store.add(
+        [Comparison(prompt="tie", responses=("x", "y"), why_selected="repeat", repeat_of=original, priority=99.0)]
+    )
+    store.add_label(store.ask("bert")[0].id, "bert", token="repeat", choice="b")
 
 
 def test_answers_become_preferences(store: Store) -> None:
@@ -128,7 +131,7 @@ def test_what_is_exported_is_loaded_as_it_was_labelled(store: Store, tmp_path: P
     label_everything(store)
     written = export_labels(store, tmp_path / target)
     assert written.left_out == {"can't tell": 1, "gold": 1, "repeat": 1}
-    assert (written.answers, written.rows) == (6, 11)
+    assert (written.labels, written.rows) == (6, 11)
     loaded, report = load_preferences(str(tmp_path / target), split="train", template="plain")
     assert [plain(p) for p in loaded] == [plain(p) for p in all_preferences(store.labels())]
     assert report.dropped == {"chosen equals rejected": 1}
@@ -154,8 +157,8 @@ def test_export_import_export_is_the_same(
     first = tmp_path / "first" / target
     second = tmp_path / "second" / target
     export_labels(store, first, everything=everything)
-    answers, _ = read_answers(first)
-    assert (len(answers), import_answers(other, answers)) == ((9, 9) if everything else (6, 6))
+    answers, _ = read_labels(first)
+    assert (len(answers), import_labels(other, answers)) == ((9, 9) if everything else (6, 6))
     assert other.waiting() == 0
     export_labels(other, second, everything=everything)
     if first.is_dir():
@@ -182,10 +185,10 @@ def test_a_store_moves_to_postgresql_and_back(
     label_everything(store)
     export_labels(store, tmp_path / "a.jsonl", everything=True)
     with Store(postgres.store()) as there:
-        assert import_labels(there, tmp_path / "a.jsonl") == 9
-        assert import_labels(there, tmp_path / "a.jsonl") == 0
+        assert import_file(there, tmp_path / "a.jsonl") == 9
+        assert import_file(there, tmp_path / "a.jsonl") == 0
         export_labels(there, tmp_path / "b.jsonl", everything=True)
-    import_labels(other, tmp_path / "b.jsonl")
+    import_file(other, tmp_path / "b.jsonl")
     export_labels(other, tmp_path / "c.jsonl", everything=True)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "c.jsonl").read_bytes()
 
@@ -193,9 +196,9 @@ def test_a_store_moves_to_postgresql_and_back(
 def test_a_repeated_import_adds_nothing(store: Store, other: Store, tmp_path: Path) -> None:
     label_everything(store)
     export_labels(store, tmp_path / "a.jsonl", everything=True)
-    assert import_labels(store, tmp_path / "a.jsonl") == 0  # not even into the store it comes from
-    assert import_labels(other, tmp_path / "a.jsonl") == 9
-    assert import_labels(other, tmp_path / "a.jsonl") == 0
+    assert import_file(store, tmp_path / "a.jsonl") == 0  # not even into the store it comes from
+    assert import_file(other, tmp_path / "a.jsonl") == 9
+    assert import_file(other, tmp_path / "a.jsonl") == 0
     assert [label.imported for label in store.labels() + other.labels()] == [False] * 9 + [True] * 9
     before = other.last_event()
     assert other.undo("anna", token="u") is None  # what came from a file is not the newest thing that anna did
@@ -208,10 +211,10 @@ def test_imported_answers_join_those_of_the_store(store: Store, other: Store, tm
     export_labels(store, tmp_path / "a.jsonl", everything=True)
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     (tmp_path / "some.jsonl").write_text("\n".join(line for line in lines if '"bert"' in line))
-    assert import_labels(other, tmp_path / "some.jsonl") == 2
+    assert import_file(other, tmp_path / "some.jsonl") == 2
     repeat = other.labels()[1].comparison
     assert (repeat.why_selected, repeat.repeat_of) == ("repeat", other.labels()[0].comparison_id)
-    assert import_labels(other, tmp_path / "a.jsonl") == 7
+    assert import_file(other, tmp_path / "a.jsonl") == 7
     both = [label for label in other.labels() if "Hi?" in label.comparison.prompt]
     assert [label.annotator for label in both] == ["bert", "anna"]
     assert len({label.comparison_id for label in both}) == 1
@@ -235,10 +238,10 @@ def test_any_preferences_are_imported(store: Store, tmp_path: Path) -> None:
         {"prompt": "q", "a": "x", "b": "x", "mu": 1},
     ]
     path = write(tmp_path / "foreign.jsonl", rows)
-    answers, rows = read_answers(path, template="plain")
-    assert (len(answers), import_answers(store, answers)) == (4, 4)
+    labels, rows = read_labels(path, template="plain")
+    assert (len(labels), import_labels(store, labels)) == (4, 4)
     assert rows.dropped == {"chosen equals rejected": 1}
-    assert import_labels(store, path, template="plain") == 0
+    assert import_file(store, path, template="plain") == 0
     found = [(label.annotator, label.choice, label.comparison_id) for label in store.labels()]
     assert found == [("anna", "a", 1), ("bert", "b", 1), ("anna", "tie", 2), ("import", "a", 3)]
 
@@ -248,10 +251,10 @@ def test_votes_are_one_answer_each(store: Store, tmp_path: Path) -> None:
         {"prompt": "p", "a1": "x", "a2": "y", "votes": [[7, "a1", 0.5], [9, "equal", 0.1]]},
         {"prompt": "q", "a1": "x", "a2": "y", "votes": [["7", "a2", 0.5]]},
     ]
-    import_labels(store, write(tmp_path / "votes.jsonl", rows), template="plain")
+    import_file(store, write(tmp_path / "votes.jsonl", rows), template="plain")
     assert [(label.annotator, label.choice) for label in store.labels()] == [("7", "a"), ("9", "tie"), ("7", "b")]
     unnamed = [{"prompt": "r", "a": "x", "b": "y", "votes": ["a", "b"], "annotator": "crowd"}]
-    import_labels(store, write(tmp_path / "unnamed.jsonl", unnamed), template="plain")
+    import_file(store, write(tmp_path / "unnamed.jsonl", unnamed), template="plain")
     assert [label.annotator for label in store.labels()][3:] == ["crowd 1", "crowd 2"]
 
 
@@ -263,8 +266,8 @@ def test_dialogues_are_imported_with_all_their_splits(store: Store, tmp_path: Pa
         rows = [{"chosen": f"{start} {word}", "rejected": f"{start} no"}]
         with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
             file.write(json.dumps(rows[0]))
-    import_labels(store, folder)
-    texts = Counter(label.comparison.answers for label in store.labels())
+    import_file(store, folder)
+    texts = Counter(label.comparison.responses for label in store.labels())
     assert texts == {(" yes", " no"): 1, (" maybe", " no"): 1}
 
 
@@ -281,10 +284,10 @@ GOOD = {"prompt": "p", "a": "x", "b": "y", "mu": 1, "question": "q", "token": "t
         ({"created": "yesterday"}, "line 2: column 'created' must be a time"),
         ({"created": None}, "line 2: column 'created' is empty"),
         ({"why_selected": "fun"}, "line 2: column 'why_selected' must be one of"),
-        ({"why_selected": "gold"}, "line 2: A gold question has an expected choice"),
+        ({"why_selected": "gold"}, "line 2: A gold question must have an expected choice.*why_selected=gold"),
         ({"answers": "x"}, "line 2: column 'answers' must be a list"),
         ({"answers": ["x", "y", "z"], "ranks": [1, 2]}, "line 2: .* a rank for each of its 3 responses"),
-        ({"answers": ["x"]}, "line 2: A comparison has 2 to 9 answers"),
+        ({"answers": ["x"]}, "line 2: .* 2 to 9 responses, not 1"),
         ({"ranks": ["1"]}, "line 2: column 'ranks' must be a list of whole numbers"),
         ({"shown_order": [0, 0]}, "line 2: shown_order must name each"),
         ({"annotator": "a\x00"}, "line 2: The name of an annotator"),
@@ -296,26 +299,26 @@ def test_a_malformed_row_of_an_export_is_named(
 ) -> None:
     path = write(tmp_path / "labels.jsonl", [GOOD, {**GOOD, "token": "u", "question": "r", **changed}])
     with pytest.raises(UserError, match=message):
-        import_labels(store, path)
+        import_file(store, path)
     assert store.labels() == []
-    assert import_labels(store, path, on_bad_rows="skip") == 1
+    assert import_file(store, path, on_bad_rows="skip") == 1
 
 
 def test_one_row_that_stands_for_several_people_is_refused(store: Store, tmp_path: Path) -> None:
     path = write(tmp_path / "shares.jsonl", [{"prompt": "p", "a": "x", "b": "y", "mu": 0.7}])
-    with pytest.raises(UserError, match=r"line 1: column 'mu' must be one person's answer.*votes"):
-        import_labels(store, path)
+    with pytest.raises(UserError, match=r"line 1: column 'mu' must be one person's label.*votes"):
+        import_file(store, path)
 
 
 def test_a_question_with_other_answers_is_refused(store: Store, tmp_path: Path) -> None:
-    import_labels(store, write(tmp_path / "a.jsonl", [GOOD]))
+    import_file(store, write(tmp_path / "a.jsonl", [GOOD]))
     ranking = {**GOOD, "token": "u", "answers": ["x", "y", "z"], "ranks": [1, 2, 3]}
     with pytest.raises(UserError, match=r"Question q .* number of responses"):
-        import_labels(store, write(tmp_path / "b.jsonl", [ranking]))
+        import_file(store, write(tmp_path / "b.jsonl", [ranking]))
 
 
 def test_where_labels_cannot_go(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no answers to export yet"):
+    with pytest.raises(UserError, match="holds no labels to export yet"):
         export_labels(store, tmp_path / "labels.jsonl")
     label_everything(store)
     with pytest.raises(UserError, match=r"ends in \.jsonl"):
@@ -326,7 +329,7 @@ def test_where_labels_cannot_go(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         export_labels(store, tmp_path / "file" / "labels.jsonl")
     with pytest.raises(UserError, match="no file or folder"):
-        import_labels(store, tmp_path / "nothing.jsonl")
+        import_file(store, tmp_path / "nothing.jsonl")
     assert (tmp_path / "labels.db").exists()
 
 

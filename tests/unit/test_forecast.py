@@ -16,7 +16,7 @@ def label(number: int, choice: str | None, **comparison: Any) -> Label:
     return Label(
         event_id=number,
         comparison_id=number,
-        comparison=Comparison(prompt="p", answers=("x", "y"), **comparison),
+        comparison=Comparison(prompt="p", responses=("x", "y"), **comparison),
         annotator="ann",
         choice=choice,  # type: ignore[arg-type]
         ranks=None,
@@ -60,9 +60,9 @@ def test_choosing_is_compared_with_the_random_arm() -> None:
         label(7, "a", why_selected="initial"),
     ]
     told = compare_selection(labels, {1: 1.0, 3: 0.2, 4: 0.25})
-    assert told.chosen == ArmFigures(answers=2, accuracy=0.75, informative=pytest.approx(0.9855, abs=1e-3))
-    assert told.random == ArmFigures(answers=2, accuracy=0.5, informative=pytest.approx(1.0))  # 2 bits and none
-    assert compare_selection([], {}).chosen == ArmFigures(answers=0, accuracy=None, informative=None)
+    assert told.chosen == ArmFigures(labels=2, accuracy=0.75, informative=pytest.approx(0.9855, abs=1e-3))
+    assert told.random == ArmFigures(labels=2, accuracy=0.5, informative=pytest.approx(1.0))  # 2 bits and none
+    assert compare_selection([], {}).chosen == ArmFigures(labels=0, accuracy=None, informative=None)
 
 
 def test_the_win_rate_is_of_the_newer_policy_whatever_its_side() -> None:
@@ -76,7 +76,7 @@ def test_the_win_rate_is_of_the_newer_policy_whatever_its_side() -> None:
     ]
     told = win_rate(labels)
     assert told is not None
-    assert (told.rate, told.answers) == (0.625, 4)
+    assert (told.rate, told.labels) == (0.625, 4)
     assert 0 < told.low < 0.625 < told.high < 1
     assert win_rate(labels[-1:]) is None
 
@@ -105,6 +105,6 @@ def test_blind_pairs_of_old_and_of_discarded_policies_do_not_count_for_the_polic
     new = [label(70 + i, "a", why_selected="win_rate", writers=(9 + 12 * (i % 2), 0)) for i in range(5)]
     found = win_rate(blind_pairs(old + gone + new, recent))
     assert found is not None
-    assert (found.rate, found.answers, found.first, found.last) == (1.0, 5, 9, 21)
+    assert (found.rate, found.labels, found.first, found.last) == (1.0, 5, 9, 21)
     many = [label(i, "a", why_selected="win_rate", writers=(9, 0)) for i in range(100)]
     assert [one.event_id for one in blind_pairs(many, recent)] == list(range(40, 100))

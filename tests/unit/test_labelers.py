@@ -24,7 +24,7 @@ def utility(prompt: str, answer: str) -> float:
 
 def labels(habits: AnnotatorHabits, a: str, b: str, seed: int = 0) -> list[float | None]:
     annotator = SimulatedAnnotator("ann", utility, seed=seed, habits=habits)
-    return [p.mu if (p := annotator.label("q", a, b)) else None for _ in range(N)]
+    return [p.mu if (p := annotator.compare("q", a, b)) else None for _ in range(N)]
 
 
 def assert_share(count: int, probability: float) -> None:
@@ -74,12 +74,12 @@ def test_the_default_habits_are_the_documented_ones() -> None:
 
 def test_a_label_carries_the_pair_and_who_gave_it() -> None:
     annotator = SimulatedAnnotator("Ada", utility, seed=1, habits=HONEST)
-    preference = annotator.label("q", "100", "0")
+    preference = annotator.compare("q", "100", "0")
     assert isinstance(preference, Preference)
     assert (preference.prompt, preference.a, preference.b, preference.mu) == ("q", "100", "0", 1.0)
     assert (preference.annotator, preference.source) == ("Ada", "simulated")
-    again = annotator.label("q", "100", "0")
-    other = annotator.label("q", "0", "100")
+    again = annotator.compare("q", "100", "0")
+    other = annotator.compare("q", "0", "100")
     assert again is not None
     assert other is not None
     assert preference.id == again.id != other.id

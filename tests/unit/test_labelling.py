@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 from deep_rlhf.errors import LabelRefused, StoreUnavailable
-from deep_rlhf.feedback.annotators.base import InBackground
+from deep_rlhf.feedback.annotators.base import BackgroundLabeler
 
 
 class Clumsy:
@@ -28,7 +28,7 @@ class Clumsy:
 
 def test_a_database_that_is_away_and_a_faster_person_do_not_end_it() -> None:
     labeler = Clumsy([StoreUnavailable("away"), LabelRefused("taken", "taken")])
-    background = InBackground(labeler, None)  # type: ignore[arg-type]
+    background = BackgroundLabeler(labeler, None)  # type: ignore[arg-type]
     assert labeler.done.wait(30)
     background.stop()
     assert background.error is None
@@ -36,7 +36,7 @@ def test_a_database_that_is_away_and_a_faster_person_do_not_end_it() -> None:
 
 def test_a_mistake_ends_it_and_is_told() -> None:
     mistake = ZeroDivisionError()
-    background = InBackground(Clumsy([mistake]), None)  # type: ignore[arg-type]
+    background = BackgroundLabeler(Clumsy([mistake]), None)  # type: ignore[arg-type]
     background._thread.join(30)
     assert background.error is mistake
     background.stop()
@@ -51,7 +51,7 @@ def test_it_gives_no_more_than_what_is_wanted() -> None:
             asked.set()
         return 3 - labeler.answered
 
-    background = InBackground(labeler, None, wanted=wanted)  # type: ignore[arg-type]
+    background = BackgroundLabeler(labeler, None, wanted=wanted)  # type: ignore[arg-type]
     assert asked.wait(30)
     background.stop()
     assert labeler.answered == 3

@@ -134,7 +134,7 @@ def blind(number: int, writers: tuple[int, int], choice: Any) -> Label:
     return Label(
         event_id=number,
         comparison_id=number,
-        comparison=Comparison(prompt="p", answers=answers, why_selected="win_rate", writers=writers),
+        comparison=Comparison(prompt="p", responses=answers, why_selected="win_rate", writers=writers),
         annotator="ann",
         choice=choice,
         ranks=None,

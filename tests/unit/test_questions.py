@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from deep_rlhf.errors import DataError
-from deep_rlhf.feedback.exchange.export import export_labels, import_answers, read_answers
+from deep_rlhf.feedback.exchange.export import export_labels
+from deep_rlhf.feedback.exchange.import_ import import_labels, read_labels
 from deep_rlhf.feedback.loop.config import SessionConfig
 from deep_rlhf.feedback.questions.gold import read_gold
 from deep_rlhf.feedback.questions.questions import CurrentModels, Questions
@@ -57,7 +58,7 @@ def answer_all(store: Store, *names: str) -> list[Comparison]:
         while found := store.ask(name):
             for question in found:
                 asked.append(question.comparison)
-                store.answer(question.id, name, token=f"{name}/{question.id}", choice="a")
+                store.add_label(question.id, name, token=f"{name}/{question.id}", choice="a")
     return asked
 
 
@@ -83,7 +84,7 @@ def test_most_questions_are_chosen_and_a_fifth_is_drawn_at_random(store: Store) 
     assert reasons == {"variance": 80, "random": 20}
     assert all(one.predicted is not None and (one.policy_version, one.reward_version) == (3, 2) for one in asked)
     disputed = {
-        reason: [abs(len(one.answers[0]) - len(one.answers[1])) for one in asked if one.why_selected == reason]
+        reason: [abs(len(one.responses[0]) - len(one.responses[1])) for one in asked if one.why_selected == reason]
         for reason in reasons
     }
     mean = {reason: sum(values) / len(values) for reason, values in disputed.items()}
@@ -97,7 +98,7 @@ def test_enough_questions_wait_and_no_more_than_are_wanted(store: Store) -> None
     found.ask(10, models())
     assert found.missing(None) == 0
     for question in store.ask("ann", count=3):
-        store.answer(question.id, "ann", token=str(question.id), choice="b")
+        store.add_label(question.id, "ann", token=str(question.id), choice="b")
     assert found.missing(None) == 3
 
 
@@ -127,7 +128,7 @@ def test_blind_pairs_do_not_tell_which_side_is_the_policy(store: Store) -> None:
     assert 18 <= len(blind) <= 42  # four standard deviations around 30
     assert {one.prompt for one in blind} <= set(HELD_OUT)
     for one in blind:
-        assert [text.split()[0] for text in one.answers] == ["now" if version else "start" for version in one.writers]
+        assert [text.split()[0] for text in one.responses] == ["now" if version else "start" for version in one.writers]
     sides = Counter(one.writers for one in blind)
     assert set(sides) == {(3, 0), (0, 3)}
 
@@ -140,7 +141,7 @@ def test_the_start_is_not_compared_with_itself(store: Store) -> None:
 def test_a_repeat_has_the_answers_the_other_way_round_and_comes_to_the_same_person(store: Store) -> None:
     found = questions(store, repeat_share=0.5, win_rate_share=0.0)
     found.ask(40, models())
-    originals = {one.answers: one for one in answer_all(store, "ann")}
+    originals = {one.responses: one for one in answer_all(store, "ann")}
     assert {one.why_selected for one in originals.values()} == {"variance", "random"}  # nothing to repeat yet
     found.missing(None)
     found.ask(40, models())
@@ -150,7 +151,7 @@ def test_a_repeat_has_the_answers_the_other_way_round_and_comes_to_the_same_pers
     repeats = [one for one in asked if one.why_selected == "repeat"]
     assert 7 <= len(repeats) <= 33
     for one in repeats:
-        assert originals[one.answers[::-1]].prompt == one.prompt
+        assert originals[one.responses[::-1]].prompt == one.prompt
         assert one.repeat_of is not None
     assert len({one.repeat_of for one in repeats}) == len(repeats)
 
@@ -168,12 +169,12 @@ def test_what_waits_to_be_repeated_is_not_repeated_once_more(store: Store) -> No
 
 def test_whose_answers_came_from_a_file_is_not_there(store: Store, tmp_path: Path) -> None:
     with Store(tmp_path / "other.db", seed=1) as other:
-        other.add([Comparison(prompt=f"{i}", answers=("x", "y")) for i in range(30)])
+        other.add([Comparison(prompt=f"{i}", responses=("x", "y")) for i in range(30)])
         for i in range(30):
             (question,) = other.ask(f"person {i}")
-            other.answer(question.id, f"person {i}", token=f"{i}", choice="a")
+            other.add_label(question.id, f"person {i}", token=f"{i}", choice="a")
         export_labels(other, tmp_path / "labels.jsonl")
-    import_answers(store, read_answers(tmp_path / "labels.jsonl")[0])
+    import_labels(store, read_labels(tmp_path / "labels.jsonl")[0])
     found = questions(store, repeat_share=0.5, win_rate_share=0.0, overlap_share=1.0, questions_ahead=10)
     assert found.missing(None) == 10
     found.ask(20, models())
@@ -201,7 +202,7 @@ def test_more_questions_wait_for_more_people(store: Store) -> None:
     found = questions(store, questions_ahead=10)
     found.ask(20, models())
     for i, question in enumerate(store.ask(f"person {i}")[0] for i in range(20)):
-        store.answer(question.id, f"person {i}", token=str(i), choice="a")
+        store.add_label(question.id, f"person {i}", token=str(i), choice="a")
     assert found.missing(None) == 60 - store.waiting()
 
 
@@ -210,19 +211,19 @@ def test_rankings(store: Store) -> None:
     found.ask(5, models())
     found.ask(5, models(scorer=None))
     asked = [question.comparison for question in store.ask("ann", count=10)]
-    assert {len(one.answers) for one in asked if one.why_selected != "win_rate"} == {4}
-    assert all(one.predicted is None for one in asked if len(one.answers) == 4)
+    assert {len(one.responses) for one in asked if one.why_selected != "win_rate"} == {4}
+    assert all(one.predicted is None for one in asked if len(one.responses) == 4)
 
 
 def test_a_continuation_asks_what_the_first_run_would_have_asked(store: Store, tmp_path: Path) -> None:
     found = questions(store)
     found.ask(5, models())
     found.ask(5, models())
-    expected = [question.comparison.answers for question in store.ask("ann", count=10)]
+    expected = [question.comparison.responses for question in store.ask("ann", count=10)]
     with Store(tmp_path / "other.db", seed=1) as other:
         for _ in range(2):
             questions(other).ask(5, models())
-        assert [question.comparison.answers for question in other.ask("ann", count=10)] == expected
+        assert [question.comparison.responses for question in other.ask("ann", count=10)] == expected
 
 
 GOLD = {"prompt": "p", "a": "good", "b": "bad", "expected": "a"}

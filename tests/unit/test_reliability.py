@@ -6,11 +6,11 @@ from datetime import datetime
 
 import pytest
 
-from deep_rlhf.feedback.annotators.reliability import Answered, alpha, figures, fit_error_rates
+from deep_rlhf.feedback.annotators.reliability import JudgedPair, alpha, figures, fit_error_rates
 from deep_rlhf.feedback.records import Comparison, Label
 
 
-def answers(name: str, count: int, error_rate: float, seed: int = 0, sharpness: float = 1.0) -> list[Answered]:
+def answers(name: str, count: int, error_rate: float, seed: int = 0, sharpness: float = 1.0) -> list[JudgedPair]:
     """Of an annotator who errs at this rate; the predictions are too sure of themselves by the factor `sharpness`."""
     rng = random.Random(f"{name}/{seed}")
     found = []
@@ -18,12 +18,12 @@ def answers(name: str, count: int, error_rate: float, seed: int = 0, sharpness: 
         log_odds = rng.gauss(0, 2)
         p = 1 / (1 + math.exp(-log_odds))
         mu = float(rng.random() < 0.5) if rng.random() < error_rate else float(rng.random() < p)
-        found.append(Answered(annotator=name, predicted=1 / (1 + math.exp(-sharpness * log_odds)), mu=mu))
+        found.append(JudgedPair(annotator=name, predicted=1 / (1 + math.exp(-sharpness * log_odds)), mu=mu))
     return found
 
 
 def test_without_answers_that_tell_anything_it_is_the_prior() -> None:
-    undecided = fit_error_rates([Answered(annotator="ann", predicted=0.5, mu=mu) for mu in (1.0, 0.0, 0.5)])["ann"]
+    undecided = fit_error_rates([JudgedPair(annotator="ann", predicted=0.5, mu=mu) for mu in (1.0, 0.0, 0.5)])["ann"]
     assert undecided.rate == pytest.approx(0.1, abs=1e-3)  # Beta(1.5, 5.5): mode 0.5 / 5
     # quantiles of 2.5 and 97.5 %, by integrating sin² t cos¹⁰ t, with e = sin² t
     assert (undecided.low, undecided.high) == pytest.approx((0.0186, 0.5581), abs=1e-3)
@@ -32,16 +32,18 @@ def test_without_answers_that_tell_anything_it_is_the_prior() -> None:
 
 def test_the_most_probable_rate_by_hand() -> None:
     # One right answer, one wrong, flat prior: p' = 0.98 − 0.48 e and 0.02 + 0.48 e, whose product is largest at e = 1
-    sure = [Answered(annotator="ann", predicted=0.98, mu=mu) for mu in (1.0, 0.0)]
+    sure = [JudgedPair(annotator="ann", predicted=0.98, mu=mu) for mu in (1.0, 0.0)]
     assert fit_error_rates([], gold=sure, prior=(1.0, 1.0))["ann"].rate == pytest.approx(1.0, abs=1e-3)
     # nine right, one wrong: 9/(0.98 − 0.48 e) = 1/(0.02 + 0.48 e), so 0.18 + 4.32 e = 0.98 − 0.48 e
-    ten = [Answered(annotator="ann", predicted=0.98, mu=float(i > 0)) for i in range(10)]
+    ten = [JudgedPair(annotator="ann", predicted=0.98, mu=float(i > 0)) for i in range(10)]
     assert fit_error_rates([], gold=ten, prior=(1.0, 1.0))["ann"].rate == pytest.approx(0.8 / 4.8, abs=1e-3)
 
 
 def test_a_tie_is_half_an_answer_each_way() -> None:
-    tie = fit_error_rates([], gold=[Answered(annotator="x", predicted=0.9, mu=0.5)] * 2, prior=(1.5, 3.0))
-    both = fit_error_rates([], gold=[Answered(annotator="x", predicted=0.9, mu=mu) for mu in (0, 1)], prior=(1.5, 3.0))
+    tie = fit_error_rates([], gold=[JudgedPair(annotator="x", predicted=0.9, mu=0.5)] * 2, prior=(1.5, 3.0))
+    both = fit_error_rates(
+        [], gold=[JudgedPair(annotator="x", predicted=0.9, mu=mu) for mu in (0, 1)], prior=(1.5, 3.0)
+    )
     assert tie == both
 
 
@@ -60,7 +62,7 @@ def test_more_answers_narrow_the_interval() -> None:
 
 
 def test_one_who_always_says_the_opposite_is_as_good_as_random() -> None:
-    opposite = [Answered(annotator="ann", predicted=0.95, mu=0.0)] * 50
+    opposite = [JudgedPair(annotator="ann", predicted=0.95, mu=0.0)] * 50
     assert fit_error_rates([], gold=opposite)["ann"].rate > 0.8
 
 
@@ -73,10 +75,10 @@ def test_a_model_that_is_too_sure_is_not_the_annotators_fault() -> None:
 
 def test_repeats_tell_where_the_model_is_unsure() -> None:
     def rate(again: float) -> float:
-        return fit_error_rates([Answered(annotator="ann", predicted=0.5, mu=1.0, again=again)] * 20)["ann"].rate
+        return fit_error_rates([JudgedPair(annotator="ann", predicted=0.5, mu=1.0, again=again)] * 20)["ann"].rate
 
     assert rate(1.0) < 0.1 < rate(0.0)
-    once = fit_error_rates([Answered(annotator="ann", predicted=0.5, mu=1.0)] * 20)["ann"].rate
+    once = fit_error_rates([JudgedPair(annotator="ann", predicted=0.5, mu=1.0)] * 20)["ann"].rate
     assert once == pytest.approx(0.1, abs=1e-3)
 
 
@@ -85,7 +87,7 @@ def test_the_likelihood_of_repeats_by_hand() -> None:
     # Three times aa, once ab, flat prior: 3/(3 − x) = 1/(1 + x) with x = 2 e − e², so x = 0 and e = 0; as often: e = 1.
     def rate(same: int, differing: int) -> float:
         rows = [1.0] * same + [0.0] * differing
-        repeats = [Answered(annotator="ann", predicted=0.5, mu=1.0, again=again) for again in rows]
+        repeats = [JudgedPair(annotator="ann", predicted=0.5, mu=1.0, again=again) for again in rows]
         return fit_error_rates(repeats, prior=(1.0, 1.0))["ann"].rate
 
     assert rate(3, 1) == pytest.approx(0.0, abs=1e-3)
@@ -107,7 +109,7 @@ def label(
     return Label(
         event_id=event,
         comparison_id=comparison,
-        comparison=Comparison(prompt="p", answers=answers, **fields),
+        comparison=Comparison(prompt="p", responses=answers, **fields),
         annotator=annotator,
         choice=choice,
         ranks=ranks,
@@ -167,7 +169,7 @@ def test_figures_by_hand() -> None:
         label(2, "bob", "tie"),
     ]
     ann, bob = figures(labels, {})
-    assert (ann.name, ann.answers, bob.name, bob.answers) == ("ann", 9, "bob", 2)
+    assert (ann.name, ann.labels, bob.name, bob.labels) == ("ann", 9, "bob", 2)
     assert (ann.gold_right, ann.gold_asked) == (2, 3)
     assert (ann.repeats_same, ann.repeats_asked) == (1, 2)
     assert (ann.agreement, bob.agreement) == (0.5, 0.5)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.annotators.base import InBackground, People, SimulatedLabeler
+from deep_rlhf.feedback.annotators.base import BackgroundLabeler, People
 from deep_rlhf.feedback.annotators.reliability import alpha
 from deep_rlhf.feedback.annotators.replay import Replay, read_votes
+from deep_rlhf.feedback.annotators.simulated import SimulatedLabeler
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
 
@@ -42,9 +43,9 @@ def voted(folder: Path) -> Path:
 
 def test_each_vote_is_an_answer_of_its_worker(store: Store, tmp_path: Path) -> None:
     replay = Replay(read_votes(voted(tmp_path)), seed=1)
-    assert replay.answer(store, 100) == 6  # the second vote of worker 7 on a pair is left out
-    assert replay.answer(store, 100) == 0
-    found = {(one.comparison.answers, one.annotator): one.choice for one in store.labels()}
+    assert replay.label(store, 100) == 6  # the second vote of worker 7 on a pair is left out
+    assert replay.label(store, 100) == 0
+    found = {(one.comparison.responses, one.annotator): one.choice for one in store.labels()}
     assert found == {
         ((" argument 0", " argument 1"), "worker-7"): "a",
         ((" argument 0", " argument 1"), "worker-8"): "tie",
@@ -112,7 +113,7 @@ def test_real_disagreement_is_replayed(store: Store, shared: Path) -> None:
     pairs = read_votes(shared / "data" / "convarg" / "votes.jsonl.gz")
     assert len(pairs) > 16_000
     replay = Replay(pairs, seed=3)
-    assert replay.answer(store, 250) == 250
+    assert replay.label(store, 250) == 250
     labels = store.labels()
     assert len({one.annotator for one in labels}) > 40
     agreement = alpha(labels)
@@ -125,38 +126,38 @@ def longer(prompt: str, answer: str) -> float:
 
 
 def add(store: Store, count: int, **settings: Any) -> None:
-    store.add([Comparison(prompt=f"p{i}", answers=("x", "x" * 30), **settings) for i in range(count)])
+    store.add([Comparison(prompt=f"p{i}", responses=("x", "x" * 30), **settings) for i in range(count)])
 
 
 def test_simulated_annotators_take_turns_at_the_store(store: Store) -> None:
     add(store, 9)
     labeler = SimulatedLabeler(longer, seed=1)
-    assert labeler.answer(store, 4) == 4
-    assert labeler.answer(store, 100) == 5
-    assert labeler.answer(store, 100) == 0
+    assert labeler.label(store, 4) == 4
+    assert labeler.label(store, 100) == 5
+    assert labeler.label(store, 100) == 0
     labels = store.labels()
     assert len({one.annotator for one in labels}) == 3
     assert sum(one.choice == "b" for one in labels) >= 7
     add(store, 1)
-    assert SimulatedLabeler(longer, seed=1).answer(store, 9) == 1  # a new run of the same annotators
-    assert People().answer(store, 9) == 0
+    assert SimulatedLabeler(longer, seed=1).label(store, 9) == 1  # a new run of the same annotators
+    assert People().label(store, 9) == 0
 
 
 def test_an_overlapping_question_is_answered_by_several(store: Store) -> None:
     add(store, 2, overlap=3)
-    assert SimulatedLabeler(longer, seed=1).answer(store, 100) == 6
+    assert SimulatedLabeler(longer, seed=1).label(store, 100) == 6
 
 
 def test_simulated_annotators_rank(store: Store) -> None:
-    store.add([Comparison(prompt="p", answers=("xx" * 40, "x", "x" * 40)) for _ in range(10)])
-    SimulatedLabeler(longer, seed=1).answer(store, 100)
+    store.add([Comparison(prompt="p", responses=("xx" * 40, "x", "x" * 40)) for _ in range(10)])
+    SimulatedLabeler(longer, seed=1).label(store, 100)
     ranks = [one.ranks for one in store.labels()]
     assert ranks.count((1, 3, 2)) >= 5
 
 
 def test_in_the_background_annotators_answer_until_they_are_stopped(store: Store) -> None:
     add(store, 5)
-    background = InBackground(SimulatedLabeler(longer, seed=1), store)
+    background = BackgroundLabeler(SimulatedLabeler(longer, seed=1), store)
     for _ in range(200):
         if len(store.labels()) == 5:
             break

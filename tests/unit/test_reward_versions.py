@@ -78,17 +78,17 @@ def test_start_responses_are_kept(tmp_path: Path) -> None:
 
 
 def test_each_answer_is_learned_once_and_what_measures_is_not_learned(tmp_path: Path) -> None:
-    pair = Comparison(prompt="p", answers=("x", "y"), overlap=2)
-    ranking = Comparison(prompt="p", answers=("x", "y", "z"))
-    blind = Comparison(prompt="p", answers=("now", "start"), why_selected="win_rate", writers=(1, 0))
-    gold = Comparison(prompt="p", answers=("good", "bad"), why_selected="gold", expected="a")
+    pair = Comparison(prompt="p", responses=("x", "y"), overlap=2)
+    ranking = Comparison(prompt="p", responses=("x", "y", "z"))
+    blind = Comparison(prompt="p", responses=("now", "start"), why_selected="win_rate", writers=(1, 0))
+    gold = Comparison(prompt="p", responses=("good", "bad"), why_selected="gold", expected="a")
     with Store(tmp_path / "labels.db", seed=1) as store:
         both, ranked, *_ = store.add([pair, ranking, blind, gold])
         for person in ("ann", "bob"):
             for question in store.ask(person, count=4):
-                of_three = len(question.comparison.answers) == 3
+                of_three = len(question.comparison.responses) == 3
                 given = {"ranks": (1, 2, 3)} if of_three else {"choice": "a" if person == "ann" else "b"}
-                store.answer(question.id, person, token=f"{person} {question.id}", **given)
+                store.add_label(question.id, person, token=f"{person} {question.id}", **given)
         preferences, source = training_preferences(store.labels())
     assert [(one.a, one.b, one.mu) for one in preferences if source[one.id].comparison_id == both] == [
         ("x", "y", 1.0),

@@ -47,9 +47,9 @@ def add(store: Store) -> Callable[..., list[int]]:
     def add(*what: Any, **fields: Any) -> list[int]:
         if isinstance(what[0], int):
             return store.add(
-                [Comparison(prompt=HH.format(f"Question {i}?"), answers=(f"a{i}", f"b{i}")) for i in range(what[0])]
+                [Comparison(prompt=HH.format(f"Question {i}?"), responses=(f"a{i}", f"b{i}")) for i in range(what[0])]
             )
-        return store.add([Comparison(prompt=what[0], answers=what[1:], **fields)])
+        return store.add([Comparison(prompt=what[0], responses=what[1:], **fields)])
 
     return add
 

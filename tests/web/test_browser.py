@@ -47,7 +47,7 @@ def test_what_is_on_the_left_is_what_is_recorded(visit: Visit, store: Store, add
     wait_saved(page)
     for label in store.labels():
         index = label.shown_order[0]
-        assert shown[label.comparison_id] == label.comparison.answers[index]
+        assert shown[label.comparison_id] == label.comparison.responses[index]
         assert label.choice == "ab"[index]
     assert {label.choice for label in store.labels()} == {"a", "b"}
 
@@ -130,7 +130,7 @@ def test_a_key_with_a_modifier_is_not_an_answer(visit: Visit, store: Store, add:
     page.evaluate(send, {})  # which is an answer
     page.locator('#question [data-question="2"] h1').wait_for()
     wait_saved(page)
-    assert store.answered("anna") == 1
+    assert store.labelled("anna") == 1
 
 
 def test_arrows_scroll_what_scrolls_while_it_has_the_focus(visit: Visit, store: Store, add: Add) -> None:
@@ -146,7 +146,7 @@ def test_arrows_scroll_what_scrolls_while_it_has_the_focus(visit: Visit, store: 
     table.evaluate("(table) => table.blur()")
     press(page, "ArrowDown")
     wait_saved(page)
-    assert store.answered("anna") == 1
+    assert store.labelled("anna") == 1
 
 
 @pytest.mark.timing

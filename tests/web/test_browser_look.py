@@ -27,7 +27,7 @@ def test_the_model_tab_shows_the_loop_and_changes_by_itself(visit: Visit, store:
     store.put("outlook", {"next": 100, "accuracy_now": 0.61, "accuracy_then": 0.68, "text": "It will predict 68%."})
     store.put("choosing", {"chosen": {"answers": 12, "accuracy": 0.5, "informative": 0.3}, "random": {"answers": 3}})
     store.put("alpha", 0.37)
-    figures = AnnotatorFigures(name="anna", answers=1, error_rate=0.1, error_rate_interval=(0.02, 0.5), agreement=0.75)
+    figures = AnnotatorFigures(name="anna", labels=1, error_rate=0.1, error_rate_interval=(0.02, 0.5), agreement=0.75)
     ANNOTATORS.write(store, [figures])
     open_model(page)
     for text in (
@@ -94,9 +94,9 @@ def test_a_phone_shows_answers_one_above_the_other_and_never_scrolls_sideways(
 ) -> None:
     wide = "w" * 300 + " |a|b|c|d|e|f|g|h|"
     table = f"| {'w' * 300} | b |\n|---|---|\n| c | d |"
-    store.add([Comparison(prompt="Hello " + wide, answers=(wide, "```\n" + wide + "\n```"))])
-    store.add([Comparison(prompt=table, answers=(table, "x"))])
-    store.add([Comparison(prompt="Rank", answers=tuple(wide + str(i) for i in range(9)))])
+    store.add([Comparison(prompt="Hello " + wide, responses=(wide, "```\n" + wide + "\n```"))])
+    store.add([Comparison(prompt=table, responses=(table, "x"))])
+    store.add([Comparison(prompt="Rank", responses=tuple(wide + str(i) for i in range(9)))])
     store.add_samples(0, [("Fixed " + wide, wide)])
     store.add_metrics([{"step": i, "reward": 1e-7 * i, "sqrt_kl": 1e6 * i} for i in range(5)])
     page = visit("a" * 60, size=(360, 740), color_scheme=scheme)
@@ -193,7 +193,7 @@ def test_text_can_be_read_and_controls_have_names(visit: Visit, store: Store, ad
 def test_no_payload_runs_or_loads_anything(visit: Visit, store: Store) -> None:
     """Answered one after the other, so that each goes through the script's own path too; then the second tab."""
     payloads = [payload.replace("\ud83d", "").replace("\0", "") for payload in PAYLOADS]
-    store.add([Comparison(prompt=payload, answers=(payload, "x")) for payload in payloads])
+    store.add([Comparison(prompt=payload, responses=(payload, "x")) for payload in payloads])
     store.add_samples(0, [(payload, payload) for payload in payloads])
     page = visit("anna")
     asked: list[str] = []

@@ -47,7 +47,7 @@ def test_answers_wait_while_the_server_is_away_and_are_saved_once(
     wait_text(page, "[data-unsaved]", "1 label")
     page.keyboard.press("ArrowUp")
     wait_text(page, "[data-unsaved]", "2 labels")
-    assert store.answered("anna") == 1
+    assert store.labelled("anna") == 1
     page.get_by_role("button", name="Change name").click()
     wait_text(page, "[data-message]", "2 labels")
     with Server(create_app(store), port=server.port):
@@ -73,7 +73,7 @@ def test_an_answer_that_was_lost_on_its_way_or_back_outlives_a_reload_and_counts
     page.route("**/answer", lose)
     page.keyboard.press("ArrowUp")
     wait_text(page, "[data-unsaved]", "1 label")
-    assert store.answered("anna") == arrives
+    assert store.labelled("anna") == arrives
     page.unroute_all(behavior="ignoreErrors")
     page.reload()
     wait_saved(page)
@@ -88,7 +88,7 @@ def test_an_answer_that_comes_too_late_says_so(visit: Visit, store: Store, add: 
     page = visit("anna", may_fail=True)
     store.release("anna")
     question = store.ask("bert")[0]
-    store.answer(question.id, "bert", token="t", choice="tie")
+    store.add_label(question.id, "bert", token="t", choice="tie")
     assert question.id == number_on(page)
     press(page, "ArrowUp")
     wait_text(page, "[data-message]", "question 1")
@@ -136,7 +136,7 @@ def test_an_answer_never_gets_into_another_store(
     press(page, "ArrowLeft")
     wait_text(page, "[data-unsaved]", "1 label")
     with Store(tmp_path / "other.db", seed=1) as other:
-        other.add([Comparison(prompt=f"Other {i}", answers=("x", "y")) for i in range(3)])
+        other.add([Comparison(prompt=f"Other {i}", responses=("x", "y")) for i in range(3)])
         with Server(create_app(other), port=server.port):
             wait_text(page, "[data-message]", "another store")
             page.get_by_role("link", name="Reload the page.").click()
@@ -171,7 +171,7 @@ def test_a_name_that_begins_like_another_one_does_not_send_his_answers(visit: Vi
         enter(page, name)
         wait_ready(page)
         wait_saved(page)
-        assert store.answered("anna b") == answered
+        assert store.labelled("anna b") == answered
     assert [(label.comparison_id, label.annotator) for label in store.labels()] == [(1, "anna b")]
 
 
@@ -203,10 +203,10 @@ def test_an_undo_that_another_tab_sends_is_over_for_both(visit: Visit, store: St
     first.context.unroute_all(behavior="ignoreErrors")
     wait_saved(first)
     wait_saved(second)
-    assert store.answered("anna") == 0
+    assert store.labelled("anna") == 0
     press(second, "ArrowDown")
     wait_saved(second)
-    assert store.answered("anna") == 1
+    assert store.labelled("anna") == 1
 
 
 def test_a_page_of_one_person_never_shows_the_questions_of_the_next(visit: Visit, store: Store, add: Add) -> None:

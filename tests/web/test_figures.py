@@ -28,7 +28,7 @@ from deep_rlhf.web.rendering.templates import clock, number, percent
 def label(event: int, **fields: object) -> Label:
     values: dict[str, object] = {
         "comparison_id": event,
-        "comparison": Comparison(prompt="p", answers=("first", "second")),
+        "comparison": Comparison(prompt="p", responses=("first", "second")),
         "annotator": "anna",
         "choice": "a",
         "ranks": None,
@@ -129,8 +129,8 @@ def test_selected_and_random_questions_are_compared_only_with_enough_labels() ->
     def summary(chosen: int, chosen_bits: float | None, random: int, random_bits: float | None) -> str:
         return selection_summary(
             SelectionFigures(
-                chosen=ArmFigures(answers=chosen, informative=chosen_bits),
-                random=ArmFigures(answers=random, informative=random_bits),
+                chosen=ArmFigures(labels=chosen, informative=chosen_bits),
+                random=ArmFigures(labels=random, informative=random_bits),
             )
         )
 

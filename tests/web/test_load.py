@@ -196,7 +196,7 @@ def test_nothing_is_lost_or_doubled_while_the_server_is_killed(page: Page) -> No
     rng = random.Random(11)
     told = threading.Condition()
     with Store(page.address) as store:
-        ids = store.add([Comparison(prompt=f"Question {i}", answers=("x", "y")) for i in range(300)])
+        ids = store.add([Comparison(prompt=f"Question {i}", responses=("x", "y")) for i in range(300)])
     people: list[Annotator] = []
 
     def is_over(_: Annotator) -> bool:
@@ -240,7 +240,9 @@ def test_an_answer_takes_less_than_a_tenth_of_a_second_with_twenty_people(page: 
     """The 95th percentile, where people are, whose pages listen and look: with the next question in the reply."""
     each, people = 12, 20
     with Store(page.address) as store:
-        store.add([Comparison(prompt=f"Question {i}", answers=("*x*", "y\n\n- z")) for i in range(people * (each + 2))])
+        store.add(
+            [Comparison(prompt=f"Question {i}", responses=("*x*", "y\n\n- z")) for i in range(people * (each + 2))]
+        )
     told = threading.Condition()
     annotators = []
     for i in range(people):

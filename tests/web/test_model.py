@@ -22,13 +22,13 @@ SHOWN_LATER = "shown after the first use"
 @pytest.fixture
 def answered(store: Store) -> Callable[..., None]:
     """answered(1, 2): the answers to these of three questions; the third is a gold question."""
-    gold = Comparison(prompt=HH.format("Gold?"), answers=("right", "wrong"), why_selected="gold", expected="a")
-    store.add([Comparison(prompt=HH.format(f"Question {i}?"), answers=("first", "second")) for i in (1, 2)] + [gold])
+    gold = Comparison(prompt=HH.format("Gold?"), responses=("right", "wrong"), why_selected="gold", expected="a")
+    store.add([Comparison(prompt=HH.format(f"Question {i}?"), responses=("first", "second")) for i in (1, 2)] + [gold])
 
     def answered(*numbers: int) -> None:
         for question in store.ask("bert", count=3):
             if question.id in numbers:
-                store.answer(question.id, "bert", token=f"t{question.id}", choice="a")
+                store.add_label(question.id, "bert", token=f"t{question.id}", choice="a")
 
     return answered
 
@@ -37,14 +37,14 @@ def learn(store: Store, number: int) -> None:
     """A reward model learns from all answers."""
     last = store.last_event()
     store.add_version(Version(kind="reward", number=number, step=0, labels=last, last_event=last))
-    ANNOTATORS.write(store, [AnnotatorFigures(name="bert", answers=2, error_rate=0.1, error_rate_interval=(0.0, 0.2))])
+    ANNOTATORS.write(store, [AnnotatorFigures(name="bert", labels=2, error_rate=0.1, error_rate_interval=(0.0, 0.2))])
 
 
 def test_every_answer_can_be_traced_to_its_first_use(client: Client, store: Store) -> None:
     client.enter()
-    store.add([Comparison(prompt=HH.format(f"Question {i:03}?"), answers=("first", "second")) for i in range(120)])
+    store.add([Comparison(prompt=HH.format(f"Question {i:03}?"), responses=("first", "second")) for i in range(120)])
     for question in store.ask("bert", count=120):
-        store.answer(question.id, "bert", token=f"t{question.id}", choice="a")
+        store.add_label(question.id, "bert", token=f"t{question.id}", choice="a")
         if question.id % 30 == 0:
             learn(store, question.id // 30)
     page, found = client.get("/model/labels").text, list[tuple[str, str]]()
@@ -60,9 +60,9 @@ def test_every_answer_can_be_traced_to_its_first_use(client: Client, store: Stor
 
 def test_no_reward_model_learns_from_cant_tell(client: Client, store: Store) -> None:
     client.enter()
-    store.add([Comparison(prompt=HH.format("Question?"), answers=("first", "second"))])
+    store.add([Comparison(prompt=HH.format("Question?"), responses=("first", "second"))])
     (question,) = store.ask("bert")
-    store.answer(question.id, "bert", token="t", choice="cant_tell")
+    store.add_label(question.id, "bert", token="t", choice="cant_tell")
     learn(store, 1)
     page = client.get("/model").text
     assert "never (can't tell)" in page
@@ -170,7 +170,7 @@ def test_a_stop_is_only_asked_for_until_the_trainer_says_that_it_stopped(client:
     ],
 )
 def test_one_is_not_several(client: Client, store: Store, number: int, told: tuple[str, str]) -> None:
-    store.add([Comparison(prompt=HH.format(f"Question {i}?"), answers=("first", "second")) for i in range(number)])
+    store.add([Comparison(prompt=HH.format(f"Question {i}?"), responses=("first", "second")) for i in range(number)])
     store.put("win_rate", {"rate": 0.63, "low": 0.4, "high": 0.8, "answers": number, "first": 4 - number, "last": 3})
     client.enter()
     store.release("me")  # the page has lent them

@@ -43,7 +43,7 @@ def check_harmless(page: str) -> None:
 def test_hostile_text_adds_nothing_to_the_page(client: Client, store: Store) -> None:
     """In prompts and answers, in samples, newest answers and the trainer's own words."""
     payloads = [payload.replace("\ud83d", "").replace("\0", "") for payload in PAYLOADS]  # no database takes those
-    store.add([Comparison(prompt=HH.format(payload), answers=(payload, "fine")) for payload in payloads])
+    store.add([Comparison(prompt=HH.format(payload), responses=(payload, "fine")) for payload in payloads])
     store.add_samples(0, [(payload, payload) for payload in payloads])
     client.enter("anna")
     for number, payload in enumerate(payloads, start=1):

@@ -10,9 +10,9 @@ from deep_rlhf.data.chat import get_template
 from deep_rlhf.data.prompts import load_prompts
 from deep_rlhf.data.synthetic import generate_prompts, judge
 from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.annotators.base import Labeler, People, SimulatedLabeler
+from deep_rlhf.feedback.annotators.base import Labeler, People
 from deep_rlhf.feedback.annotators.replay import Replay, read_votes
-from deep_rlhf.feedback.annotators.simulated import Utility
+from deep_rlhf.feedback.annotators.simulated import SimulatedLabeler, Utility
 from deep_rlhf.feedback.loop.config import SessionConfig
 
 STORE_VARIABLE = "DEEP_RLHF_STORE"  # a password in an address is neither for the command line nor for a file

@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.exchange.export import export_labels, import_answers, read_answers
+from deep_rlhf.feedback.exchange.export import export_labels
+from deep_rlhf.feedback.exchange.import_ import import_labels, read_labels
 from deep_rlhf.feedback.records import Label
 from deep_rlhf.feedback.store import Store
 
@@ -46,9 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     given = _parser().parse_args(_with_values(argv))
     console = Console(highlight=False, soft_wrap=True)
     if given.what == "import":
-        answers, rows = read_answers(given.file, template=given.template, on_bad_rows=given.on_bad_rows)
+        answers, rows = read_labels(given.file, template=given.template, on_bad_rows=given.on_bad_rows)
         with Store(given.store) as store:  # not before the file is read: a mistyped name makes no store
-            added = import_answers(store, answers)
+            added = import_labels(store, answers)
         console.print(escape(f"{rows}"))
         console.print(f"{len(answers):,} answers, of which {added:,} are new to the store.")
         return
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             _show(store, console)
             return
         written = export_labels(store, given.file, everything=given.all)
-    console.print(escape(f"{written.answers:,} answers in {written.rows:,} rows: {given.file}"))
+    console.print(escape(f"{written.labels:,} answers in {written.rows:,} rows: {given.file}"))
     for reason, count in written.left_out.items():
         console.print(f"left out: {count:,} {reason}")
 

@@ -5,7 +5,7 @@ or has another type, takes its default, so that stores written by earlier versio
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
 
@@ -13,8 +13,13 @@ from deep_rlhf.feedback.records import AnnotatorFigures
 from deep_rlhf.feedback.store import Store
 
 T = TypeVar("T")
+ANSWERS = "answers"  # how counts of labels are called in stored values
 
 LoopState = Literal["pretraining", "starting", "waiting for labels", "refitting", "training", "stopped"]
+
+
+def _labels() -> Any:
+    return field(default=0, metadata={"key": ANSWERS})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +52,7 @@ class PolicyWinRate:
     rate: float | None = None
     low: float | None = None
     high: float | None = None
-    answers: int = 0  # labels of blind pairs that were counted
+    labels: int = _labels()  # of blind pairs that were counted
     first: int = 0  # oldest and …
     last: int = 0  # … newest policy version among them
 
@@ -67,7 +72,7 @@ class AccuracyForecast:
 class ArmFigures:
     """The labels of one selection arm: of selected or of random questions."""
 
-    answers: int = 0
+    labels: int = _labels()
     accuracy: float | None = None  # share that the reward model predicted when the question was asked
     informative: float | None = None  # mean bits by which a label is less surprising to the newest reward model
 
@@ -116,7 +121,7 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, datetime):
         return value.isoformat(timespec="seconds")
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _to_json(getattr(value, field.name)) for field in fields(value)}
+        return {_key(one): _to_json(getattr(value, one.name)) for one in fields(value)}
     return value
 
 
@@ -127,13 +132,17 @@ def _from_json(kind: Any, value: Any) -> Any:
         if not isinstance(value, dict):
             return None
         hints = get_type_hints(kind)
-        found = {field.name: _from_json(hints[field.name], value.get(field.name)) for field in fields(kind)}
+        found = {one.name: _from_json(hints[one.name], value.get(_key(one))) for one in fields(kind)}
         return kind(**{name: item for name, item in found.items() if item is not None})  # type: ignore[operator]
     if kind is datetime:
         return _moment(value)
     if kind is float:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
     return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+def _key(one: "Field[Any]") -> str:
+    return str(one.metadata.get("key", one.name))
 
 
 def _moment(value: Any) -> datetime | None:
@@ -144,8 +153,14 @@ def _moment(value: Any) -> datetime | None:
     return moment if moment.tzinfo else None
 
 
-def _annotators(value: Any) -> list[AnnotatorFigures]:
-    return [AnnotatorFigures(**{**one, "error_rate_interval": tuple(one["error_rate_interval"])}) for one in value]
+def _annotators_to_json(people: list[AnnotatorFigures]) -> list[dict[str, Any]]:
+    found = [_to_json(person) for person in people]
+    return [{ANSWERS if name == "labels" else name: value for name, value in one.items()} for one in found]
+
+
+def _annotators_from_json(value: Any) -> list[AnnotatorFigures]:
+    found = [{"labels" if name == ANSWERS else name: item for name, item in one.items()} for one in value]
+    return [AnnotatorFigures(**{**one, "error_rate_interval": tuple(one["error_rate_interval"])}) for one in found]
 
 
 # Written by the page, read by the trainer.
@@ -157,9 +172,7 @@ WIN_RATE = _entry("win_rate", PolicyWinRate)
 FORECAST = _entry("outlook", AccuracyForecast)
 SELECTION = _entry("choosing", SelectionFigures)
 AGREEMENT = _entry("alpha", float)  # Krippendorff's α
-ANNOTATORS: Entry[list[AnnotatorFigures]] = Entry(
-    "store: annotators", lambda people: [asdict(person) for person in people], _annotators
-)
+ANNOTATORS = Entry("store: annotators", _annotators_to_json, _annotators_from_json)
 # Written and read by the trainer.
 ACTIVE_LOOP = _entry("loop", str)  # run folder and host of the loop that works on this store
 START_POLICY = _entry("start policy", str)  # fingerprint of the weights that the first loop began with

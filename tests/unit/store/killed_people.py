@@ -14,7 +14,7 @@ def label(address: str, person: str, told: Connection) -> None:
         while questions := store.ask(person, count=2):
             number = questions[0].id
             told.send(("begins", number, 0))
-            event = store.answer(number, person, token=f"{person} {number}", choice="a")
+            event = store.add_label(number, person, token=f"{person} {number}", choice="a")
             told.send(("acknowledged", number, event))
     told.send(("finished", 0, 0))
 
@@ -23,7 +23,7 @@ def open_new(address: str, person: str, told: Connection) -> None:
     """Opens a store that may be new, and leaves a question in it."""
     told.send(("begins", 0, 0))
     with Store(address) as store:
-        (number,) = store.add([Comparison(prompt=person, answers=("x", "y"))])
+        (number,) = store.add([Comparison(prompt=person, responses=("x", "y"))])
     told.send(("acknowledged", number, 0))
     told.send(("finished", 0, 0))
 

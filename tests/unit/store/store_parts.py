@@ -26,7 +26,7 @@ class Clock:
 
 
 def pair(prompt: str = "Hi?", **options: Any) -> Comparison:
-    return Comparison(prompt=prompt, answers=("yes", "no"), **options)
+    return Comparison(prompt=prompt, responses=("yes", "no"), **options)
 
 
 def pairs(count: int, **options: Any) -> list[Comparison]:

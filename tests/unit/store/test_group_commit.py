@@ -21,7 +21,7 @@ def test_what_another_process_wrote_is_seen_at_once(open_store: Callable[..., St
     one, two = open_store(), open_store()
     (number,) = one.add([pair()])
     assert asked(two, "anna") == [number]
-    two.answer(number, "anna", token="1", choice="a")
+    two.add_label(number, "anna", token="1", choice="a")
     assert len(one.labels()) == 1
     two.put("stop", True)
     assert one.get("stop") is True
@@ -40,7 +40,7 @@ def test_many_people_at_once_get_each_question_once(open_store: Callable[..., St
         try:
             while questions := store.ask(person, count=2):
                 number = questions[0].id
-                events = {store.answer(number, person, token=f"{person} {number}", choice="a") for _ in range(2)}
+                events = {store.add_label(number, person, token=f"{person} {number}", choice="a") for _ in range(2)}
                 assert len(events) == 1
                 given[person].append(number)
         except BaseException as error:
@@ -81,7 +81,7 @@ def test_a_reader_waits_for_a_smaller_id_that_is_on_its_way(postgres: Server, cl
         reader = threading.Thread(target=lambda: read.append([label.comparison_id for label in store.labels()]))
         with store._database._writing.begin() as connection:
             question_queue.add_label(connection, first, "anna", "1", LabelInput(choice="a"), store._terms())
-            store.answer(second, "bert", token="2", choice="b")
+            store.add_label(second, "bert", token="2", choice="b")
             reader.start()
             with store._database.engine.connect() as other:
                 while reader.is_alive() and not other.scalar(waits):
@@ -100,7 +100,7 @@ def test_one_answer_sent_by_several_threads_is_one_event(store: Store) -> None:
 
     def send() -> None:
         barrier.wait()
-        events.append(store.answer(number, "anna", token="1", choice="a"))
+        events.append(store.add_label(number, "anna", token="1", choice="a"))
         barrier.wait()
         undone.append(store.undo("anna", token="u"))
 
@@ -126,7 +126,7 @@ def test_one_writer_that_fails_takes_nobody_with_him(tmp_path: Path) -> None:
 
         def send(number: int) -> None:
             try:
-                store.answer(number, "anna", token=f"{number}", choice="a" if number % 2 else "left")  # type: ignore[arg-type]
+                store.add_label(number, "anna", token=f"{number}", choice="a" if number % 2 else "left")  # type: ignore[arg-type]
             except StoreError:
                 refusals.append(number)
 
@@ -155,7 +155,7 @@ def test_nothing_is_acknowledged_if_the_commit_fails(store: Store) -> None:
 
     event.listen(store._database.engine, "commit", fail)
     with pytest.raises(StoreUnavailable, match="disk I/O error"):
-        store.answer(number, "anna", token="1", choice="a")
+        store.add_label(number, "anna", token="1", choice="a")
     event.remove(store._database.engine, "commit", fail)
     assert store.last_event() == 0
-    assert store.answer(number, "anna", token="1", choice="b") == store.last_event()
+    assert store.add_label(number, "anna", token="1", choice="b") == store.last_event()

@@ -65,7 +65,7 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_an_acknowledged_label_survives_the_death_of_whoever_sent_it(fresh: str) -> None:
     rng = random.Random(5)
     with Store(fresh) as store:
-        ids = store.add([Comparison(prompt=str(i), answers=("x", "y")) for i in range(50)])
+        ids = store.add([Comparison(prompt=str(i), responses=("x", "y")) for i in range(50)])
     acknowledged: list[tuple[int, int]] = []
 
     def hear(told: list[tuple[str, int, int]]) -> None:
@@ -139,7 +139,7 @@ def test_an_acknowledged_label_survives_the_death_of_postgresql(own_server: Serv
             while questions := keep_trying(lambda: store.ask(person)):
                 number = questions[0].id
                 event = keep_trying(
-                    lambda number=number: store.answer(number, person, token=f"{person} {number}", choice="a")
+                    lambda number=number: store.add_label(number, person, token=f"{person} {number}", choice="a")
                 )
                 with progress:
                     acknowledged.append((number, event))
@@ -148,7 +148,7 @@ def test_an_acknowledged_label_survives_the_death_of_postgresql(own_server: Serv
             failures.append(error)
 
     with Store(own_server.database()) as store:
-        ids = store.add([Comparison(prompt=str(i), answers=("x", "y")) for i in range(120)])
+        ids = store.add([Comparison(prompt=str(i), responses=("x", "y")) for i in range(120)])
         is_up.set()
         people = [threading.Thread(target=label, args=(store, f"p{i}")) for i in range(4)]
         for person in people:

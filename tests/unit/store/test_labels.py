@@ -18,7 +18,7 @@ def test_an_answer_is_recorded_as_it_was_given(store: Store, clock: Clock) -> No
     store.add([pair(policy_version=4, reward_version=2, why_selected="information")])
     (question,) = store.ask("anna")
     clock.passes(5)
-    event = store.answer(question.id, "anna", token="1", choice="b", strength=3, seconds=4.5)
+    event = store.add_label(question.id, "anna", token="1", choice="b", strength=3, seconds=4.5)
     (label,) = store.labels()
     assert label.event_id == event == store.last_event()
     assert (label.comparison_id, label.comparison) == (question.id, question.comparison)
@@ -32,13 +32,13 @@ def test_an_answer_is_recorded_as_it_was_given(store: Store, clock: Clock) -> No
 def test_the_same_token_again_is_the_same_answer(store: Store) -> None:
     first, second = store.add(pairs(2))
     asked(store, "anna", 2)
-    event = store.answer(first, "anna", token="1", choice="a")
-    assert store.answer(first, "anna", token="1", choice="a") == event
+    event = store.add_label(first, "anna", token="1", choice="a")
+    assert store.add_label(first, "anna", token="1", choice="a") == event
     assert store.undo("anna", token="u") == first
-    assert store.answer(first, "anna", token="1", choice="a") == event  # late news of what was taken back since
+    assert store.add_label(first, "anna", token="1", choice="a") == event  # late news of what was taken back since
     assert store.labels() == []
     with pytest.raises(StoreError, match="used for something else"):
-        store.answer(second, "anna", token="1", choice="a")
+        store.add_label(second, "anna", token="1", choice="a")
     asked(store, "bert")
     with pytest.raises(StoreError, match="used for something else"):
         store.skip(second, "anna", token="1")
@@ -49,14 +49,14 @@ def test_who_may_not_answer_is_refused(store: Store) -> None:
     first, second = store.add(pairs(2))
     asked(store, "anna")
     with refused("unknown"):
-        store.answer(99, "anna", token="1", choice="a")
+        store.add_label(99, "anna", token="1", choice="a")
     with refused("unknown"):
-        store.answer(first, "bert", token="1", choice="a")
+        store.add_label(first, "bert", token="1", choice="a")
     with refused("unknown"):
         store.skip(second, "anna", token="1")
-    store.answer(first, "anna", token="1", choice="a")
+    store.add_label(first, "anna", token="1", choice="a")
     with refused("gone"):
-        store.answer(first, "anna", token="2", choice="b")
+        store.add_label(first, "anna", token="2", choice="b")
     with refused("gone"):
         store.skip(first, "anna", token="3")
     assert [(label.annotator, label.choice) for label in store.labels()] == [("anna", "a")]
@@ -82,21 +82,21 @@ def test_an_answer_that_is_none_changes_nothing(tmp_path: Path, given: dict[str,
         (number,) = store.add([pair()])
         asked(store, "anna")
         with pytest.raises(StoreError):
-            store.answer(number, "anna", **{"token": "1", **given})
+            store.add_label(number, "anna", **{"token": "1", **given})
         assert store.last_event() == 0
-        store.answer(number, "anna", token="1", choice="tie")
+        store.add_label(number, "anna", token="1", choice="tie")
 
 
 def test_a_ranking_has_a_rank_for_each_answer(store: Store) -> None:
-    (number,) = store.add([Comparison(prompt="?", answers=("a", "b", "c"))])
+    (number,) = store.add([Comparison(prompt="?", responses=("a", "b", "c"))])
     asked(store, "anna")
     for wrong in ({"choice": "a"}, {"ranks": [1, 2]}, {"ranks": [0, 1, 2]}, {"ranks": [2, 2, 3]}, {"ranks": [1, 2, 4]}):
         with pytest.raises(StoreError):
-            store.answer(number, "anna", token="1", **wrong)  # type: ignore[arg-type]
-    store.answer(number, "anna", token="1", ranks=[2, 1, 2])
+            store.add_label(number, "anna", token="1", **wrong)  # type: ignore[arg-type]
+    store.add_label(number, "anna", token="1", ranks=[2, 1, 2])
     assert store.labels()[0].ranks == (2, 1, 2)
     store.undo("anna", token="u")
-    store.answer(number, "anna", token="2", choice="cant_tell")
+    store.add_label(number, "anna", token="2", choice="cant_tell")
     assert store.labels()[0].choice == "cant_tell"
 
 
@@ -114,7 +114,7 @@ def test_a_name_must_be_one(store: Store) -> None:
 def test_undo_takes_back_a_skip_while_nobody_else_has_the_question(store: Store) -> None:
     first, second = store.add(pairs(2))
     asked(store, "anna", 2)
-    store.answer(first, "anna", token="1", choice="a")
+    store.add_label(first, "anna", token="1", choice="a")
     store.skip(second, "anna", token="2")
     assert store.undo("anna", token="u1") == second
     assert asked(store, "bert") == []  # it is his again
@@ -133,8 +133,8 @@ def test_undo_takes_back_the_newest_answer_by_a_new_event(store: Store) -> None:
     asked(store, "anna", 3)
     asked(store, "bert")
     for number in ids[:2]:
-        store.answer(number, "anna", token=f"{number}", choice="a")
-    store.answer(ids[3], "bert", token="bert", choice="b")
+        store.add_label(number, "anna", token=f"{number}", choice="a")
+    store.add_label(ids[3], "bert", token="bert", choice="b")
     last = store.last_event()
     assert store.undo("anna", token="u1") == ids[1]
     assert store.undo("anna", token="u1") == ids[1]  # the same undo sent twice
@@ -142,15 +142,15 @@ def test_undo_takes_back_the_newest_answer_by_a_new_event(store: Store) -> None:
     assert store.undo("anna", token="u3") is None
     assert [label.annotator for label in store.labels()] == ["bert"]
     assert asked(store, "anna", 3) == ids[:3]  # the two are his again, before the one that waits on his page
-    again = store.answer(ids[0], "anna", token="again", choice="b")
+    again = store.add_label(ids[0], "anna", token="again", choice="b")
     assert [label.event_id for label in store.labels(after=last)] == [again]
-    assert store.answered("anna") == 1
+    assert store.labelled("anna") == 1
 
 
 def test_an_undone_question_is_not_put_to_others(store: Store, clock: Clock) -> None:
     (number,) = store.add([pair()])
     asked(store, "anna")
-    store.answer(number, "anna", token="1", choice="a")
+    store.add_label(number, "anna", token="1", choice="a")
     store.undo("anna", token="u")
     assert (asked(store, "bert"), store.waiting()) == ([], 0)
     clock.passes(61)

@@ -30,7 +30,7 @@ def test_a_question_says_all_that_was_added(store: Store) -> None:
     original = store.add([pair()])[0]
     comparison = Comparison(
         prompt="Wörter \x00 \ud800 ✓",  # PostgreSQL has no place for the second and third in its own text
-        answers=("one", "", "\udfff"),
+        responses=("one", "", "\udfff"),
         why_selected="repeat",
         policy_version=3,
         reward_version=2,
@@ -41,7 +41,7 @@ def test_a_question_says_all_that_was_added(store: Store) -> None:
         repeat_of=original,
     )
     assert asked(store, "anna") == [original]
-    store.answer(original, "anna", token="t", choice="tie")
+    store.add_label(original, "anna", token="t", choice="tie")
     number = store.add([comparison])[0]
     (question,) = store.ask("anna")
     assert (question.id, question.comparison) == (number, comparison)
@@ -64,15 +64,15 @@ def test_the_same_questions_are_asked_again_until_they_are_answered(store: Store
     first, second, third = store.add(pairs(3))
     assert asked(store, "anna", 2) == [first, second]
     assert asked(store, "anna") == [first]
-    store.answer(first, "anna", token="1", choice="a")
+    store.add_label(first, "anna", token="1", choice="a")
     assert asked(store, "anna", 2) == [second, third]
 
 
 def test_overlap_puts_a_question_to_different_people(store: Store) -> None:
     (number,) = store.add([pair(overlap=2)])
     assert [asked(store, person) for person in ("anna", "bert", "carl", "anna")] == [[number], [number], [], [number]]
-    store.answer(number, "anna", token="a", choice="a")
-    store.answer(number, "bert", token="b", choice="b")
+    store.add_label(number, "anna", token="a", choice="a")
+    store.add_label(number, "bert", token="b", choice="b")
     assert [asked(store, person) for person in ("anna", "bert", "carl")] == [[], [], []]
     assert [(label.annotator, label.choice) for label in store.labels()] == [("anna", "a"), ("bert", "b")]
 
@@ -81,7 +81,7 @@ def test_a_repeat_goes_only_to_whom_answered_the_original(store: Store) -> None:
     (original,) = store.add([pair()])
     (repeat,) = store.add([pair(why_selected="repeat", repeat_of=original, priority=9.0)])
     assert asked(store, "anna", 2) == [original]
-    store.answer(original, "anna", token="1", choice="a")
+    store.add_label(original, "anna", token="1", choice="a")
     assert asked(store, "bert") == []
     assert asked(store, "anna") == [repeat]
 
@@ -111,12 +111,12 @@ def test_questions_of_older_policies_are_withdrawn_if_nobody_has_begun(store: St
         store.skip(number, "carl", token=f"skip {number}")
     clock.passes(61)
     asked(store, "anna", 2)
-    store.answer(answered, "anna", token="1", choice="a")
+    store.add_label(answered, "anna", token="1", choice="a")
     assert store.withdraw(older_than_policy=2) == 2
     assert store.waiting() == 4  # held and answered have one place left each
     assert store.withdraw(older_than_policy=2) == 0
     assert asked(store, "bert", 9) == [held, answered, newer, gold]
-    store.answer(ran_out, "carl", token="2", choice="b")  # a page that was still open: the answer is as good as any
+    store.add_label(ran_out, "carl", token="2", choice="b")  # a page that was still open: the answer is as good as any
     assert [label.comparison_id for label in store.labels()] == [answered, ran_out]
 
 
@@ -135,7 +135,7 @@ def test_unseen_is_what_anybody_could_be_asked(store: Store, clock: Clock) -> No
     assert (store.waiting(), store.unseen()) == (6, 5)
     asked(store, "anna", 5)
     store.skip(ids[0], "anna", token="skip")
-    store.answer(ids[4], "anna", token="first of two", choice="a")
+    store.add_label(ids[4], "anna", token="first of two", choice="a")
     assert (store.waiting(), store.unseen()) == (3, 0)  # the skipped, the second of two, the repeat
     clock.passes(301)
     assert store.unseen() == 3  # whose leases ran out
@@ -153,10 +153,10 @@ def test_a_lease_that_ran_out_goes_to_somebody_else(store: Store, clock: Clock) 
     assert store.waiting() == 1
     assert asked(store, "bert") == [number]
     with refused("taken"):
-        store.answer(number, "anna", token="1", choice="a")
-    store.answer(number, "bert", token="2", choice="b")
+        store.add_label(number, "anna", token="1", choice="a")
+    store.add_label(number, "bert", token="2", choice="b")
     with refused("taken"):
-        store.answer(number, "anna", token="1", choice="a")
+        store.add_label(number, "anna", token="1", choice="a")
     assert [label.annotator for label in store.labels()] == ["bert"]
 
 
@@ -164,12 +164,12 @@ def test_a_late_answer_counts_if_nobody_took_the_question(store: Store, clock: C
     first, second = store.add(pairs(2))
     (question,) = store.ask("anna")
     clock.passes(61)
-    store.answer(first, "anna", token="1", choice="a")  # nobody has looked for expired leases yet
+    store.add_label(first, "anna", token="1", choice="a")  # nobody has looked for expired leases yet
     assert asked(store, "anna") == [second]
     clock.passes(61)
     assert asked(store, "bert") == [second]
     store.release("bert")
-    store.answer(second, "anna", token="2", choice="b")  # bert has given it back
+    store.add_label(second, "anna", token="2", choice="b")  # bert has given it back
     assert asked(store, "bert") == []
     assert store.labels()[0].shown_order == question.shown_order
 
@@ -206,5 +206,5 @@ def test_a_skipped_question_goes_to_others_only(store: Store) -> None:
     assert asked(store, "bert", 2) == [first]
     assert store.labels() == []
     store.release("bert")
-    store.answer(first, "anna", token="2", choice="a")  # he thought better of it, and nobody else has it
+    store.add_label(first, "anna", token="2", choice="a")  # he thought better of it, and nobody else has it
     assert asked(store, "bert") == []

@@ -35,9 +35,9 @@ MOMENT = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
 VALUES = [
     (STATUS, Status(state="training", step=3, text="Update 4.", at=MOMENT)),
     (STOP, StopRequest(by="anna", at=MOMENT)),
-    (WIN_RATE, PolicyWinRate(rate=0.5, low=0.25, high=0.75, answers=4, first=1, last=3)),
+    (WIN_RATE, PolicyWinRate(rate=0.5, low=0.25, high=0.75, labels=4, first=1, last=3)),
     (FORECAST, AccuracyForecast(labels=50, accuracy_now=0.5, accuracy_then=0.75, text="Better.")),
-    (SELECTION, SelectionFigures(chosen=ArmFigures(answers=1, accuracy=0.5), random=ArmFigures(informative=0.25))),
+    (SELECTION, SelectionFigures(chosen=ArmFigures(labels=1, accuracy=0.5), random=ArmFigures(informative=0.25))),
     (QUESTION_CURSOR, QuestionCursor(draws=1, gold=2, prompts=3, held_out=4)),
     (AGREEMENT, -0.25),
     (HEARTBEAT, MOMENT),
@@ -62,7 +62,7 @@ def test_the_stored_form_is_that_of_earlier_versions(store: Store) -> None:
     assert store.get("stop") == {"by": "anna", "at": at}
     HEARTBEAT.write(store, MOMENT.replace(microsecond=8))
     assert store.get("heartbeat") == at
-    WIN_RATE.write(store, PolicyWinRate(rate=0.5, low=0.25, high=0.75, answers=4, first=1, last=3))
+    WIN_RATE.write(store, PolicyWinRate(rate=0.5, low=0.25, high=0.75, labels=4, first=1, last=3))
     assert store.get("win_rate") == {"rate": 0.5, "low": 0.25, "high": 0.75, "answers": 4, "first": 1, "last": 3}
     SELECTION.write(store, SelectionFigures())
     assert store.get("choosing")["random"] == {"answers": 0, "accuracy": None, "informative": None}
@@ -77,7 +77,7 @@ def test_missing_fields_and_other_types_take_the_default(store: Store) -> None:
     store.put("win_rate", {"rate": 1, "low": True, "answers": 2.5})
     assert WIN_RATE.read(store) == PolicyWinRate(rate=1.0)
     store.put("choosing", {"chosen": {"answers": 12, "accuracy": 0.5}, "random": None})
-    assert SELECTION.read(store) == SelectionFigures(chosen=ArmFigures(answers=12, accuracy=0.5))
+    assert SELECTION.read(store) == SelectionFigures(chosen=ArmFigures(labels=12, accuracy=0.5))
     store.put("status", "text")
     assert STATUS.read(store) is None
     for value in ("no time", "2026-03-04T05:06:07", 5):  # the second has no zone
@@ -111,8 +111,9 @@ def test_a_stop_is_requested_until_it_is_released(store: Store, clock: Clock) ->
 
 
 def test_the_latest_figures_of_the_annotators_replace_the_earlier(store: Store) -> None:
-    figures = AnnotatorFigures(name="anna", answers=3, error_rate=0.1, error_rate_interval=(0.0, 0.3), agreement=0.7)
-    ANNOTATORS.write(store, [AnnotatorFigures(name="x", answers=1, error_rate=0.5, error_rate_interval=(0.0, 1.0))])
+    figures = AnnotatorFigures(name="anna", labels=3, error_rate=0.1, error_rate_interval=(0.0, 0.3), agreement=0.7)
+    ANNOTATORS.write(store, [AnnotatorFigures(name="x", labels=1, error_rate=0.5, error_rate_interval=(0.0, 1.0))])
     ANNOTATORS.write(store, [figures])
+    assert store.get("store: annotators")[0]["answers"] == 3
     assert ANNOTATORS.read(store) == [figures]
     assert store.get("alpha", 0.5) == 0.5

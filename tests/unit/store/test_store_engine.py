@@ -23,7 +23,7 @@ from deep_rlhf.feedback.store.statements import EXPIRED_IDS, HELD_BY, NEXT_UNLOC
 def test_nothing_that_people_did_can_be_changed_or_deleted(store: Store) -> None:
     (number,) = store.add([pair()])
     asked(store, "anna")
-    store.answer(number, "anna", token="1", choice="a")
+    store.add_label(number, "anna", token="1", choice="a")
     for statement in ("UPDATE events SET choice = 'b'", "DELETE FROM events"):
         with (
             store._database.engine.connect() as connection,

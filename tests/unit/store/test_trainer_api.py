@@ -15,7 +15,7 @@ from deep_rlhf.feedback.store import Store
 def test_labels_come_in_order_and_from_an_event_on(store: Store) -> None:
     ids = store.add(pairs(3))
     asked(store, "anna", 3)
-    events = [store.answer(number, "anna", token=f"{number}", choice="a") for number in reversed(ids)]
+    events = [store.add_label(number, "anna", token=f"{number}", choice="a") for number in reversed(ids)]
     assert events == sorted(events)
     assert [label.comparison_id for label in store.labels()] == ids[::-1]
     assert [label.event_id for label in store.labels(after=events[0])] == events[1:]
@@ -29,20 +29,20 @@ def test_only_labels_for_training_are_counted(store: Store) -> None:
             pair(why_selected="random"),
             pair(why_selected="variance"),
             pair(why_selected="information"),
-            Comparison(prompt="?", answers=("a", "b", "c")),
+            Comparison(prompt="?", responses=("a", "b", "c")),
             pair(why_selected="gold", expected="a"),
             pair(why_selected="win_rate", writers=(0, 3)),
             pair(why_selected="repeat", repeat_of=first),
         ]
     )
     for number, question in enumerate(store.ask("anna", count=7)):
-        ranks = [1, 2, 3] if len(question.comparison.answers) == 3 else None
+        ranks = [1, 2, 3] if len(question.comparison.responses) == 3 else None
         choice = None if ranks else "cant_tell" if question.comparison.why_selected == "variance" else "a"
-        store.answer(question.id, "anna", token=f"{number}", choice=choice, ranks=ranks)
+        store.add_label(question.id, "anna", token=f"{number}", choice=choice, ranks=ranks)
     (repeat,) = asked(store, "anna")
-    store.answer(repeat, "anna", token="r", choice="a")
+    store.add_label(repeat, "anna", token="r", choice="a")
     assert store.label_count() == 4
-    assert (len(store.labels()), store.answered("anna"), store.answered("bert")) == (8, 8, 0)
+    assert (len(store.labels()), store.labelled("anna"), store.labelled("bert")) == (8, 8, 0)
 
 
 def test_pace_is_the_median_of_what_counts(store: Store) -> None:
@@ -50,7 +50,7 @@ def test_pace_is_the_median_of_what_counts(store: Store) -> None:
     ids = store.add(pairs(4))
     asked(store, "anna", 4)
     for number, seconds in zip(ids, (2.0, 3.0, 10.0, 500.0), strict=True):
-        store.answer(number, "anna", token=f"{number}", choice="a", seconds=seconds)
+        store.add_label(number, "anna", token=f"{number}", choice="a", seconds=seconds)
     assert store.pace("anna") == 6.5
     store.undo("anna", token="u")
     assert store.pace("anna") == 3.0

@@ -1,1 +1,1 @@
-"""Sources of labels other than the web page, and how reliable an annotator is."""
+"""Sources of labels beside the page: simulated annotators, replayed files; and how reliable annotators are."""

@@ -1,16 +1,16 @@
-"""How often each annotator answers at random: fitted to their answers, to weigh them by, never to delete them.
+"""Estimates each annotator's error rate from their labels. It weighs labels; no label is ever deleted.
 
-An annotator answers at random with probability ε, and otherwise prefers a with the probability p that the reward model
+An annotator labels at random with probability ε, and otherwise prefers a with the probability p that the reward model
 predicts (Christiano et al. 2017, §2.2.3; per person, Raykar et al. 2010): p' = (1 − ε) p + ε/2. ε has a Beta prior with
-its mode at 10 %. What is known for sure beside the predictions:
-- gold questions, whose answer somebody knows: p is 0.98 for it;
-- repeats: a careful person's own opinion of a question is q ~ Beta(p, 1 − p), and both answers follow the same q, so
-  answering differently points to chance even where the reward model is unsure.
+its mode at 10%. Two kinds of questions give evidence that does not depend on the reward model:
+- gold questions: the expected choice has p = 0.98;
+- repeats: a careful person's own opinion of a question is q ~ Beta(p, 1 − p), and both labels follow the same q, so
+  different labels point to chance even where the reward model is unsure.
 
-A reward model that is too sure of itself would make careful people look careless, one that is not sure enough would
-tell nothing. So its log-odds are divided by one temperature T, fitted together with all ε: what everybody disagrees
-with is the model's fault, and what one person disagrees with more than others is that person's. Predictions should be
-out of bag (refit.Fitted.predictions): a model that has learned an answer agrees with it.
+An overconfident reward model would make careful people look careless, and an underconfident one would say nothing. Its
+log-odds are therefore divided by one temperature T, fitted together with all ε: labels that everybody disagrees with
+count against the model, and labels that one person disagrees with more than others count against that person.
+Predictions should be out of bag (`Fitted.predictions`), because a model agrees with the labels it has learned.
 """
 
 from collections import defaultdict
@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from deep_rlhf.feedback.records import MU, AnnotatorFigures, Label
 
-PRIOR = (1.5, 5.5)  # of a Beta distribution: mode 0.1, 95 % of it between 0.02 and 0.56
-GOLD = 0.98  # P(the expected answer), for whoever wrote a gold question errs too
-SURE = 0.99  # no prediction counts as surer
-ROUNDS = 10  # of fitting the error rates and the temperature in turn
+PRIOR = (1.5, 5.5)  # (α, β) of a Beta distribution: mode 0.1, 95% of it between 0.02 and 0.56
+GOLD = 0.98  # P(the expected choice): authors of gold questions err, too
+MOST_CONFIDENT = 0.99  # predictions are clipped to this
+ROUNDS = 10  # of alternating between error rates and temperature
 _RATES = (np.arange(1000) + 0.5) / 1000
 _TEMPERATURES = np.geomspace(1 / 8, 16.0, 57)
 _CHOICES = ["a", "b", "tie"]
@@ -37,18 +37,18 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
-    """One answer, or two to the same question, and what was to be expected."""
+class JudgedPair:
+    """One label of a pair, or two of the same question, and the prediction."""
 
     annotator: str
     predicted: float  # P(a is better)
-    mu: float  # 1: a, 0: b, ½: a tie, which counts as half an answer each way
-    again: float | None = None  # the same person's answer when the question was repeated
+    mu: float  # 1: a, 0: b, ½: a tie, which counts as half a label each way
+    again: float | None = None  # μ of the same person's label when the question was repeated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorRate:
-    """The share of random answers: the most probable one, and its 95 % credible interval."""
+    """The share of random labels: its maximum a posteriori estimate and 95% credible interval."""
 
     rate: float
     low: float
@@ -56,16 +56,16 @@ class ErrorRate:
 
 
 def fit_error_rates(
-    answers: Sequence[Answered], *, gold: Sequence[Answered] = (), prior: tuple[float, float] = PRIOR
+    pairs: Sequence[JudgedPair], *, gold: Sequence[JudgedPair] = (), prior: tuple[float, float] = PRIOR
 ) -> dict[str, ErrorRate]:
-    """The error rate of everybody who has given one of `answers`, or of those to `gold` questions.
+    """The error rate of every annotator of `pairs` or of `gold` questions, by name.
 
-    prior: (α, β) of the Beta distribution. Maximum a posteriori, by coordinate ascent between the rates, each found on
-    a grid, and the temperature.
+    prior: (α, β) of the Beta distribution. The estimate is maximum a posteriori, by coordinate ascent between the
+    rates, each on a grid, and the temperature.
     """
     alpha, beta = prior
     log_prior = (alpha - 1) * np.log(_RATES) + (beta - 1) * np.log1p(-_RATES)
-    own, known = _by(answers, "annotator"), _by(gold, "annotator")
+    own, known = _by(pairs, "annotator"), _by(gold, "annotator")
     names = sorted(own.keys() | known.keys())
     tables = {name: _Table.of(own.get(name, [])) for name in names}
     certain = {name: log_prior + _Table.of(known.get(name, [])).log_likelihood(_RATES, 1.0) for name in names}
@@ -87,22 +87,22 @@ def fit_error_rates(
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Answers as columns [N]."""
+    """Labels as columns [N]."""
 
     log_odds: Array
     mu: Array
     again: Array  # NaN where the question was asked once
 
     @classmethod
-    def of(cls, answers: Sequence[Answered]) -> "_Table":
-        p = np.clip(np.array([answer.predicted for answer in answers], dtype=float), 1 - SURE, SURE)
-        again = [np.nan if answer.again is None else answer.again for answer in answers]
+    def of(cls, pairs: Sequence[JudgedPair]) -> "_Table":
+        p = np.clip(np.array([pair.predicted for pair in pairs], dtype=float), 1 - MOST_CONFIDENT, MOST_CONFIDENT)
+        again = [np.nan if pair.again is None else pair.again for pair in pairs]
         return cls(
-            np.log(p / (1 - p)), np.array([answer.mu for answer in answers], dtype=float), np.array(again, dtype=float)
+            np.log(p / (1 - p)), np.array([pair.mu for pair in pairs], dtype=float), np.array(again, dtype=float)
         )
 
     def log_likelihood(self, rates: Array, temperature: float) -> Array:
-        """[len(rates)]; predictions at this temperature. Ties are answers each way by half."""
+        """Log-likelihood [len(rates)] with predictions at this temperature. A tie is half a label each way."""
         p = 1 / (1 + np.exp(-self.log_odds / temperature))
         e = rates[:, None]
         once, twice = np.isnan(self.again), ~np.isnan(self.again)
@@ -127,25 +127,25 @@ def _summary(log_posterior: Array) -> ErrorRate:
 
 
 def figures(labels: Sequence[Label], predicted: Mapping[int, float]) -> list[AnnotatorFigures]:
-    """Everybody's figures, in order of name.
+    """The figures of all annotators, by name.
 
-    predicted: P(a is better) by comparison id, out of bag; answers about other pairs, and rankings, are counted but
-    tell nothing of the error rate. "Can't tell" is nobody's error.
+    predicted: P(a is better) by comparison id, out of bag. Labels of other pairs and rankings are counted, but say
+    nothing about the error rate. "Can't tell" is not an error.
     """
     people = {name: _Person.of(own) for name, own in _by(labels, "annotator").items()}
     rates = fit_error_rates(
-        [answer for person in people.values() for answer in person.answered(predicted)],
-        gold=[answer for person in people.values() for answer in person.gold_answered()],
+        [pair for person in people.values() for pair in person.judged_pairs(predicted)],
+        gold=[pair for person in people.values() for pair in person.gold_pairs()],
     )
     agreement = _agreement(labels)
-    prior = fit_error_rates([], gold=[Answered(annotator="", predicted=0.5, mu=0.5)])[""]
+    prior = fit_error_rates([], gold=[JudgedPair(annotator="", predicted=0.5, mu=0.5)])[""]
     found = []
     for name, person in sorted(people.items()):
         rate = rates.get(name, prior)
         found.append(
             AnnotatorFigures(
                 name=name,
-                answers=len(person.labels),
+                labels=len(person.labels),
                 error_rate=rate.rate,
                 error_rate_interval=(rate.low, rate.high),
                 gold_right=sum(label.choice == label.comparison.expected for label in person.gold),
@@ -160,12 +160,12 @@ def figures(labels: Sequence[Label], predicted: Mapping[int, float]) -> list[Ann
 
 @dataclass(frozen=True, slots=True)
 class _Person:
-    """One annotator's labels, sorted."""
+    """One annotator's labels by kind of question."""
 
     labels: list[Label]
     gold: list[Label]
     ordinary: dict[int, float]  # comparison id -> mu
-    repeats: dict[int, tuple[float, float]]  # id of the comparison that was repeated -> both answers, as mu
+    repeats: dict[int, tuple[float, float]]  # id of the repeated comparison -> μ of both labels
 
     @classmethod
     def of(cls, labels: list[Label]) -> "_Person":
@@ -176,7 +176,7 @@ class _Person:
         for label in decided:
             original = asked.get(label.comparison.repeat_of or -1)
             if original is not None:
-                swapped = label.comparison.answers != original.comparison.answers  # the other way round
+                swapped = label.comparison.responses != original.comparison.responses
                 second = 1 - _mu(label) if swapped else _mu(label)
                 repeats[original.comparison_id] = (_mu(original), second)
         ordinary = {
@@ -186,26 +186,26 @@ class _Person:
         }
         return cls(labels, gold, ordinary, repeats)
 
-    def answered(self, predicted: Mapping[int, float]) -> Iterable[Answered]:
-        """Repeats of questions without a prediction are taken with ½."""
+    def judged_pairs(self, predicted: Mapping[int, float]) -> Iterable[JudgedPair]:
+        """Pairs with a prediction, and repeated ones, whose prediction is ½ where there is none."""
         name = self.labels[0].annotator
         for comparison, mu in self.ordinary.items():
             again = self.repeats[comparison][1] if comparison in self.repeats else None
             if comparison in predicted or again is not None:
-                yield Answered(annotator=name, predicted=predicted.get(comparison, 0.5), mu=mu, again=again)
+                yield JudgedPair(annotator=name, predicted=predicted.get(comparison, 0.5), mu=mu, again=again)
 
-    def gold_answered(self) -> Iterable[Answered]:
+    def gold_pairs(self) -> Iterable[JudgedPair]:
         for label in self.gold:
             if label.comparison.expected in ("a", "b"):
                 expected = GOLD if label.comparison.expected == "a" else 1 - GOLD
-                yield Answered(annotator=label.annotator, predicted=expected, mu=_mu(label))
+                yield JudgedPair(annotator=label.annotator, predicted=expected, mu=_mu(label))
 
 
 def alpha(labels: Iterable[Label]) -> float | None:
-    """Krippendorff's α of the choices a, b and tie (nominal), over the pairs that several people answered.
+    """Krippendorff's α of the choices a, b and tie (nominal), over the pairs that several people labelled.
 
-    1: they always agree, 0: as often as by chance. None if no pair has two answers, or all answers are the same one:
-    then chance is not defined. "Can't tell" is a missing answer; repeats to the same person are not counted.
+    1 is perfect agreement, 0 is chance. None if no pair has two labels, or all labels are equal, because then chance is
+    not defined. "Can't tell" is a missing value; repeats are not counted.
     """
     shared = {
         comparison: own
@@ -222,7 +222,7 @@ def alpha(labels: Iterable[Label]) -> float | None:
 
 
 def _agreement(labels: Iterable[Label]) -> dict[str, float]:
-    """For each annotator, the share of other people's answers to the same pairs that are equal to his own."""
+    """For each annotator, the share of other people's labels of the same pairs that equal their own."""
     same: dict[str, list[bool]] = defaultdict(list)
     for own in _by(_choices(labels), "comparison_id").values():
         for label in own:
@@ -243,5 +243,5 @@ def _by(records: Iterable[T], field: str) -> dict[Any, list[T]]:
 
 def _mu(label: Label) -> float:
     mu = MU[label.choice] if label.choice else None
-    assert mu is not None  # of a decided answer
+    assert mu is not None  # the label is decided
     return mu

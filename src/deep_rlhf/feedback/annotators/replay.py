@@ -1,8 +1,8 @@
-"""A labelled file as annotators: each vote in it is given again by who gave it, disagreement included.
+"""Replays a labelled file: each vote in it becomes a label of the annotator who gave it, disagreement included.
 
-Read are the files that reward_modeling.py takes (a row without `votes` is one answer, by its `annotator`), and rows
-whose votes are [worker, vote, competence]. Rows without texts take them from `arguments.jsonl(.gz)` beside the file, by
-the two ids that their own id joins with "_" (Habernal & Gurevych 2016).
+Accepted are the files that reward_modeling.py reads (a row without `votes` is one label, by its `annotator`), and rows
+whose votes are [worker, vote, competence]. Rows without texts take them from `arguments.jsonl(.gz)` in the same folder,
+by the two ids that their own id joins with "_" (Habernal & Gurevych 2016).
 """
 
 import hashlib
@@ -16,34 +16,34 @@ from deep_rlhf.data.chat import Template, get_template
 from deep_rlhf.data.layouts import VOTES
 from deep_rlhf.data.preferences import load_preferences
 from deep_rlhf.data.readers import BadRow, read_table
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import DataError
 from deep_rlhf.feedback.records import CHOICES, Choice, Comparison, Label
 from deep_rlhf.feedback.store import PortableLabel, Store
 
-TEXTS = ("arguments.jsonl.gz", "arguments.jsonl")
-ALONE = "replay"  # who answered where the file does not say
+TEXT_FILES = ("arguments.jsonl.gz", "arguments.jsonl")
+UNNAMED_ANNOTATOR = "replay"  # where the file names none
 
 
 @dataclass(frozen=True, slots=True)
-class Voted:
-    """A pair with what each annotator said of it, in the file's order."""
+class VotedPair:
+    """A pair with the choice of each annotator, in the file's order."""
 
     prompt: str
     a: str
     b: str
-    votes: tuple[tuple[str, Choice], ...]
+    votes: tuple[tuple[str, Choice], ...]  # (annotator, choice)
 
 
 class Replay:
-    """Gives the votes of a file, one after the other, each as an answer of the annotator who gave it.
+    """A labeler that adds the votes of a file to the store, one label per vote.
 
-    Pairs come in an order drawn from `seed`, so that a few of them are a fair sample. A vote that the store has already
-    is passed over, so after a stop it goes on where it was.
+    Pairs come in a random order drawn from `seed`, so that the first few are a fair sample. Votes that the store has
+    are skipped, so a replay that was interrupted continues where it stopped.
     """
 
     brings_questions = True
 
-    def __init__(self, pairs: Sequence[Voted], *, seed: int = 0) -> None:
+    def __init__(self, pairs: Sequence[VotedPair], *, seed: int = 0) -> None:
         order = sorted(range(len(pairs)), key=lambda row: _digest(str(seed), pairs[row].prompt, str(row)))
         self._pairs = [pairs[row] for row in order]
         self._votes = [(pair, *vote) for pair in self._pairs for vote in pair.votes]
@@ -54,42 +54,42 @@ class Replay:
         """The different prompts of the file."""
         return list(dict.fromkeys(pair.prompt for pair in self._pairs))
 
-    def answer(self, store: Store, most: int) -> int:
-        """Gives up to `most` votes; 0 when the file is through."""
+    def label(self, store: Store, most: int) -> int:
+        """Adds up to `most` labels; returns how many, 0 at the end of the file."""
         done = 0
         while done < most and self._next < len(self._votes):
-            done += store.take_in([_given(*self._votes[self._next])])
+            done += store.import_labels([_portable_label(*self._votes[self._next])])
             self._next += 1
         return done
 
 
-def read_votes(path: str | Path, *, template: str = "hh") -> list[Voted]:
-    """The pairs of a labelled file, in its order; a second vote of one annotator on a pair is left out.
+def read_votes(path: str | Path, *, template: str = "hh") -> list[VotedPair]:
+    """Reads the pairs of a labelled file, in its order; a second vote of one annotator on a pair is left out.
 
-    Raises UserError, with file and line, for what is malformed.
+    Raises DataError, with file and line, for a malformed row.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no file '{path}' to replay: give labelled pairs, as reward_modeling.py takes them.")
+        raise DataError(f"There is no file '{path}' to replay: give labelled pairs, as reward_modeling.py reads them.")
     rows = list(read_table(path))
     if any(isinstance(row, dict) and _has_workers(row) for _, row in rows):
         texts = _texts(path)
-        pairs = [_voted(row, f"{path}, {where}", texts, get_template(template)) for where, row in rows]
+        pairs = [_voted_pair(row, f"{path}, {where}", texts, get_template(template)) for where, row in rows]
         return [pair for pair in pairs if pair.a.strip() != pair.b.strip()]
     preferences, _ = load_preferences(str(path), split="train", template=template)
     found: dict[tuple[str, str, str], dict[str, Choice]] = {}
     for one in preferences:
         choice = CHOICES[1.0 if one.mu > 0.5 else 0.0 if one.mu < 0.5 else 0.5]
-        found.setdefault((one.prompt, one.a, one.b), {}).setdefault(one.annotator or ALONE, choice)
-    return [Voted(*texts_, tuple(votes.items())) for texts_, votes in found.items()]
+        found.setdefault((one.prompt, one.a, one.b), {}).setdefault(one.annotator or UNNAMED_ANNOTATOR, choice)
+    return [VotedPair(*pair, tuple(votes.items())) for pair, votes in found.items()]
 
 
-def _given(pair: Voted, worker: str, choice: Choice) -> PortableLabel:
+def _portable_label(pair: VotedPair, worker: str, choice: Choice) -> PortableLabel:
     question = _digest(pair.prompt, pair.a, pair.b)
     label = Label(
         event_id=0,
         comparison_id=0,
-        comparison=Comparison(prompt=pair.prompt, answers=(pair.a, pair.b), why_selected="initial"),
+        comparison=Comparison(prompt=pair.prompt, responses=(pair.a, pair.b), why_selected="initial"),
         annotator=worker,
         choice=choice,
         ranks=None,
@@ -110,24 +110,24 @@ def _has_workers(row: dict[str, Any]) -> bool:
     return isinstance(votes, list) and any(isinstance(vote, list) for vote in votes)
 
 
-def _voted(row: dict[str, Any] | BadRow, where: str, texts: dict[str, str], template: Template) -> Voted:
+def _voted_pair(row: dict[str, Any] | BadRow, where: str, texts: dict[str, str], template: Template) -> VotedPair:
     if isinstance(row, BadRow):
-        raise UserError(f"{where}: {row}.")
+        raise DataError(f"{where}: {row}.")
     try:
         prompt = str(row.get("prompt") or str(row["topic"]).replace("_", ": ").replace("-", " "))
-        a, b = _answers(row, texts)
+        a, b = _responses(row, texts)
         votes: dict[str, Choice] = {}
         for worker, vote, *_ in row["votes"]:
             votes.setdefault(f"worker-{worker}" if isinstance(worker, int) else str(worker), CHOICES[VOTES[vote]])
     except (KeyError, TypeError, ValueError) as problem:
-        raise UserError(
-            f"{where}: a row to replay has prompt or topic, two answers, and votes [worker, a1 or a2 or equal, …];"
-            f" here {problem} is missing or wrong."
+        raise DataError(
+            f"{where}: a row to replay must have prompt or topic, two responses, and votes [worker, a1 or a2 or equal,"
+            f" …]; here {problem} is missing or wrong."
         ) from None
-    return Voted(template.prompt(prompt), template.response(a), template.response(b), tuple(votes.items()))
+    return VotedPair(template.prompt(prompt), template.response(a), template.response(b), tuple(votes.items()))
 
 
-def _answers(row: dict[str, Any], texts: dict[str, str]) -> tuple[str, str]:
+def _responses(row: dict[str, Any], texts: dict[str, str]) -> tuple[str, str]:
     for a, b in (("a", "b"), ("a1", "a2")):
         if a in row and b in row:
             return row[a], row[b]
@@ -136,8 +136,8 @@ def _answers(row: dict[str, Any], texts: dict[str, str]) -> tuple[str, str]:
 
 
 def _texts(path: Path) -> dict[str, str]:
-    """The answers by their ids, if they have a file of their own."""
-    beside = next((path.parent / name for name in TEXTS if (path.parent / name).is_file()), None)
+    """The texts by id, from the text file in the same folder; empty without one."""
+    beside = next((path.parent / name for name in TEXT_FILES if (path.parent / name).is_file()), None)
     rows = read_table(beside) if beside else ()
     wanted = {"id", "text"}
     return {str(row["id"]): str(row["text"]) for _, row in rows if isinstance(row, dict) and wanted <= row.keys()}

@@ -1,43 +1,46 @@
-"""Annotators who are programs: they answer as people do, with noise, from a utility that the caller hands in.
+"""Simulated annotators: they label with noise, by a utility function that the caller provides.
 
-The model of an annotator is the usual one of preference learning:
-- Boltzmann-rational: P(a better) = sigmoid((u_a − u_b) / temperature);
-- 10 % of the answers are uniformly random, whatever is shown (Christiano et al. 2017, section 2.2.3);
-- answers of nearly the same utility are now and then called equal (mu = 1/2);
-- a few comparisons get no answer: "can't tell" (Christiano et al. 2017, section 2.2.2, leave those out).
+The model is the usual one of preference learning:
+- Boltzmann-rational choice: P(a better) = sigmoid((u_a − u_b) / temperature);
+- 10% of the labels are uniformly random (Christiano et al. 2017, section 2.2.3);
+- responses of nearly equal utility are sometimes called a tie (μ = 1/2);
+- some comparisons get no label: "can't tell" (Christiano et al. 2017, section 2.2.2, drop those).
 """
 
 import hashlib
 import math
 import random
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
+from deep_rlhf.feedback.records import CHOICES, Comparison
+from deep_rlhf.feedback.store import Store
+from deep_rlhf.settings import check_settings, setting
 from deep_rlhf.types import Preference, RowReport
 
-Utility = Callable[[str, str], float]  # (prompt, answer) -> how good the answer is; only differences matter
+Utility = Callable[[str, str], float]  # (prompt, response) -> quality; only differences matter
 
-IDENTICAL = "the two answers are identical"
+IDENTICAL = "the two responses are identical"
 CANT_TELL = "the annotator can't tell"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnnotatorHabits:
-    """How an annotator answers. Rates and probabilities lie in 0…1; the temperature and threshold are utilities."""
+    """How an annotator labels. Temperature and threshold are in units of utility; the rest are probabilities.
 
-    temperature: float = 0.05
-    error_rate: float = 0.1
-    tie_threshold: float = 0.02
-    tie_probability: float = 0.5  # of calling two answers equal whose utilities are closer than tie_threshold
-    cant_tell_rate: float = 0.02
+    Raises ConfigError for a value out of bounds.
+    """
+
+    temperature: float = setting(0.05, "utility difference that changes the odds by a factor of e", above=0)
+    error_rate: float = setting(0.1, "share of labels that are uniformly random", least=0, most=1)
+    tie_threshold: float = setting(0.02, "utility difference below which two responses may be called a tie")
+    tie_probability: float = setting(0.5, "probability of a tie below the threshold", least=0, most=1)
+    cant_tell_rate: float = setting(0.02, "share of comparisons without a label", least=0, most=1)
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UserError(f"An annotator's temperature must be above 0, not {self.temperature}.")
-        for name in ("error_rate", "tie_probability", "cant_tell_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"An annotator's {name} must lie between 0 and 1, not {getattr(self, name)}.")
+        check_settings(self)
 
 
 class SimulatedAnnotator:
@@ -49,16 +52,28 @@ class SimulatedAnnotator:
         self.habits = habits or AnnotatorHabits()
         self._rng = random.Random(seed)
 
-    def label(self, prompt: str, a: str, b: str) -> Preference | None:
-        """Compare two answers to one prompt: mu is 1 (a is better), 0 (b is) or 1/2 (a tie); None is "can't tell"."""
-        mu = self._compare(self.utility(prompt, a) - self.utility(prompt, b))
+    def compare(self, prompt: str, a: str, b: str) -> Preference | None:
+        """Compares two responses to a prompt: μ is 1 (a is better), 0 (b is) or 1/2 (a tie); None is "can't tell"."""
+        mu = self._mu(self.utility(prompt, a) - self.utility(prompt, b))
         if mu is None:
             return None
         return Preference(
             prompt=prompt, a=a, b=b, mu=mu, id=_pair_id(prompt, a, b), source="simulated", annotator=self.name
         )
 
-    def _compare(self, difference: float) -> float | None:
+    def rank(self, prompt: str, responses: tuple[str, ...]) -> tuple[int, ...]:
+        """Ranks responses by how many others each beats in a round robin of noisy comparisons; 1 is the best."""
+        wins = [0.0] * len(responses)
+        for i, a in enumerate(responses):
+            for j, b in enumerate(responses[:i]):
+                preference = self.compare(prompt, a, b)
+                mu = preference.mu if preference else 0.5
+                wins[i] += mu
+                wins[j] += 1 - mu
+        better = sorted(set(wins), reverse=True)
+        return tuple(1 + better.index(score) for score in wins)
+
+    def _mu(self, difference: float) -> float | None:
         habits, rng = self.habits, self._rng
         if rng.random() < habits.cant_tell_rate:
             return None
@@ -66,7 +81,7 @@ class SimulatedAnnotator:
             return float(rng.random() < 0.5)
         if abs(difference) < habits.tie_threshold and rng.random() < habits.tie_probability:
             return 0.5
-        # tanh form of the sigmoid: it cannot overflow.
+        # The tanh form of the sigmoid cannot overflow.
         return float(rng.random() < 0.5 + 0.5 * math.tanh(difference / habits.temperature / 2))
 
 
@@ -76,9 +91,10 @@ class SimulatedAnnotators:
     def __init__(
         self, utility: Utility, *, count: int = 3, seed: int = 0, habits: AnnotatorHabits | None = None
     ) -> None:
+        """Raises ConfigError for a count below 1."""
         if count < 1:
-            raise UserError(f"The number of simulated annotators must be at least 1, not {count}.")
-        # A string seeds with all its characters, so that neighbouring seeds share no annotator.
+            raise ConfigError(f"The number of simulated annotators must be at least 1, not {count}.")
+        # All characters of a string seed count, so neighbouring seeds share no annotator.
         self.annotators = [
             SimulatedAnnotator(
                 f"simulated-{k}", utility, seed=random.Random(f"{seed}/{k}").getrandbits(64), habits=habits
@@ -88,7 +104,7 @@ class SimulatedAnnotators:
         self._next = 0
 
     def label_pairs(self, pairs: Iterable[tuple[str, str, str]]) -> tuple[list[Preference], RowReport]:
-        """Label (prompt, a, b) triples; identical answers and "can't tell" are left out and counted in the report."""
+        """Labels (prompt, a, b) triples. Drops identical responses and "can't tell", and counts them in the report."""
         kept: list[Preference] = []
         dropped = {IDENTICAL: 0, CANT_TELL: 0}
         read = 0
@@ -97,7 +113,7 @@ class SimulatedAnnotators:
             if a.strip() == b.strip():
                 dropped[IDENTICAL] += 1
                 continue
-            preference = self.annotators[self._next].label(prompt, a, b)
+            preference = self.annotators[self._next].compare(prompt, a, b)
             self._next = (self._next + 1) % len(self.annotators)
             if preference is None:
                 dropped[CANT_TELL] += 1
@@ -106,6 +122,42 @@ class SimulatedAnnotators:
         return kept, RowReport(read=read, kept=len(kept), dropped=dropped)
 
 
+class SimulatedLabeler:
+    """A team of simulated annotators who take turns, each a client of the store like a person's browser."""
+
+    brings_questions = False
+
+    def __init__(
+        self, utility: Utility, *, count: int = 3, seed: int = 0, habits: AnnotatorHabits | None = None
+    ) -> None:
+        self._annotators = SimulatedAnnotators(utility, count=count, seed=seed, habits=habits).annotators
+        self._tokens = 0
+        self._run = uuid.uuid4().hex  # tokens are never reused, but a seed makes the same annotators again
+
+    def label(self, store: Store, most: int) -> int:
+        """Labels one question per annotator in turn, until `most` are done or nobody is asked anything."""
+        done = idle = 0
+        while done < most and idle < len(self._annotators):
+            annotator = self._annotators[0]
+            self._annotators.append(self._annotators.pop(0))
+            questions = store.ask(annotator.name)
+            idle = 0 if questions else idle + 1
+            for question in questions:
+                self._label_one(store, annotator, question.id, question.comparison)
+                done += 1
+        return done
+
+    def _label_one(self, store: Store, annotator: SimulatedAnnotator, number: int, comparison: Comparison) -> None:
+        token = f"{self._run}/{self._tokens}"
+        self._tokens += 1
+        if len(comparison.responses) > 2:
+            ranks = annotator.rank(comparison.prompt, comparison.responses)
+            store.add_label(number, annotator.name, token=token, ranks=ranks)
+        else:
+            preference = annotator.compare(comparison.prompt, *comparison.responses)
+            store.add_label(number, annotator.name, token=token, choice=CHOICES[preference.mu if preference else None])
+
+
 def _pair_id(prompt: str, a: str, b: str) -> str:
-    """The same for the same texts, so that a pair labelled twice falls into the same bag of an ensemble."""
+    """A hash of the texts, so that a pair that is labelled twice is in the same bag of an ensemble."""
     return hashlib.sha256("\0".join((prompt, a, b)).encode()).hexdigest()[:16]

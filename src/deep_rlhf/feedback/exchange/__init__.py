@@ -1,1 +1,1 @@
-"""Import and export of labels."""
+"""Export and import of labels."""

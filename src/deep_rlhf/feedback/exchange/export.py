@@ -1,126 +1,128 @@
-"""Answers to and from files that `reward_modeling.py` takes as they are."""
+"""Exports labels to files that `reward_modeling.py` reads as they are.
+
+A row has the columns that `reward_modeling.py` reads, and everything else that is known about the label. A pair is one
+row. A ranking of K is one row for each two of its responses, each of weight 2/K (see `label_preferences`).
+"""
 
 import gzip
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
-from deep_rlhf.data.chat import get_template
-from deep_rlhf.data.layouts import columns_of, detect_layout
-from deep_rlhf.data.readers import BadRow
-from deep_rlhf.data.sources import SourceRow, Tally, read_rows, split_names
-from deep_rlhf.errors import StoreError, UserError
-from deep_rlhf.feedback.exchange.foreign_rows import MARKS, ForeignRows, answer_of, rows_of
+from deep_rlhf.errors import ConfigError, DataError, StoreError
 from deep_rlhf.feedback.records import Label
-from deep_rlhf.feedback.reward_refit.preferences import FOR_RELIABILITY
+from deep_rlhf.feedback.reward_refit.preferences import FOR_RELIABILITY, label_preferences, text_id
 from deep_rlhf.feedback.store import PortableLabel, Store
-from deep_rlhf.types import RowReport
+from deep_rlhf.types import Preference
 
-TOGETHER = 50  # answers imported in one transaction: people who label meanwhile wait no longer than for that
 FILES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written: answers, the rows they make, and how many answers were left out, by reason."""
+    """The number of labels written, the rows they make, and the number of labels left out, by reason."""
 
-    answers: int
+    labels: int
     rows: int
     left_out: dict[str, int] = field(default_factory=dict)
 
 
 def export_labels(store: Store, target: str | Path, *, everything: bool = False) -> Exported:
-    """Writes the answers that count to `target`: .jsonl, .jsonl.gz, .parquet, or a folder as `save_to_disk` writes it.
+    """Writes all labels to `target`: .jsonl, .jsonl.gz, .parquet, or a folder as `datasets` writes it.
 
-    Left out are "can't tell" and the answers to gold and repeated questions, unless `everything` is asked for; a file
-    of everything is complete, and must be read with --on_bad_rows=skip to train on it. A file that exists is replaced
-    as a whole. Raises UserError if there is no answer, or nothing can be written there.
+    "Can't tell" and the labels of gold and repeated questions are left out, unless `everything` is true; such a
+    complete file must be read with --on_bad_rows=skip for training. An existing file is replaced atomically. Raises
+    StoreError if there are no labels, and ConfigError or DataError if nothing can be written there.
     """
     path = Path(target)
     left_out: Counter[str] = Counter()
-    answers: list[PortableLabel] = []
-    for answer in store.given_answers():
-        reason = "" if everything else _why_left_out(answer.label)
+    labels: list[PortableLabel] = []
+    for one in store.portable_labels():
+        reason = "" if everything else _why_left_out(one.label)
         if reason:
             left_out[reason] += 1
         else:
-            answers.append(answer)
-    if not answers:
-        raise UserError(f"{store} holds no answers to export yet{_in_brackets(left_out)}.")
-    rows = [row for answer in answers for row in rows_of(answer)]
+            labels.append(one)
+    if not labels:
+        raise StoreError(f"{store} holds no labels to export yet{_in_brackets(left_out)}.")
+    rows = [row for one in labels for row in _rows_of(one)]
     try:
         _write(path, rows)
     except OSError as error:
-        raise UserError(f"The labels cannot be written to '{path}': {error.strerror or error}.") from error
-    return Exported(len(answers), len(rows), dict(left_out))
+        raise DataError(f"The labels cannot be written to '{path}': {error.strerror or error}.") from error
+    return Exported(len(labels), len(rows), dict(left_out))
 
 
-def read_answers(
-    source: str | Path, *, template: str = "hh", on_bad_rows: str = "error"
-) -> tuple[list[PortableLabel], RowReport]:
-    """The answers in an export, or in any preferences that `reward_modeling.py` reads, and what became of the rows.
-
-    All splits of the source are read. `template` renders prompts of a foreign file; an export has them as they were
-    shown. A row with `votes` is one answer for each vote. Raises UserError for a malformed row, unless
-    on_bad_rows="skip".
-    """
-    name = str(source)
-    tally = Tally(on_bad_rows)
-    splits = split_names(name)
-    rows = [row for split in splits for row in read_rows(name, split=split, tally=tally)]
-    answers = _answers(rows, name, template, tally)
-    return answers, tally.report(name, "+".join(splits), tally.read - sum(tally.dropped.values()))
-
-
-def import_answers(store: Store, answers: Sequence[PortableLabel]) -> int:
-    """Takes answers into the store; returns how many it did not have: an import that was interrupted is repeated."""
-    return sum(store.take_in(answers[i : i + TOGETHER]) for i in range(0, len(answers), TOGETHER))
-
-
-def _answers(rows: Sequence[SourceRow], name: str, template: str, tally: Tally) -> list[PortableLabel]:
-    """The answers of all rows; what is malformed goes to the tally."""
-    if not rows:
-        return []
-    read = _reader(rows, name, template)
-    answers: dict[str, PortableLabel] = {}  # by token: a ranking has several rows
-    for row in rows:
-        try:
-            found = read(row)
-        except BadRow as problem:
-            tally.bad(row.where, problem)
-            continue
-        except StoreError as problem:
-            tally.bad(row.where, BadRow("wrong value", str(problem)))
-            continue
-        if isinstance(found, str):
-            tally.dropped[found] += 1
-        else:
-            answers.update((answer.token, answer) for answer in found)
-    return list(answers.values())
+def _rows_of(portable: PortableLabel) -> list[dict[str, Any]]:
+    """The rows of a label. "Can't tell" has one row, without `mu`."""
+    label = portable.label
+    comparison = label.comparison
+    is_pair = len(comparison.responses) == 2
+    shared = {
+        "strength": label.strength,
+        "seconds": label.seconds,
+        "shown_order": list(label.shown_order),
+        "answers": None if is_pair else [_encodable(text) for text in comparison.responses],
+        "ranks": None if label.ranks is None else list(label.ranks),
+        "why_selected": comparison.why_selected,
+        "expected": comparison.expected,
+        "policy_version": comparison.policy_version,
+        "reward_version": comparison.reward_version,
+        "writers": list(comparison.writers),
+        "predicted": comparison.predicted,
+        "created": label.created.astimezone(UTC).isoformat(),
+        "question": portable.question,
+        "repeats": portable.repeats,
+        "token": portable.token,
+    }
+    first, second = comparison.responses[:2]
+    undecided = Preference(prompt=comparison.prompt, a=first, b=second, annotator=label.annotator)
+    return [
+        {
+            "prompt": _encodable(pair.prompt),
+            "a": _encodable(pair.a),
+            "b": _encodable(pair.b),
+            "mu": None if pair is undecided else pair.mu,
+            "weight": pair.weight,
+            "id": pair.id or text_id(comparison.prompt, comparison.responses),
+            "annotator": pair.annotator,
+            **shared,
+        }
+        for pair in label_preferences(label) or [undecided]
+    ]
 
 
-def _reader(rows: Sequence[SourceRow], name: str, template: str) -> Callable[[SourceRow], list[PortableLabel] | str]:
-    if set(MARKS) <= set(columns_of(rows)):
-        return lambda row: [answer_of(row)]
-    return ForeignRows(detect_layout(rows, name), get_template(template), name, datetime.now(UTC)).answers_of
+def _encodable(text: str) -> str:
+    """Replaces half a surrogate pair, which UTF-8 cannot encode, with a question mark."""
+    return text.encode(errors="replace").decode()
 
 
-# ---- writing
+def _why_left_out(label: Label) -> str:
+    if label.choice == "cant_tell":
+        return "can't tell"
+    return label.comparison.why_selected if label.comparison.why_selected in FOR_RELIABILITY else ""
+
+
+def _in_brackets(counts: Counter[str]) -> str:
+    return f" ({', '.join(f'{count} {reason}' for reason, count in counts.items())} left out)" if counts else ""
+
+
+# ---- files
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes under another name first: a reader never sees half a file."""
+    """Writes under a temporary name first, so that a reader never sees half a file."""
     kind = next((kind for kind in FILES if path.name.endswith(kind)), "")
     if not kind and (path.suffix or path.is_file()):
-        raise UserError(f"'{path}' is no place for labels: give a name that ends in {', '.join(FILES)}, or a folder.")
+        names = ", ".join(FILES)
+        raise ConfigError(f"Labels cannot be exported to '{path}': give a name that ends in {names}, or a folder.")
     if path.is_dir() and (kind or not (path / "state.json").exists()) and any(path.iterdir()):
-        raise UserError(f"'{path}' is a folder that holds something else: give another one.")
+        raise ConfigError(f"'{path}' is a folder that holds something else: give another one.")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     if kind:
@@ -136,12 +138,12 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    # Without a time inside, so that the same labels are the same file.
+    # Without a time in the header, so that the same labels make the same file.
     path.write_bytes(gzip.compress(text, mtime=0) if ".gz" in path.suffixes else text)
 
 
 def _schema() -> Any:
-    """Written down, since a column without a value has no type of its own."""
+    """The columns with their types, which cannot be inferred from a column without values."""
     import pyarrow as pa
 
     text, whole, number = pa.string(), pa.int64(), pa.float64()
@@ -191,13 +193,3 @@ def _write_folder(path: Path, rows: list[dict[str, Any]]) -> None:
     finally:
         if shown:
             datasets.enable_progress_bars()
-
-
-def _why_left_out(label: Label) -> str:
-    if label.choice == "cant_tell":
-        return "can't tell"
-    return label.comparison.why_selected if label.comparison.why_selected in FOR_RELIABILITY else ""
-
-
-def _in_brackets(counts: Counter[str]) -> str:
-    return f" ({', '.join(f'{count} {reason}' for reason, count in counts.items())} left out)" if counts else ""

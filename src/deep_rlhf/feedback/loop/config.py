@@ -5,7 +5,7 @@ from typing import Literal
 
 from deep_rlhf.errors import ConfigError
 from deep_rlhf.feedback.monitoring.alarms import Limits
-from deep_rlhf.feedback.records import MOST_ANSWERS, AcquisitionRule
+from deep_rlhf.feedback.records import MOST_RESPONSES, AcquisitionRule
 from deep_rlhf.settings import check_settings, seed_setting, setting
 
 SMALL_POLICY = 10_000_000  # weights up to which a policy gets the learning rates of the demo's
@@ -35,7 +35,7 @@ class SessionConfig:
         5, "responses sampled per prompt; their pairs are the candidates for a question (5 make 10 pairs)"
     )
     ranked_responses: int = setting(
-        2, f"responses per question: 2 to compare, 3 to {MOST_ANSWERS} to rank", least=2, most=MOST_ANSWERS
+        2, f"responses per question: 2 to compare, 3 to {MOST_RESPONSES} to rank", least=2, most=MOST_RESPONSES
     )
     win_rate_share: float = setting(
         0.06, "share of questions that compare the policy with the start policy, blindly", least=0, most=1

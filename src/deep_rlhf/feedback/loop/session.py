@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.accel.cpu.allocator import kept_memory
 from deep_rlhf.errors import StoreUnavailable
-from deep_rlhf.feedback.annotators.base import InBackground, Labeler, People
+from deep_rlhf.feedback.annotators.base import BackgroundLabeler, Labeler, People
 from deep_rlhf.feedback.loop.build import (
     Schedule,
     ensure_start_responses,
@@ -151,7 +151,7 @@ class Session:
         process = self.process = RefitProcess(self.job, self.rewards, self._store_url, threads=self._threads)
         annotators = None
         if not isinstance(self.labeler, People):
-            annotators = InBackground(self.labeler, self.store, pace=self._pace, wanted=self._wanted)
+            annotators = BackgroundLabeler(self.labeler, self.store, pace=self._pace, wanted=self._wanted)
         try:
             while self.progress.step < self.config.updates:
                 self.halter.check()
@@ -196,11 +196,11 @@ class Session:
             if (missing := until - self.store.label_count()) <= 0:
                 return
             if self.labeler.brings_questions:
-                if self.labeler.answer(self.store, missing) == 0:
+                if self.labeler.label(self.store, missing) == 0:
                     return  # the file is through
                 continue
             self._ask(missing)
-            self.labeler.answer(self.store, 2**31)
+            self.labeler.label(self.store, 2**31)
 
     def begin(self) -> None:
         """Goes on from the newest checkpoint, or makes version 0."""

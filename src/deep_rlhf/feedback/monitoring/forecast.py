@@ -60,7 +60,7 @@ def compare_selection(labels: Sequence[Label], predicted: Mapping[int, float]) -
             for label in own
             if label.comparison_id in predicted
         ]
-        found[arm] = ArmFigures(answers=len(own), accuracy=_mean(correct), informative=_mean(gains))
+        found[arm] = ArmFigures(labels=len(own), accuracy=_mean(correct), informative=_mean(gains))
     return SelectionFigures(**found)
 
 

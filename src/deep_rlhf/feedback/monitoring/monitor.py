@@ -82,7 +82,7 @@ class Monitor:
         if not pairs:
             return
         newer_first = [
-            Candidate(one.comparison.prompt, one.comparison.answers[:: 1 if _newer_is_first(one) else -1])
+            Candidate(one.comparison.prompt, one.comparison.responses[:: 1 if _newer_is_first(one) else -1])
             for one, _ in pairs
         ]
         predicted = preferred_probability(rewards_of(newer_first, scorer)).mean(dim=1).tolist()

@@ -22,7 +22,7 @@ def win_rate(pairs: Sequence[Label]) -> PolicyWinRate | None:
     rate = sum(won.values()) / len(won)
     low, high = wilson_interval(rate, len(won))
     newer = [max(label.comparison.writers) for label in pairs if label.event_id in won]
-    return PolicyWinRate(rate=rate, low=low, high=high, answers=len(won), first=min(newer), last=max(newer))
+    return PolicyWinRate(rate=rate, low=low, high=high, labels=len(won), first=min(newer), last=max(newer))
 
 
 def blind_pairs(labels: Sequence[Label], recent: Collection[int]) -> list[Label]:

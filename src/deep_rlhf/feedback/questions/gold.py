@@ -24,7 +24,7 @@ def read_gold(path: str | Path) -> list[Comparison]:
         assert isinstance(row, dict)
         choice: Choice = row["expected"]
         found.append(
-            Comparison(prompt=row["prompt"], answers=(row["a"], row["b"]), why_selected="gold", expected=choice)
+            Comparison(prompt=row["prompt"], responses=(row["a"], row["b"]), why_selected="gold", expected=choice)
         )
     return found
 

@@ -139,7 +139,7 @@ class Questions:
         overlaps = len(self._active_annotators()) > 1 and rng.random() < self.config.overlap_share
         return Comparison(
             prompt=candidate.prompt,
-            answers=candidate.responses,
+            responses=candidate.responses,
             why_selected=reason,
             policy_version=models.policy_version,
             reward_version=models.reward_version,
@@ -160,7 +160,7 @@ class Questions:
             found.append(
                 Comparison(
                     prompt=prompt,
-                    answers=tuple(text for text, _ in pair),
+                    responses=tuple(text for text, _ in pair),
                     why_selected="win_rate",
                     policy_version=models.policy_version,
                     reward_version=models.reward_version,
@@ -193,7 +193,7 @@ class Questions:
         return [
             Comparison(
                 prompt=label.comparison.prompt,
-                answers=label.comparison.answers[::-1],
+                responses=label.comparison.responses[::-1],
                 why_selected="repeat",
                 policy_version=label.comparison.policy_version,
                 reward_version=label.comparison.reward_version,

@@ -21,9 +21,9 @@ from deep_rlhf.types import Preference
 FOR_RELIABILITY = ("gold", "repeat")
 
 
-def text_id(prompt: str, answers: tuple[str, ...]) -> str:
+def text_id(prompt: str, responses: tuple[str, ...]) -> str:
     """16 hexadecimal digits that depend on the texts alone."""
-    return hashlib.sha256(json.dumps([prompt, *answers]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([prompt, *responses]).encode()).hexdigest()[:16]
 
 
 def label_preferences(label: Label) -> list[Preference]:
@@ -34,26 +34,26 @@ def label_preferences(label: Label) -> list[Preference]:
     also train on all pairs, and count each ranking as one.)
     """
     comparison = label.comparison
-    prompt, answers = comparison.prompt, comparison.answers
-    name = text_id(prompt, answers)
+    prompt, responses = comparison.prompt, comparison.responses
+    name = text_id(prompt, responses)
     if label.ranks is None:
         mu = MU[label.choice or "cant_tell"]
         if mu is None:
             return []
-        a, b = answers
+        a, b = responses
         return [Preference(prompt=prompt, a=a, b=b, mu=mu, id=name, source="store", annotator=label.annotator)]
     return [
         Preference(
             prompt=prompt,
-            a=answers[i],
-            b=answers[j],
+            a=responses[i],
+            b=responses[j],
             mu=(1.0 + (label.ranks[i] < label.ranks[j]) - (label.ranks[i] > label.ranks[j])) / 2,
-            weight=2 / len(answers),
+            weight=2 / len(responses),
             id=f"{name}-{i}-{j}",
             source="store",
             annotator=label.annotator,
         )
-        for i, j in combinations(range(len(answers)), 2)
+        for i, j in combinations(range(len(responses)), 2)
     ]
 
 

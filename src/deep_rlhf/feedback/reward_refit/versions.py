@@ -100,7 +100,7 @@ class Refits:
         preferences, source = training_preferences(labels)
         arguments: dict[str, Any] = {
             "error_rates": {one.name: one.error_rate for one in ANNOTATORS.read(self.store) or []},
-            "ranking_responses": {name: label.comparison.answers for name, label in source.items()},
+            "ranking_responses": {name: label.comparison.responses for name, label in source.items()},
             "normalise_on": start_responses(self.folder),
         }
         fitted = self._fit.fit(preferences, **arguments)

@@ -17,7 +17,7 @@ def comparison_values(comparison: Comparison, now: datetime) -> dict[str, Any]:
     return {
         "key": uuid4().hex,
         "prompt": comparison.prompt,
-        "answers": comparison.answers,
+        "answers": comparison.responses,
         "why_selected": comparison.why_selected,
         "policy_version": comparison.policy_version,
         "reward_version": comparison.reward_version,
@@ -37,7 +37,7 @@ def comparison_of(row: RowMapping) -> Comparison:
     """The record of a row that has all columns of comparisons, and maybe others."""
     return Comparison(
         prompt=row[C.c.prompt],
-        answers=tuple(row[C.c.answers]),
+        responses=tuple(row[C.c.answers]),
         why_selected=row[C.c.why_selected],
         policy_version=row[C.c.policy_version],
         reward_version=row[C.c.reward_version],

@@ -45,8 +45,8 @@ class PortableLabel:
         check_name(self.label.annotator)
         check_name(self.token, "The token of an event")
         check_name(self.question, "The key of a question")
-        check_label(_input(self.label), len(self.label.comparison.answers))
-        if sorted(self.label.shown_order) != list(range(len(self.label.comparison.answers))):
+        check_label(_input(self.label), len(self.label.comparison.responses))
+        if sorted(self.label.shown_order) != list(range(len(self.label.comparison.responses))):
             raise StoreError("shown_order must name each response once.")
 
 
@@ -118,7 +118,7 @@ def _question(db: Connection, portable: PortableLabel, now: datetime) -> RowMapp
         values |= {"key": portable.question, "repeat_of": original, "overlap": 0, "open_slots": 0}
         number = db.execute(ADD_COMPARISON, values).scalar_one()
     row = lock_question(db, number)
-    if len(row["answers"]) != len(portable.label.comparison.answers):
+    if len(row["answers"]) != len(portable.label.comparison.responses):
         raise StoreError(
             f"Question {portable.question} has a different number of responses in the store than in the import."
         )

@@ -145,7 +145,7 @@ class Store:
         terms = self._terms()
         return self._database.write(lambda db: question_queue.ask(db, annotator, count, terms, wait_for_locks=True))
 
-    def answer(
+    def add_label(
         self,
         comparison_id: int,
         annotator: str,
@@ -170,7 +170,7 @@ class Store:
     def skip(self, comparison_id: int, annotator: str, *, token: str) -> int:
         """Releases a question that this person does not want to be asked again; returns the event id.
 
-        Raises as `answer`.
+        Raises as `add_label`.
         """
         return self._database.write(lambda db: question_queue.skip(db, comparison_id, annotator, token, self._terms()))
 
@@ -186,7 +186,7 @@ class Store:
         """Releases every question that this person holds."""
         self._database.write(lambda db: question_queue.release(db, annotator))
 
-    def answered(self, annotator: str) -> int:
+    def labelled(self, annotator: str) -> int:
         """How many labels of this person were not undone."""
         return self._database.read(lambda db: question_queue.labelled(db, annotator))
 
@@ -196,12 +196,12 @@ class Store:
 
     # ---- to and from files
 
-    def given_answers(self) -> list[PortableLabel]:
+    def portable_labels(self) -> list[PortableLabel]:
         """All labels that were not undone, with the keys that identify them in every store."""
         until = self.last_event()
         return self._database.read(lambda db: replication.portable_labels(db, until))
 
-    def take_in(self, labels: Sequence[PortableLabel]) -> int:
+    def import_labels(self, labels: Sequence[PortableLabel]) -> int:
         """Adds labels of another store or a file, with their questions; returns how many are new to this store."""
         return self._database.write(lambda db: replication.import_labels(db, labels, self._clock()))
 

@@ -9,7 +9,7 @@ from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from deep_rlhf.feedback.records import MOST_ANSWERS, Choice
+from deep_rlhf.feedback.records import MOST_RESPONSES, Choice
 from deep_rlhf.feedback.state import STATUS, Status
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.access.auth import Person
@@ -108,7 +108,7 @@ def _add_label_routes(router: APIRouter, store: Store) -> None:
         want: Want = AHEAD,
     ) -> Response:
         taken = time.time() - shown_at if seconds is None else seconds
-        event = store.answer(
+        event = store.add_label(
             question,
             person.name,
             token=token,
@@ -145,7 +145,7 @@ def ranks_of(form: FormData) -> list[int]:
 
     Raises Problem for a missing rank or one that is not a digit from 1 to 9.
     """
-    given = [form.get(f"rank_{index}") for index in range(MOST_ANSWERS)]
+    given = [form.get(f"rank_{index}") for index in range(MOST_RESPONSES)]
     given = given[: max((index + 1 for index, rank in enumerate(given) if rank is not None), default=0)]
     ranks = [int(rank) if isinstance(rank, str) and rank in "123456789" and len(rank) == 1 else 0 for rank in given]
     if not ranks:

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 from starlette.requests import Request
 
-from deep_rlhf.feedback.records import MOST_ANSWERS, Choice, Question
+from deep_rlhf.feedback.records import MOST_RESPONSES, Choice, Question
 from deep_rlhf.feedback.state import ANNOTATORS
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.access.auth import Person
@@ -36,9 +36,9 @@ class ShownResponse:
 
 def shown_responses(question: Question) -> list[ShownResponse]:
     """The responses of a question in the order of the screen, from left to right."""
-    names = LETTERS if len(question.shown_order) == 2 else [str(place + 1) for place in range(MOST_ANSWERS)]
+    names = LETTERS if len(question.shown_order) == 2 else [str(place + 1) for place in range(MOST_RESPONSES)]
     return [
-        ShownResponse(index, name, render(question.comparison.answers[index]))
+        ShownResponse(index, name, render(question.comparison.responses[index]))
         for name, index in zip(names, question.shown_order, strict=False)
     ]
 
@@ -74,7 +74,7 @@ def progress_of(store: Store, name: str) -> dict[str, Any]:
     """An annotator's counts, pace and reliability."""
     annotators = ANNOTATORS.read(store) or []
     return {
-        "answered": store.answered(name),
+        "answered": store.labelled(name),
         "waiting": store.waiting(),
         "pace": store.pace(name),
         "figures": next((figures for figures in annotators if figures.name == name), None),

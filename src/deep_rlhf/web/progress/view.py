@@ -111,7 +111,7 @@ def selection_summary(selection: SelectionFigures | None) -> str:
     """Compares active with random selection of questions, in one sentence."""
     selection = selection or SelectionFigures()
     chosen, random = selection.chosen, selection.random
-    if min(chosen.answers, random.answers) < MIN_LABELS or chosen.informative is None or random.informative is None:
+    if min(chosen.labels, random.labels) < MIN_LABELS or chosen.informative is None or random.informative is None:
         return f"Too few labels to compare: each kind of question needs at least {MIN_LABELS}."
     difference = chosen.informative - random.informative
     if abs(difference) < 0.01:
@@ -206,7 +206,7 @@ def _recent_labels(
 def label_summary(label: Label) -> str:
     """A label in words: the beginning of the preferred response."""
     if label.choice in ("a", "b"):
-        return short(label.comparison.answers["ab".index(label.choice)], 50)
+        return short(label.comparison.responses["ab".index(label.choice)], 50)
     return {"tie": "(tie)", "cant_tell": "(can't tell)"}.get(label.choice or "", "(a ranking)")
 
 
