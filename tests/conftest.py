@@ -1,6 +1,7 @@
 """Tiny tokenizers and models that every test can make in milliseconds, the same on every machine."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ WORDS = [
 # fmt: on
 VOCABULARY = 3 + len(WORDS)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, for tests of Ctrl-C
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it saves
 
 # The marker of every test that uses a fixture of this name, or that has this parameter.

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from grids import slow_but
 from transformers import AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -18,7 +19,7 @@ from side_by_side.workplace import kept_lengths, prepare
 pytestmark = pytest.mark.processes
 
 
-@pytest.mark.parametrize("name", ["ppo-separate-fp32", "ppo-bf16"])
+@pytest.mark.parametrize("name", slow_but(["ppo-bf16"], ["ppo-separate-fp32", "ppo-bf16"]))
 def test_ppo(name: str, tmp_path: Path) -> None:
     job = JOBS[name].tiny()
     prepare(job, tmp_path, real=False)
@@ -36,7 +37,7 @@ def test_ppo(name: str, tmp_path: Path) -> None:
     assert run["peak_gb"] >= run["start_gb"] > 0.1
 
 
-@pytest.mark.parametrize("name", ["distilbert-bf16", "gpt2-fp32"])
+@pytest.mark.parametrize("name", slow_but(["gpt2-fp32"], ["distilbert-bf16", "gpt2-fp32"]))
 def test_reward(name: str, tmp_path: Path) -> None:
     job = JOBS[name].tiny()
     prepare(job, tmp_path, real=False)
@@ -53,6 +54,7 @@ def test_reward(name: str, tmp_path: Path) -> None:
     assert 0.3 < run["first_loss"] < 1.5
 
 
+@pytest.mark.slow
 def test_the_table_of_kernels() -> None:
     """In a process of its own, since the number of threads would stay what it sets."""
     command = [sys.executable, str(Path(speed.__file__).with_name("fast_kernels.py")), "--quick"]

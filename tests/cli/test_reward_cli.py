@@ -167,6 +167,7 @@ def test_a_users_mistake_exits_with_2(capsys):
     assert "nowhere.jsonl" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(place):
     flags = (
         "reward_modeling.py --model_name_or_path=gpt2 --report_to=none --disable_tqdm=True --logging_steps=1"

@@ -14,6 +14,7 @@ import trl_processes
 pytestmark = pytest.mark.processes
 
 
+@pytest.mark.slow
 def test_two_processes_step_as_one(tmp_path: Path, make_model: Callable[..., Any], tokenizer: Any) -> None:
     make_model("gpt2").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -72,6 +72,7 @@ def test_the_sentiment_script_learns_and_saves_a_plain_folder(run_script: Callab
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_script_learns_with_t5(run_script: Callable[..., dict[str, Any]]) -> None:
     left = run_script("sentiment.py", "t5", *flags(model_name="model", use_seq2seq=True, **SETTINGS))
     assert_learned(left["history"], by=1.0)
@@ -80,6 +81,7 @@ def test_the_same_script_learns_with_t5(run_script: Callable[..., dict[str, Any]
     AutoModelForSeq2SeqLM.from_pretrained("tuned")
 
 
+@pytest.mark.slow
 def test_the_same_script_learns_with_adapters_and_no_second_model(run_script: Callable[..., dict[str, Any]]) -> None:
     arguments = flags(model_name="model", use_peft=True, **SETTINGS | {"learning_rate": 2e-2})
     left = run_script("sentiment.py", "gpt2", *arguments, spread=0.2)  # frozen embeddings of 0.02 say nothing

@@ -1,5 +1,6 @@
 """DPO must find π₀ exp(r/β), its loss must be what the pairs say, and neither batches nor resuming may change a run."""
 
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from grids import slow_but
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -75,9 +77,10 @@ def among_answers(model: Any, tokenizer: Any) -> Tensor:
     ("kind", "data", "settings", "bound"),
     [
         ("gpt2", shares, {}, 0.01),
-        ("gpt2", judged, {}, 0.03),  # 1,120 single judgements leave sampling noise
-        ("gpt2", shares, {"use_peft": True, "learning_rate": 1e-2}, 0.01),
-        ("t5", shares, {"learning_rate": 1e-2}, 0.01),
+        # 1,120 single judgements leave sampling noise
+        pytest.param("gpt2", judged, {}, 0.03, marks=pytest.mark.slow),
+        pytest.param("gpt2", shares, {"use_peft": True, "learning_rate": 1e-2}, 0.01, marks=pytest.mark.slow),
+        pytest.param("t5", shares, {"learning_rate": 1e-2}, 0.01, marks=pytest.mark.slow),
     ],
     ids=["gpt2", "gpt2, single judgements", "adapters", "t5"],
 )
@@ -146,8 +149,10 @@ def by_hand(model: Any, reference: Any, tokenizer: Any, beta: float) -> dict[str
 FEW = {"max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 5, "beta": 0.3}
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bart", "llama"])
-@pytest.mark.parametrize("use_peft", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "use_peft"),
+    slow_but([("gpt2", True), ("bart", False)], itertools.product(["gpt2", "bart", "llama"], [False, True])),
+)
 def test_the_figures_are_those_of_plain_forwards(
     kind: str, use_peft: bool, make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -204,6 +209,7 @@ def test_the_first_loss_is_ln_2_times_the_mean_weight(
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_train_as_one(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
     make_model("gpt2").save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")

@@ -6,10 +6,11 @@ from typing import Any
 import optimum
 import optimum_runs
 import pytest
+from grids import slow_but
 
 
 @pytest.mark.parametrize("scale_rewards", [True, False])
-@pytest.mark.parametrize("beta", optimum.SCALES)
+@pytest.mark.parametrize("beta", slow_but([0.5], optimum.SCALES))
 def test_grpo_with_the_kl_in_its_loss_ends_at_the_optimum_of_the_forward_kl(
     beta: float, scale_rewards: bool, make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]
 ) -> None:

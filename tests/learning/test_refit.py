@@ -81,6 +81,7 @@ def test_the_ratio_of_the_losses_is_brought_between_its_bounds(new_fit, weight_d
     assert 1.1 < sum(kept_ratios[-3:]) / 3 < 1.5
 
 
+@pytest.mark.slow
 def test_who_answers_at_random_is_found_and_hurts_less(new_fit):
     pairs = comparisons(300, seed=4)
     people = {"ann": 0.1, "bob": 0.1, "flips": 1.0}  # half of what the third one says is the opposite

@@ -68,9 +68,9 @@ def fit(make_tokenizer, tmp_path):
     ("kind", "flags"),
     [
         ("GPT2", {}),
-        ("GPT2", {"precision": "bf16"}),
-        ("DistilBert", {"gradient_checkpointing": True}),
-        ("DistilBert", {"precision": "bf16"}),
+        pytest.param("GPT2", {"precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param("DistilBert", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("DistilBert", {"precision": "bf16"}, marks=pytest.mark.slow),
         ("Llama", {}),
     ],
     ids=str,

@@ -111,6 +111,7 @@ def test_a_session_leaves_models_that_transformers_opens(batched: tuple[Path, St
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.slow
 def test_the_same_seed_is_the_same_session_and_it_can_be_stopped(
     batched: tuple[Path, Store], policy: str, tmp_path: Path
 ) -> None:
@@ -150,6 +151,7 @@ def test_the_asynchronous_loop_learns_while_people_answer_and_another_process_re
     assert session.process._process is None  # and it is gone
 
 
+@pytest.mark.slow
 def test_no_more_is_answered_than_is_due_though_nothing_waits(policy: str, tmp_path: Path) -> None:
     with Store(tmp_path / "store.db", seed=1) as store:
         assert make_session(policy, tmp_path, store, mode="async", updates=12).run() == "done"
@@ -221,6 +223,7 @@ def test_a_store_of_another_policy_is_refused(
             make_session(str(tmp_path / "other"), tmp_path / "run", store)
 
 
+@pytest.mark.slow
 def test_an_alarm_rolls_back_to_the_best_version_that_is_no_reason_for_it(policy: str, tmp_path: Path) -> None:
     """Answers become shorter, as annotators like them, and less than 1/1.6 of the length is told to be too short."""
     with Store(tmp_path / "store.db", seed=1) as store:

@@ -11,6 +11,7 @@ import pytest
 @pytest.mark.parametrize(
     ("model", "settings"), [("t5", {}), ("gpt2", {"use_peft": True, "learning_rate": 1e-2})], ids=["t5", "adapters"]
 )
+@pytest.mark.slow
 def test_trpo_reaches_the_optimum_with_other_policies(
     model: str, settings: dict[str, Any], make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]
 ) -> None:

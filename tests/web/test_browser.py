@@ -150,6 +150,7 @@ def test_arrows_scroll_what_scrolls_while_it_has_the_focus(visit: Visit, store: 
 
 
 @pytest.mark.timing
+@pytest.mark.timing
 def test_the_next_question_is_there_in_less_than_a_tenth_of_a_second(
     visit: Visit, store: Store, add: Add, monkeypatch: pytest.MonkeyPatch
 ) -> None:
