@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo teach quick test test-all test-8bit system lint format bars algorithms curves bench growth headline architecture clean
+.PHONY: demo teach quick test test-all test-8bit test-lowest system lint format bars algorithms curves bench growth headline architecture clean
 demo: $(VENV)/.installed
 	$(BIN)/deep-rlhf demo --seed=$(SEED)
 
@@ -15,11 +15,12 @@ teach: $(VENV)/.installed
 # Tests, in three sizes. What each marker means is in pyproject.toml; how long each target takes, in CONTRIBUTING.md.
 # Workers take whole files, so that what a file's tests share is built once.
 WORKERS ?= 2
+QUICK = not (slow or browser or postgres or processes or learning or timing)
 IN_PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile --durations=10
 
 # While programming: unit tests, the store on SQLite, the page without a browser.
 quick: $(VENV)/.installed
-	$(BIN)/pytest $(IN_PARALLEL) -m 'not (slow or browser or postgres or processes or learning or timing)'
+	$(BIN)/pytest $(IN_PARALLEL) -m '$(QUICK)'
 
 # Before a commit.
 test: $(VENV)/.installed
@@ -39,8 +40,23 @@ system:
 # What needs bitsandbytes, which peft then imports in every process, three seconds long: so not for the other tests.
 test-8bit: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[8bit]'
-	$(BIN)/pytest tests/unit/test_adamw_8bit.py tests/equivalence/test_memory_options.py \
+	$(BIN)/pytest $(IN_PARALLEL) -m 'not slow' tests/unit/test_adamw_8bit.py tests/equivalence/test_memory_options.py \
 		tests/learning/test_memory_saving_learns.py
+
+# The quick tests with the lowest versions that pyproject.toml allows, in an environment of its own. torch stays at the
+# pinned version, which pip installs first: of another one, PyPI has only the build with 3 GB of CUDA libraries.
+# `make test-lowest TORCH=2.10.0` takes that.
+TORCH ?= $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' constraints.txt)
+test-lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest $(IN_PARALLEL) -m '$(QUICK)'
+
+.venv-lowest/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv torch==$(TORCH)
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
+		--editable '.[people,postgresql,report,tensorboard]' torch==$(TORCH)
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python pytest pytest-xdist
+	touch $@
 
 # The demo at three seeds against its bars.
 bars: $(VENV)/.installed
@@ -94,4 +110,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .peers outputs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-lowest .peers outputs .mypy_cache .ruff_cache .pytest_cache

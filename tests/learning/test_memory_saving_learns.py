@@ -24,8 +24,8 @@ def colours(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     "settings",
     [
         {"optimizer": "adamw_8bit"},
-        {"optimizer": "adamw_8bit", "precision": "bf16"},
-        {"load_in_4bit": True, "use_peft": True},
+        pytest.param({"optimizer": "adamw_8bit", "precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param({"load_in_4bit": True, "use_peft": True}, marks=pytest.mark.slow),
         {"load_in_4bit": True, "use_peft": True, "optimizer": "adamw_8bit", "precision": "bf16"},
     ],
     ids=lambda settings: "-".join(settings),
