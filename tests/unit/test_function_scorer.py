@@ -1,4 +1,4 @@
-"""A user's reward function: its numbers are passed on, and whatever it does wrong names the sample."""
+"""A user's reward function: its numbers are passed on, and an error in it names the sample."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ PROMPTS = [f"q{row}" for row in range(6)]
 RESPONSES = [f"r{row}" for row in range(6)]
 
 
-def said_by(function: Callable[..., Any], rows: int = 6, **options: Any) -> str:
+def error_message(function: Callable[..., Any], rows: int = 6, **options: Any) -> str:
     """The error's message; the function is called f."""
     with pytest.raises(RewardError) as caught:
         FunctionScorer(function, "f", **options).score(PROMPTS[:rows], RESPONSES[:rows])
@@ -28,7 +28,7 @@ def said_by(function: Callable[..., Any], rows: int = 6, **options: Any) -> str:
 
 
 def failing(fails: Callable[[list[str]], bool], how: Callable[[], Any]) -> Callable[..., Any]:
-    """A reward of 1 for each response, unless `fails` says of the responses that `how` is to happen."""
+    """A reward of 1 for each response, or the result of `how` if `fails` is true for the responses."""
     return lambda prompts, responses: how() if fails(responses) else [1.0] * len(responses)
 
 
@@ -44,7 +44,7 @@ def hang() -> Any:
     threading.Event().wait()
 
 
-# ---- what is a reward
+# ---- valid rewards
 
 
 def test_a_function_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_a_function_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("python:math:pi", "no function 'pi'"),
     ],
 )
-def test_a_wrong_function_is_told(spec: str, words: str) -> None:
+def test_a_function_that_cannot_be_imported_is_refused(spec: str, words: str) -> None:
     with pytest.raises(RewardError, match=words):
         load_scorer(spec)
 
@@ -102,11 +102,11 @@ def test_the_function_sees_the_callers_gradient_mode(gradients: bool) -> None:
         assert scorer.score(["q"], ["r"]).item() == gradients
 
 
-# ---- what is none
+# ---- errors in the function
 
 
 @pytest.mark.parametrize(
-    ("returned", "said"),
+    ("returned", "message"),
     [
         (["good", 1.0], "f returned 'good' instead of a number for sample 0: prompt 'q0', response 'r0'."),
         (["1.0", 1.0], "f returned '1.0' instead of a number for sample 0: prompt 'q0', response 'r0'."),
@@ -115,22 +115,22 @@ def test_the_function_sees_the_callers_gradient_mode(gradients: bool) -> None:
         (torch.ones(2, 2), "f returned tensor([1., 1.]) instead of a number for sample 0: prompt 'q0', response 'r0'."),
     ],
 )
-def test_a_value_that_is_no_number(returned: Any, said: str) -> None:
-    assert said_by(lambda prompts, responses: returned, rows=2) == said
+def test_a_value_that_is_no_number(returned: Any, message: str) -> None:
+    assert error_message(lambda prompts, responses: returned, rows=2) == message
 
 
 def test_a_value_that_is_no_number_is_shortened() -> None:
     for returned in (10**400, "1" + "0" * 400, torch.ones(30, 30)):  # the first is too large for a float
-        said = said_by(lambda prompts, responses, returned=returned: [returned], rows=1)
-        assert "… instead of a number for sample 0" in said
-        assert len(said) < 150
-        assert "\n" not in said
+        message = error_message(lambda prompts, responses, returned=returned: [returned], rows=1)
+        assert "… instead of a number for sample 0" in message
+        assert len(message) < 150
+        assert "\n" not in message
 
 
 @pytest.mark.parametrize("returned", [0.5, torch.tensor(0.5), None])
-def test_no_list_at_all(returned: Any) -> None:
+def test_a_return_value_that_is_not_iterable(returned: Any) -> None:
     kind = type(returned).__name__
-    assert said_by(lambda prompts, responses: returned) == (
+    assert error_message(lambda prompts, responses: returned) == (
         f"f must return one number per response, but it returned a {kind} for 6 responses; sample 0 alone does the"
         " same: prompt 'q0', response 'r0'."
     )
@@ -139,7 +139,7 @@ def test_no_list_at_all(returned: Any) -> None:
 @pytest.mark.parametrize("row", range(6))
 def test_a_sample_that_raises(row: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert said_by(failing(with_sample(row), a_key_error)) == (
+        assert error_message(failing(with_sample(row), a_key_error)) == (
             f"f raised KeyError: 'user_id' for 6 responses; sample {row} alone does the same: prompt 'q{row}', response"
             f" 'r{row}'."
         )
@@ -147,13 +147,13 @@ def test_a_sample_that_raises(row: int, caplog: pytest.LogCaptureFixture) -> Non
     assert message.startswith("f raised KeyError: 'user_id': ")
 
 
-def test_a_single_sample_is_not_looked_for(caplog: pytest.LogCaptureFixture) -> None:
-    said = said_by(failing(with_sample(0), a_key_error), rows=1)
-    assert said == "f raised KeyError: 'user_id' for sample 0: prompt 'q0', response 'r0'."
+def test_a_single_sample_needs_no_search(caplog: pytest.LogCaptureFixture) -> None:
+    message = error_message(failing(with_sample(0), a_key_error), rows=1)
+    assert message == "f raised KeyError: 'user_id' for sample 0: prompt 'q0', response 'r0'."
     assert caplog.messages == []
 
 
-def test_what_was_raised_is_the_cause() -> None:
+def test_the_cause_is_the_exception_of_the_function() -> None:
     with pytest.raises(RewardError) as caught:
         FunctionScorer(failing(with_sample(3), a_key_error), "f").score(PROMPTS, RESPONSES)
     assert isinstance(caught.value.__cause__, KeyError)
@@ -163,7 +163,7 @@ def test_a_generator_raises_like_a_function() -> None:
     def lazily(prompts: list[str], responses: list[str]) -> Any:
         return (1 / (response != "r2") for response in responses)
 
-    assert "raised ZeroDivisionError: division by zero for 6 responses; sample 2 alone" in said_by(lazily)
+    assert "raised ZeroDivisionError: division by zero for 6 responses; sample 2 alone" in error_message(lazily)
 
 
 def test_an_error_of_many_lines_and_a_long_sample_are_shortened() -> None:
@@ -179,52 +179,52 @@ def test_an_error_of_many_lines_and_a_long_sample_are_shortened() -> None:
 
 
 def test_a_sample_that_hangs() -> None:
-    assert said_by(failing(with_sample(4), hang), timeout=1.0) == (
+    assert error_message(failing(with_sample(4), hang), timeout=1.0) == (
         "f did not return within 1 s for 6 responses; sample 4 alone does the same: prompt 'q4', response 'r4'."
     )
 
 
-def test_a_timeout_that_the_function_raises_is_its_own() -> None:
+def test_a_timeout_error_of_the_function_is_reported_as_such() -> None:
     def raising(prompts: list[str], responses: list[str]) -> Any:
         raise TimeoutError("the judge is away")
 
-    assert said_by(raising, rows=1).startswith("f raised TimeoutError: the judge is away for sample 0")
+    assert error_message(raising, rows=1).startswith("f raised TimeoutError: the judge is away for sample 0")
 
 
 def test_a_sample_without_a_reward() -> None:
     def skips(prompts: list[str], responses: list[str]) -> list[float]:
         return [1.0 for response in responses if response != "r1"]
 
-    assert said_by(skips) == (
+    assert error_message(skips) == (
         "f returned 5 rewards for 6 responses; sample 1 alone returned 0 rewards: prompt 'q1', response 'r1'."
     )
 
 
-def test_a_value_that_is_no_number_is_found_on_the_way() -> None:
+def test_a_value_that_is_no_number_is_found_during_the_search() -> None:
     def other(prompts: list[str], responses: list[str]) -> Any:
         return [1.0] if len(responses) == 6 else ["bad" if response == "r4" else 1.0 for response in responses]
 
-    assert said_by(other) == (
+    assert error_message(other) == (
         "f returned 1 rewards for 6 responses; sample 4 alone returned 'bad' instead of a number: prompt 'q4', response"
         " 'r4'."
     )
 
 
-def test_a_batch_that_only_fails_as_a_whole() -> None:
-    assert said_by(failing(lambda responses: len(responses) == 6, a_key_error)) == (
+def test_a_batch_that_fails_only_as_a_whole() -> None:
+    assert error_message(failing(lambda responses: len(responses) == 6, a_key_error)) == (
         "f raised KeyError: 'user_id' for 6 responses, but for neither half of them: only for the whole batch of 6"
         " samples."
     )
 
 
-def test_two_samples_that_only_fail_together() -> None:
-    assert said_by(lambda prompts, responses: [1.0]) == (
+def test_two_samples_that_fail_only_together() -> None:
+    assert error_message(lambda prompts, responses: [1.0]) == (
         "f returned 1 rewards for 6 responses; the batch of samples 1 to 2 does the same, but neither half of it:"
         " prompt 'q1', response 'r1'."
     )
 
 
-# ---- what is not the function's to stop
+# ---- exceptions that pass through
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
