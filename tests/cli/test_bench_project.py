@@ -1,4 +1,4 @@
-"""This project's side of the side-by-side benchmark, on tiny jobs: it does the work that TRL's side is compared by."""
+"""This project's side of the side-by-side benchmark, on tiny jobs."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Training with the fast CPU code against training with plain PyTorch, and the fallback where operators are missing."""
+"""Training with and without the fast CPU code, and the fallback to plain PyTorch where operators are missing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -130,7 +130,7 @@ def test_reward_updates_are_the_same_without_the_fast_code(
 
 @pytest.fixture
 def fresh_switch() -> Any:
-    """Forgets which operators were found, before and after."""
+    """Clears the cache of the check before and after a test."""
     switch.linear_operators_work.cache_clear()
     yield
     switch.linear_operators_work.cache_clear()

@@ -1,4 +1,4 @@
-"""Each shortcut of the engine against the same computation without it; test_sampling.py has the engine as a whole."""
+"""Each optimisation of the engine compared with the same computation without it; test_sampling.py tests the whole."""
 
 import logging
 import resource
@@ -78,7 +78,7 @@ def test_packed_bf16_weights_compute_the_same() -> None:
             torch.testing.assert_close(layer(inputs), plain)  # to bfloat16's precision
 
 
-def test_packing_follows_the_weights_and_is_undone_whatever_happens(make_model: Callable[..., Any]) -> None:
+def test_packing_uses_the_current_weights_and_is_always_undone(make_model: Callable[..., Any]) -> None:
     model = Policy(make_model("gpt2")).model
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_states_are_those_of_the_policy(policy: Policy, tokenizer: Any) -> None:
     assert not sampled.states[~mask].any()
 
 
-def test_equal_prompts_are_read_once(policy: Policy, tokenizer: Any) -> None:
+def test_equal_prompts_are_computed_once(policy: Policy, tokenizer: Any) -> None:
     texts = ["red", "two fish", "red", "moon or sun", "two fish", "red"]
     prompts, uniforms = batch(tokenizer, policy, texts), sampling_uniforms(5, 0, len(texts), LIMIT)
     prompts.input_ids[2][~prompts.mask[2]] = 7  # what stands under the mask makes no difference
@@ -150,7 +150,7 @@ def test_equal_prompts_are_read_once(policy: Policy, tokenizer: Any) -> None:
         torch.testing.assert_close(alone.logprobs[0], together.logprobs[i][mask], atol=1e-5, rtol=0)
 
 
-def test_when_ended_rows_leave_makes_no_difference(
+def test_removing_finished_rows_changes_nothing(
     policy: Policy, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts, uniforms = batch(tokenizer, policy), sampling_uniforms(6, 0, len(PROMPTS), LIMIT)
@@ -171,7 +171,7 @@ def test_bytes_per_token(kind: str, heads: int, make_model: Callable[..., Any]) 
 
 @contextmanager
 def little_memory(spare: int) -> Iterator[None]:
-    """No more than `spare` bytes beyond those this process has."""
+    """Limits the process to `spare` bytes more than it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare, hard))
@@ -201,7 +201,7 @@ def test_out_of_memory_halves_the_batch(
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is Linux's")
-def test_out_of_memory_with_one_response_is_said(make_model: Callable[..., Any], tokenizer: Any) -> None:
+def test_out_of_memory_with_a_single_response_is_an_error(make_model: Callable[..., Any], tokenizer: Any) -> None:
     policy = Policy(make_model("llama", head_dim=512, num_key_value_heads=4))
     limit = 4_000
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Fast kernels and gradients added in place against what transformers and autograd do by themselves."""
+"""Fast kernels and in-place gradients compared with plain transformers and autograd."""
 
 import copy
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def test_a_linear_layer_and_its_gradients(which: int, dtype: torch.dtype) -> Non
         torch.testing.assert_close(mine.grad, theirs.grad, **close)
 
 
-def test_the_written_out_gelu() -> None:
+def test_gelu_computed_in_python() -> None:
     fast = nn.Sequential(NewGELUActivation())
     use_fast_kernels(fast)
     x = torch.linspace(-4, 4, 101)
@@ -60,7 +60,7 @@ def test_the_written_out_gelu() -> None:
 def test_gradients_added_in_place_are_those_of_autograd(
     make_model: Callable[..., Any], architecture: str, dtype: torch.dtype
 ) -> None:
-    """Two passes, so that the second finds gradients to add to; the table of embeddings is tied to the head."""
+    """In two passes, so that the second one adds to existing gradients; the embeddings are tied to the head."""
     model = make_model(architecture).eval()
     use_fast_kernels(model)
     for parameter in model.parameters():
@@ -89,7 +89,7 @@ def test_gradients_added_in_place_are_those_of_autograd(
     assert not any(getattr(module, "adds_gradients", False) for module in model.modules())  # autograd has it back
 
 
-def test_few_tokens_join_the_tables_gradient_at_the_end_unless_a_pass_failed() -> None:
+def test_embedding_gradients_are_added_at_the_end_unless_a_pass_failed() -> None:
     table = nn.Embedding(40, 3)
     model = nn.Sequential(table)
     model.get_input_embeddings = lambda: table  # type: ignore[assignment]
@@ -123,7 +123,7 @@ def test_a_hook_on_a_weight_gets_its_gradient(hooked: int) -> None:
 @pytest.mark.parametrize("masked", ["causal", "bool", "float", "none"])
 @pytest.mark.parametrize("queries", [1, 9])
 def test_attention_by_matrix_products(queries: int, masked: str) -> None:
-    """In bfloat16, forward and back, against the fused kernel in float32."""
+    """Forward and backward in bfloat16, compared with the fused kernel in float32."""
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(2, 3, size, 16, generator=generator) for size in (queries, 9, 9)]
     along = torch.randn(2, 3, queries, 16, generator=generator)
@@ -152,7 +152,7 @@ def test_attention_by_matrix_products(queries: int, masked: str) -> None:
 
 
 @needs_bf16
-def test_a_mask_that_is_learned_gets_its_gradient() -> None:
+def test_a_learned_mask_gets_its_gradient() -> None:
     query, key, value = (torch.randn(1, 2, 4, 8).bfloat16().requires_grad_() for _ in range(3))
     bias = torch.zeros(1, 2, 4, 4).bfloat16().requires_grad_()
     with FastAttention():

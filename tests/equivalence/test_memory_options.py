@@ -1,4 +1,4 @@
-"""Options that save memory: each run against the one it must equal, or stay near, or against what is on disk."""
+"""Options that save memory, compared with the runs that they must equal or approximate."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -77,7 +77,7 @@ def looked_at(policy: Policy, reference: Reference, tokenizer: Any, kl_penalty: 
     ],
     ids=["in main memory", "in bf16", "in fp32 beside a policy in bf16"],
 )
-def test_the_reference_computes_as_told_and_says_what_a_plain_copy_says(
+def test_the_reference_computes_in_its_format_the_same_as_a_plain_copy(
     settings: dict[str, Any], dtype: torch.dtype, atol: float, kl_penalty: str, make_model: Any, tokenizer: Any
 ) -> None:
     policy = open_policy(make_model("llama"), CPU, PPOConfig(**({"precision": "fp32"} | settings)))
@@ -94,7 +94,7 @@ def test_the_reference_computes_as_told_and_says_what_a_plain_copy_says(
         assert not torch.equal(found.ref_logprobs, expected.ref_logprobs)
 
 
-def test_a_copied_reference_stays_when_the_policy_moves(make_model: Any) -> None:
+def test_a_copied_reference_does_not_change_with_the_policy(make_model: Any) -> None:
     policy = open_policy(make_model("gpt2"), CPU, PPOConfig())
     reference = open_reference(policy, PPOConfig())
     with reference.model() as frozen:
@@ -143,7 +143,7 @@ def test_a_run_with_frozen_models_on_the_cpu_is_the_same_run(make_model: Any, to
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_was_trained_in_4_bits_is_what_is_saved(
+def test_a_model_trained_in_4_bits_is_saved_as_it_computes(
     kind: str, precision: Any, on_disk: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     settings = {"load_in_4bit": True, "use_peft": True, "use_seq2seq": kind == "t5", "precision": precision}
@@ -193,7 +193,7 @@ def test_4_bits_are_a_fraction_of_the_memory(on_disk: Any) -> None:
     ],
     ids=lambda settings: "-".join(settings),
 )
-def test_a_run_that_stops_goes_on_to_the_same_end(settings: dict[str, Any], on_disk: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_the_same(settings: dict[str, Any], on_disk: Any, tmp_path: Path) -> None:
     name = on_disk("gpt2")
 
     def trainer(folder: str, **more: Any) -> PPOTrainer:
@@ -226,7 +226,7 @@ def test_a_model_that_is_loaded_already_is_not_quantised(make_model: Any, tokeni
         PPOTrainer(config, model=make_model("gpt2"), tokenizer=tokenizer, prompts=PROMPTS, reward=reward)
 
 
-def test_the_trainer_opens_the_reference_it_was_told(make_model: Any, tokenizer: Any) -> None:
+def test_the_trainer_opens_the_reference_in_its_format(make_model: Any, tokenizer: Any) -> None:
     config = PPOConfig(**SMALL, precision="fp32", frozen_precision="bf16")
     trainer = PPOTrainer(config, model=make_model("gpt2"), tokenizer=tokenizer, prompts=PROMPTS, reward=reward)
     with trainer._reference.model() as frozen:

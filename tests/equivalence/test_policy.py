@@ -1,4 +1,4 @@
-"""The policy against a plain forward of the same model, one unpadded row at a time."""
+"""The policy compared with a plain forward pass of the same model, one unpadded row at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -149,7 +149,7 @@ def test_reference_of_a_plain_policy_is_a_frozen_copy(make_model: Callable[..., 
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
-def test_plain_model_of_adapters_has_their_logits_and_training_goes_on(
+def test_a_plain_model_has_the_logits_of_the_adapters_and_training_continues(
     kind: str, make_model: Callable[..., Any]
 ) -> None:
     task_type = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
@@ -168,7 +168,7 @@ def test_plain_model_of_adapters_has_their_logits_and_training_goes_on(
         torch.testing.assert_close(of_policy(Policy(plain_model))[0], logprobs, atol=1e-5, rtol=0)
 
 
-def test_plain_model_reopens_as_it_was(make_model: Callable[..., Any], tmp_path: Any) -> None:
+def test_a_saved_plain_model_reopens_unchanged(make_model: Callable[..., Any], tmp_path: Any) -> None:
     policy = Policy(make_model("lora"))
     policy.plain_model().save_pretrained(tmp_path)
     reopened = Policy(AutoModelForCausalLM.from_pretrained(tmp_path))

@@ -1,4 +1,4 @@
-"""The engine against the plainest sampler there is: one prompt at a time, a whole forward for every token, no cache."""
+"""The engine compared with a plain sampler: one prompt at a time, a whole forward pass per token, no cache."""
 
 import dataclasses
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def plain_sample(model: Any, prompt: list[int], uniforms: Tensor) -> tuple[list[
 
 
 def rows_of(sampled: Sampled) -> list[tuple[list[int], list[float], bool]]:
-    """Per row: its ids, its log-probabilities, and whether it ended."""
+    """Ids, log-probabilities and end of each row."""
     return [
         (sampled.response_ids[i][mask].tolist(), sampled.logprobs[i][mask].tolist(), bool(sampled.finished[i]))
         for i, mask in enumerate(sampled.response_mask)
@@ -91,7 +91,7 @@ def assert_same(one: Sampled, other: Sampled) -> None:
         assert logprobs == pytest.approx(other_logprobs, abs=2e-5)
 
 
-def test_engine_is_the_plain_sampler(policy: Policy, tokenizer: Any) -> None:
+def test_the_engine_samples_as_the_plain_sampler(policy: Policy, tokenizer: Any) -> None:
     uniforms = sampling_uniforms(3, 0, len(PROMPTS), LIMIT)
     sampled = engine(policy).sample(batch(tokenizer, policy, PROMPTS), uniforms)
     lengths = set()
@@ -138,7 +138,7 @@ def test_a_sample_depends_on_its_own_prompt_and_uniforms_alone(
         assert_same(whole, engine(policy).sample(prompts, uniforms))
 
 
-def test_cold_sampling_is_transformers_greedy_generation(policy: Policy, tokenizer: Any) -> None:
+def test_sampling_at_a_low_temperature_is_greedy_generation(policy: Policy, tokenizer: Any) -> None:
     prompts = batch(tokenizer, policy, PROMPTS)
     cold = engine(policy, temperature=1e-5).sample(prompts, torch.full((len(PROMPTS), LIMIT), 0.5))
     generated = policy.model.generate(
@@ -176,7 +176,7 @@ def test_draw_never_takes_an_impossible_token(seed: int) -> None:
         assert torch.isfinite(logits.gather(1, tokens.unsqueeze(1))).all()
 
 
-def test_uniforms_depend_on_seed_and_draw_alone() -> None:
+def test_uniforms_depend_on_seed_and_batch_alone() -> None:
     assert torch.equal(sampling_uniforms(1, 2, 4, 8), sampling_uniforms(1, 2, 4, 8))
     assert not torch.equal(sampling_uniforms(1, 2, 4, 8), sampling_uniforms(1, 3, 4, 8))
     assert not torch.equal(sampling_uniforms(1, 2, 4, 8), sampling_uniforms(2, 2, 4, 8))

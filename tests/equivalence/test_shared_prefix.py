@@ -1,4 +1,4 @@
-"""A pair behind one prefix has the rewards and gradients of its two answers read on their own."""
+"""A pair computed with a shared prefix has the rewards and gradients of its two separate texts."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def batch_of_pairs():
 
 
 def sides_alone(model, ids, lengths):
-    """The plain way, one answer at a time, without padding: rewards [B, 2, K]."""
+    """The plain computation, one response at a time, without padding: rewards [B, 2, K]."""
     rewards = []
     for row, (prefix, a, b) in zip(ids, lengths.tolist(), strict=True):
         answers = row[: prefix + a], torch.cat([row[:prefix], row[prefix + a : prefix + a + b]])
@@ -88,8 +88,8 @@ def test_loss_and_gradients_are_those_of_two_plain_passes(kind):
 
 
 @pytest.mark.parametrize("kind", ["Gemma2", "Bloom", "DistilBert", "Bert"])
-def test_what_cannot_share_a_prefix_reads_each_answer_on_its_own(kind):
-    """A window of 8 tokens, positions that follow from a mask [B, L], and two that read ahead."""
+def test_models_that_cannot_share_a_prefix_score_each_response_separately(kind):
+    """A window of 8 tokens, positions computed from a mask [B, L], and two models that are not causal."""
     model = classifier(kind)
     scorer = PairScorer(model, pad_token_id=PAD, longest=LONGEST)
     scorer.share_prefix(model)
@@ -108,8 +108,8 @@ def test_a_window_longer_than_the_texts_changes_nothing():
     assert scorer.shares_prefix
 
 
-def test_the_padding_of_a_row_keeps_to_the_positions_there_are():
-    """17 tokens of padding behind answer b, after 48 tokens of answer a: 65 places in all."""
+def test_positions_of_padding_stay_in_range():
+    """17 tokens of padding after response b, and 48 tokens of response a: 65 positions in all."""
     model = classifier("GPT2")
     scorer = PairScorer(model, pad_token_id=PAD, longest=LONGEST)
     scorer.share_prefix(model)
@@ -120,7 +120,7 @@ def test_the_padding_of_a_row_keeps_to_the_positions_there_are():
     )
 
 
-def test_fewer_tokens_are_read():
+def test_fewer_tokens_are_computed():
     model = classifier("GPT2")
     scorer = PairScorer(model, pad_token_id=PAD, longest=LONGEST)
     assert scorer.tokens([[90, 3, 7]]) == [93 + 97]
@@ -131,5 +131,5 @@ def test_fewer_tokens_are_read():
 @pytest.mark.parametrize(
     ("a", "b", "prefix"), [([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 1), ([5], [5], 0), ([1, 2], [2, 1], 0)]
 )
-def test_each_answer_keeps_a_token_of_its_own(a, b, prefix):
+def test_each_response_keeps_at_least_one_token(a, b, prefix):
     assert common_prefix(torch.tensor(a), torch.tensor(b)) == prefix

@@ -1,4 +1,4 @@
-"""Memory that was freed: kept for the next tensor, and given back when told to."""
+"""Freed memory is kept for the next tensor, and returned to the system on request."""
 
 import subprocess
 import sys

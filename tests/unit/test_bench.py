@@ -1,4 +1,4 @@
-"""What the side-by-side benchmark counts, checks and concludes; its runs are in tests/cli/test_bench_project.py."""
+"""Counts, checks and figures of the side-by-side benchmark; tests/cli/test_bench_project.py runs it."""
 
 import json
 import math
@@ -125,7 +125,7 @@ def test_medians_ratios_and_share() -> None:
     assert found["share"] == pytest.approx({"trl": 1 / 6, "deep_rlhf": 0.5})
 
 
-def test_the_table_names_what_is_missed() -> None:
+def test_the_table_names_missed_targets() -> None:
     job = report()
     assert missed("ppo-fp32", job) == ["MFU 50.0% of 60%"]
     job["summary"]["speed_ratio"], job["summary"]["memory_ratio"] = 2.49, 2.4
@@ -152,7 +152,7 @@ def test_every_job_has_a_bar_and_comes_back_from_its_file(tmp_path: Path) -> Non
         assert read_job(tmp_path) == job
 
 
-def test_watch_sees_a_peak_that_is_gone_at_the_end_and_none_from_before() -> None:
+def test_watch_measures_the_peak_of_the_block_and_none_from_before() -> None:
     earlier = bytearray(400_000_000)
     del earlier
     with watch() as measured:

@@ -1,4 +1,4 @@
-"""What the growth benchmark concludes from its rows, and that its prompts have the length they should."""
+"""The figures of the growth benchmark, and the lengths of its prompts."""
 
 import sys
 from dataclasses import replace
@@ -49,7 +49,7 @@ def test_the_table_has_every_size_and_the_exponents() -> None:
     assert "| response length | 2.00 | 2.00 | 0.00 | 0.00 | 0.00 |" in text
 
 
-def test_prompts_have_exactly_so_many_tokens() -> None:
+def test_prompts_have_the_exact_number_of_tokens() -> None:
     tokenizer = generated_tokenizer(generated_dialogues(), 3000)
     job = replace(growth.BASE, prompt_tokens=21, batch_size=2, updates=2)
     prompts = growth.exact_prompts(tokenizer, job)

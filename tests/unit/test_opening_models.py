@@ -1,4 +1,4 @@
-"""What cannot be opened is told in one whole sentence, whatever the library's message looks like."""
+"""The error for a model that cannot be opened is one sentence, whatever the library's message looks like."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ SIZES = """Error(s) in loading state_dict for Linear:
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "sentence"),
     [
         (
             NO_BACKEND,
@@ -39,11 +39,11 @@ SIZES = """Error(s) in loading state_dict for Linear:
         ("", "OSError."),
     ],
 )
-def test_a_reason_is_a_whole_sentence(message: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reason_is_a_whole_sentence(message: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(message)
 
     monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(ModelError) as error:
         load.load_tokenizer("gpt2")
-    assert f"'gpt2': {told} Give a folder" in str(error.value)
+    assert f"'gpt2': {sentence} Give a folder" in str(error.value)

@@ -37,7 +37,7 @@ def test_gae_by_hand() -> None:
     assert_close(returns, RETURNS)
 
 
-def test_gae_steps_over_padding_and_gaps_wherever_they_stand() -> None:
+def test_gae_skips_padding_and_gaps_anywhere() -> None:
     mask = torch.tensor([[0, 1, 0, 0, 1, 1, 0]]).bool()
     rewards, values = torch.full((1, 7), NAN), torch.full((1, 7), NAN)
     rewards[mask], values[mask] = REWARDS[0], VALUES[0]
@@ -48,7 +48,7 @@ def test_gae_steps_over_padding_and_gaps_wherever_they_stand() -> None:
     assert_close(returns[~mask], torch.zeros(4))
 
 
-def test_gae_treats_the_responses_of_a_batch_apart() -> None:
+def test_gae_computes_each_response_separately() -> None:
     # the second response has one token: δ = 7 − 2 = 5; the third has none
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()
     rewards = torch.cat([REWARDS, torch.tensor([[7.0, 9.0, 9.0], [9.0, 9.0, 9.0]])])

@@ -105,7 +105,7 @@ def test_full_kl_sums_over_the_vocabulary() -> None:
     assert_close(kl_full(reference, policy), torch.tensor([[0.1308120, 0.0]]))
 
 
-def test_a_token_the_policy_never_draws_adds_nothing_to_the_full_kl() -> None:
+def test_a_token_of_probability_zero_contributes_nothing_to_the_full_kl() -> None:
     # suppressed in both: ½ ln(½ / ¼) + ½ ln(½ / ¾); in the policy alone: ln(1 / ½); in the reference alone: infinite
     policy = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.5, 0.25, 0.25]]).log()
     reference = torch.tensor([[0.25, 0.75, 0.0], [0.5, 0.25, 0.25], [0.5, 0.5, 0.0]]).log()

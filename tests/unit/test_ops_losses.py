@@ -87,7 +87,7 @@ def test_value_loss(value: float, old: float, loss: float, gradient: float, clip
     assert took_effect.tolist() == [clipped]
 
 
-def test_rounding_is_not_taken_for_a_clipped_value() -> None:
+def test_a_rounding_error_does_not_count_as_clipped() -> None:
     torch.manual_seed(0)
     values, old_values = 0.1 * torch.randn(2, 1000)
     _, took_effect = value_loss(values, old_values, torch.zeros(1000), cliprange_value=1.0)

@@ -63,7 +63,7 @@ def test_label_noise_per_pair_stays_finite() -> None:
 
 
 @pytest.mark.parametrize(("mu", "gradient"), [(1.0, -0.25), (0.0, 0.75), (0.5, 0.25)])
-def test_the_gradient_is_the_predicted_minus_the_told_probability(mu: float, gradient: float) -> None:
+def test_the_gradient_is_the_predicted_minus_the_labelled_probability(mu: float, gradient: float) -> None:
     a, b = torch.tensor([LN3], requires_grad=True), torch.zeros(1, requires_grad=True)
     bradley_terry_loss(a, b, torch.tensor([mu])).sum().backward()
     assert_close(a.grad, torch.tensor([gradient]))  # ¾ − mu
@@ -109,7 +109,7 @@ def test_bootstrap_weights_are_poisson_counts() -> None:
     assert (weights == 2).float().mean().item() == pytest.approx(math.exp(-1) / 2, abs=0.015)
 
 
-def test_members_see_different_bags() -> None:
+def test_members_have_different_bootstrap_samples() -> None:
     # a pair is out of both bags with probability 1/e² = 0.135 if they are independent
     out = bootstrap_weights(IDS, 2) == 0
     assert out.all(1).float().mean().item() == pytest.approx(math.exp(-2), abs=0.025)

@@ -1,4 +1,4 @@
-"""What an answer would tell, by hand: three members' probabilities and what follows from them."""
+"""Acquisition functions by hand, from the probabilities of three members."""
 
 import math
 
@@ -28,12 +28,12 @@ def test_variance_across_members() -> None:
     assert_close(preference_variance(REWARDS), torch.tensor([0.0, 1 / 24, 0.0, 1 / 72]))
 
 
-def test_one_member_has_nobody_to_disagree_with() -> None:
+def test_the_variance_of_one_member_is_zero() -> None:
     assert_close(preference_variance(REWARDS[:, :, :1]), torch.zeros(4))
     assert_close(information_gain(REWARDS[:, :, :1]), torch.zeros(4))
 
 
-def test_information_is_what_the_members_are_sure_of_and_disagree_on() -> None:
+def test_information_is_high_where_certain_members_disagree() -> None:
     gain = information_gain(REWARDS)
     torn = entropy(0.5) - (entropy(0.75) + entropy(0.5) + entropy(0.25)) / 3
     leaning = entropy(2 / 3) - (entropy(0.75) + entropy(0.75) + entropy(0.5)) / 3
@@ -41,7 +41,7 @@ def test_information_is_what_the_members_are_sure_of_and_disagree_on() -> None:
     assert gain[1] > gain[3] > 0
 
 
-def test_random_answers_tell_less() -> None:
+def test_random_labels_are_less_informative() -> None:
     # p' = 0.8 p + 0.1: 0.7, 0.5, 0.3, and in the last pair the mean (0.7 + 0.7 + 0.5) / 3 = 19/30
     torn = entropy(0.5) - (entropy(0.7) + entropy(0.5) + entropy(0.3)) / 3
     leaning = entropy(19 / 30) - (entropy(0.7) + entropy(0.7) + entropy(0.5)) / 3
@@ -49,7 +49,7 @@ def test_random_answers_tell_less() -> None:
 
 
 @pytest.mark.parametrize(("p", "expected"), [(0.0, 0.0), (1.0, 0.0), (0.5, math.log(2)), (0.2, entropy(0.2))])
-def test_entropy_of_an_answer(p: float, expected: float) -> None:
+def test_entropy_of_a_label(p: float, expected: float) -> None:
     assert_close(binary_entropy(torch.tensor([p])), torch.tensor([expected]))
 
 

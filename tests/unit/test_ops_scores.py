@@ -22,7 +22,7 @@ def test_ensemble_mean_and_worst_case() -> None:
     assert_close(ensemble_score(SCORES, "min", 9.0), torch.tensor([1.0, -1.0]))
 
 
-def test_ensemble_uncertainty_takes_off_the_spread() -> None:
+def test_ensemble_uncertainty_subtracts_the_std() -> None:
     # 3 − 2 · 2.6457513
     assert_close(ensemble_score(SCORES, "uncertainty", 2.0), torch.tensor([-2.2915026, -1.0]))
     # two members: |3 − 1| / √2
@@ -39,7 +39,7 @@ def test_an_unknown_ensemble_score_is_refused() -> None:
         ensemble_score(SCORES, "max", 0.5)  # type: ignore[arg-type]
 
 
-def test_a_missing_eos_replaces_the_score_or_is_taken_off() -> None:
+def test_a_missing_eos_replaces_or_lowers_the_score() -> None:
     scores, finished = torch.tensor([2.0, 2.0, -5.0]), torch.tensor([True, False, False])
     assert_close(penalise_missing_eos(scores, finished, 1.0, "replace"), torch.tensor([2.0, -1.0, -1.0]))
     assert_close(penalise_missing_eos(scores, finished, 1.5, "subtract"), torch.tensor([2.0, 0.5, -6.5]))

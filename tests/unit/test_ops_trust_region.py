@@ -12,7 +12,7 @@ GRADIENT = torch.tensor([1.0, 2.0])
 
 
 class Products:
-    """FISHER @ v, and how often it was asked for."""
+    """FISHER @ v, with a count of the calls."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -45,7 +45,7 @@ def test_conjugate_gradient_stops_at_the_tolerated_share_of_the_target(tolerance
         assert_close(solution, scale * torch.tensor(expected))
 
 
-def test_conjugate_gradient_of_nothing_is_nothing() -> None:
+def test_the_conjugate_gradient_of_zero_is_zero() -> None:
     assert_close(conjugate_gradient(Products(), torch.zeros(2), iterations=10, tolerance=0.0), torch.zeros(2))
 
 
@@ -59,7 +59,7 @@ def test_conjugate_gradient_solves_a_larger_system() -> None:
 
 
 class Step:
-    """What each fraction of a step brings, and where the line search left the parameters."""
+    """The outcome of each fraction of a step, and the position that the line search leaves."""
 
     def __init__(self, outcomes: dict[float, tuple[float, float]]) -> None:
         self.outcomes = outcomes
@@ -70,7 +70,7 @@ class Step:
         return self.outcomes[fraction]
 
 
-def test_the_full_step_is_taken_if_it_will_do() -> None:
+def test_an_acceptable_full_step_is_taken() -> None:
     step = Step({1.0: (0.1, 0.01)})  # a KL equal to the bound is within it
     assert backtracking(step, max_kl=0.01, attempts=10) == 1.0
     assert step.tried == [1.0]
@@ -86,7 +86,7 @@ def test_the_step_is_halved_until_it_improves_within_the_bound() -> None:
 @pytest.mark.parametrize(
     "outcome", [(1.0, 0.02), (-1.0, 0.0), (0.0, 0.0), (math.nan, 0.0), (1.0, math.nan), (1.0, math.inf)]
 )
-def test_no_step_is_taken_where_none_will_do(outcome: tuple[float, float]) -> None:
+def test_without_an_acceptable_step_none_is_taken(outcome: tuple[float, float]) -> None:
     step = Step(dict.fromkeys((1.0, 0.5, 0.25), outcome))
     assert backtracking(step, max_kl=0.01, attempts=3) == 0.0
     assert step.tried == [1.0, 0.5, 0.25]
