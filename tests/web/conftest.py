@@ -1,5 +1,6 @@
 """A store with a few questions, the page on it without a network, and one browser for all tests of a worker."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,17 @@ def rate_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gate, name, (1e6, 1_000_000))
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an empty store. Copying it takes a tenth of the time that creating one does."""
+    path = tmp_path_factory.mktemp("empty") / "labels.db"
+    Store(path).close()
+    return path
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(empty_store: Path, tmp_path: Path) -> Iterator[Store]:
+    shutil.copyfile(empty_store, tmp_path / "labels.db")
     with Store(tmp_path / "labels.db", seed=1) as opened:
         yield opened
 

@@ -14,6 +14,7 @@ class Client(TestClient):
     def __init__(self, app: Any, **options: Any) -> None:
         options = {"base_url": "http://127.0.0.1:8000", "client": ("127.0.0.1", 50000), **options}
         super().__init__(app, raise_server_exceptions=False, **options)
+        self._csrf: dict[str, str] = {}  # by cookies: one page load per login
 
     def csrf(self, path: str = "/login") -> str:
         """The token in the forms of a page."""
@@ -29,11 +30,14 @@ class Client(TestClient):
     def submit(self, path: str, *, as_json: bool = True, **fields: Any) -> Any:
         """Posts a form with the token of this browser and the store that it shows."""
         accept = "application/json" if as_json else "text/html"
-        hidden = {"csrf": self.csrf("/model"), "store_id": self.app.state.store_id}  # type: ignore[attr-defined]
+        cookies = str(self.cookies)
+        if cookies not in self._csrf:
+            self._csrf[cookies] = self.csrf("/model")
+        hidden = {"csrf": self._csrf[cookies], "store_id": self.app.state.store_id}  # type: ignore[attr-defined]
         return self.post(path, data=hidden | fields, headers={"accept": accept})
 
     def enter(self, name: str = "me") -> "Client":
-        """Begins under a name, where nobody logs in."""
+        """Starts under a name, on a page without logins."""
         assert self.post("/name", data={"csrf": self.csrf(), "name": name}).status_code == 200
         return self
 
