@@ -8,12 +8,25 @@ import argparse
 import math
 import random
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
 from deep_rlhf.feedback.records import Alarm, AnnotatorFigures, Comparison, Version
-from deep_rlhf.feedback.state import ANNOTATORS
+from deep_rlhf.feedback.state import (
+    AGREEMENT,
+    ANNOTATORS,
+    FORECAST,
+    SELECTION,
+    STATUS,
+    WIN_RATE,
+    AccuracyForecast,
+    ArmFigures,
+    PolicyWinRate,
+    SelectionFigures,
+    Status,
+)
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.app import create_app
 from deep_rlhf.web.server import Server
@@ -101,7 +114,7 @@ def _history(store: Store, rng: random.Random) -> None:
         store.add_samples(number, [(HH.format(q), bad if number < 2 else good) for q, good, bad in QUESTIONS[:3]])
     for number, step in enumerate((0, 12, 24, 36, 48), start=1):
         store.add_version(Version(kind="reward", number=number, step=step, labels=12 * number, last_event=16 * number))
-    message = "Answers are 2.10 times as long or as short as at the start (limit 2)."
+    message = "Responses are 2.10 times as long as at the start (limit 2)."
     store.add_alarm(Alarm(name="length_ratio", step=41, action="warn", message=message, figure=2.1, limit=2.0))
     people = (("anna", 0.06, 0.01, 0.17, 0.81), ("bert", 0.11, 0.04, 0.26, 0.74), ("clara", 0.34, 0.18, 0.55, 0.58))
     ANNOTATORS.write(
@@ -121,31 +134,30 @@ def _history(store: Store, rng: random.Random) -> None:
             for name, rate, low, high, agreement in people
         ],
     )
-    for name, value in {
-        "status": {
-            "state": "training",
-            "step": 60,
-            "text": "Update 61: the policy writes, is scored and learns.",
-            "at": "2026-03-14T10:12:00+00:00",
-        },
-        "win_rate": {"rate": 0.71, "low": 0.49, "high": 0.86, "answers": 21},
-        "alpha": 0.42,
-        "outlook": {
-            "next": 100,
-            "accuracy_now": 0.71,
-            "accuracy_then": 0.76,
-            "text": "The reward model foresees 71% of the next answers; after 100 more it is expected to foresee 76%.",
-        },
-        "choosing": {
-            "chosen": {"answers": 42, "accuracy": 0.58, "informative": 0.21},
-            "random": {"answers": 21, "accuracy": 0.72, "informative": 0.13},
-        },
-    }.items():
-        store.put(name, value)
+    STATUS.write(
+        store,
+        Status(
+            state="training",
+            step=60,
+            text="Update 61: the policy writes, is scored and learns.",
+            at=datetime(2026, 3, 14, 10, 12, tzinfo=UTC),
+        ),
+    )
+    WIN_RATE.write(store, PolicyWinRate(rate=0.71, low=0.49, high=0.86, answers=21, first=4, last=5))
+    AGREEMENT.write(store, 0.42)
+    text = "The reward model predicts 71% of new labels correctly; after 100 more labels, 76% expected."
+    FORECAST.write(store, AccuracyForecast(labels=63, accuracy_now=0.71, accuracy_then=0.76, text=text))
+    SELECTION.write(
+        store,
+        SelectionFigures(
+            chosen=ArmFigures(answers=42, accuracy=0.58, informative=0.21),
+            random=ArmFigures(answers=21, accuracy=0.72, informative=0.13),
+        ),
+    )
 
 
 def enter(page: Page, url: str, name: str) -> None:
-    """Opens the first tab under a name."""
+    """Opens the labelling tab under a name."""
     page.goto(url)
     page.get_by_label("Name").fill(name)
     page.get_by_role("button", name="Start").click()
