@@ -38,8 +38,7 @@ from side_by_side.workplace import (
 from speed import machine
 from transformers import AutoTokenizer, TrainerCallback
 
-from deep_rlhf.algorithms.ppo import PPOTrainer
-from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.algorithms.ppo import PPOConfig, PPOTrainer
 from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardTrainer, pair_features
 from deep_rlhf.models.load import load_sequence_classifier
 from deep_rlhf.types import Preference

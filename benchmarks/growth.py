@@ -26,8 +26,7 @@ from side_by_side.workplace import generated_dialogues, generated_tokenizer, wri
 from speed import machine, run_side
 from transformers import PreTrainedTokenizerFast
 
-from deep_rlhf.algorithms.ppo import PPOTrainer
-from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.algorithms.ppo import PPOConfig, PPOTrainer
 from deep_rlhf.models.reward import RewardModel
 
 ROOT = Path(__file__).resolve().parents[1]

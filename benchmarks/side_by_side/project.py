@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from deep_rlhf.algorithms.ppo import PPOTrainer
-from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.algorithms.ppo import PPOConfig, PPOTrainer
 from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardTrainer, pair_features
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.types import Preference

@@ -9,6 +9,16 @@ from deep_rlhf.errors import ConfigError
 LARGEST_SEED = 2**32 - 1  # what NumPy's generators accept
 
 
+class _Metadata(dict[str, Any]):
+    """A field's help text and bounds; only the help is listed.
+
+    transformers.HfArgumentParser hands every listed key to argparse, which does not know bounds.
+    """
+
+    def keys(self) -> Any:
+        return {name: None for name in self if name != "bounds"}.keys()
+
+
 def setting(
     default: Any,
     help: str,
@@ -24,7 +34,7 @@ def setting(
     copied for every instance.
     """
     bounds = {"above": above, "least": least, "below": below, "most": most}
-    metadata = {"help": help, "bounds": {name: bound for name, bound in bounds.items() if bound is not None}}
+    metadata = _Metadata(help=help, bounds={name: bound for name, bound in bounds.items() if bound is not None})
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

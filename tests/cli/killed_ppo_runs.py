@@ -28,7 +28,7 @@ MINIBATCHES = ["--ppo_epochs=2", "--mini_batch_size=4"]
 BEST = ['--push_to_hub_if_best_kwargs={"repo_id": "me/tuned"}']  # is saved in best/; the Hub is not asked offline
 PPO = ["ppo", *COMMON, *SCALED, *ADAPTIVE, *MINIBATCHES, *BEST]
 LORA = ["ppo", *COMMON, *ADAPTIVE, *MINIBATCHES, "--use_peft=True", "--lora_r=2", "--critic=separate", "--steps=48"]
-RLOO = ["rloo", *COMMON, *SCALED, *ADAPTIVE, "--group_size=4", "--num_iterations=2", "--steps=48"]
+RLOO = ["rloo", *COMMON, *SCALED, *ADAPTIVE, "--group_size=4", "--ppo_epochs=2", "--steps=48"]
 TRPO = ["trpo", *COMMON, *SCALED, "--max_kl=1e-3", "--steps=32"]
 
 BAD = "moon house"  # the first prompt of a batch that earns no number

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import HfArgumentParser
 
-from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.algorithms.ppo import PPOConfig
 from deep_rlhf.algorithms.supervised.reward import RewardConfig
 from deep_rlhf.cli.console import calm_libraries
 from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_config

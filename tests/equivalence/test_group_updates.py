@@ -119,12 +119,12 @@ def plain_loss(
     ("kind", "settings"),
     [
         ("rloo", {}),
-        ("rloo", {"num_iterations": 3, "cliprange": 0.3}),
+        ("rloo", {"ppo_epochs": 3, "cliprange": 0.3}),
         ("grpo", {}),
-        ("grpo", {"num_iterations": 3, "loss_reduction": "token", "scale_rewards": False}),
-        ("grpo", {"num_iterations": 2, "kl_in_loss": False, "kl_penalty": "kl", "max_grad_norm": 0.3}),
+        ("grpo", {"ppo_epochs": 3, "loss_reduction": "token", "scale_rewards": False}),
+        ("grpo", {"ppo_epochs": 2, "kl_in_loss": False, "kl_penalty": "kl", "max_grad_norm": 0.3}),
         ("reinforce++", {}),
-        ("reinforce++", {"num_iterations": 3, "gamma": 0.9}),
+        ("reinforce++", {"ppo_epochs": 3, "gamma": 0.9}),
     ],
 )
 def test_one_update_is_that_of_a_plain_reference(
@@ -160,7 +160,7 @@ def test_one_update_is_that_of_a_plain_reference(
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, eps=1e-5, weight_decay=0.0)
     steps = []
-    for _ in range(config.num_iterations):
+    for _ in range(config.ppo_epochs):
         optimizer.zero_grad()
         loss = plain_loss(kind, rows, policy, old, ref, advantages, config)
         loss.backward()
@@ -170,10 +170,10 @@ def test_one_update_is_that_of_a_plain_reference(
         optimizer.step()
         steps.append((loss.item(), norm))
     assert metrics.keys() == METRICS
-    assert metrics["optimizer_steps"] == config.num_iterations
+    assert metrics["optimizer_steps"] == config.ppo_epochs
     assert metrics["loss"] == pytest.approx(fmean(loss for loss, _ in steps), abs=1e-5)
     assert metrics["grad_norm"] == pytest.approx(fmean(norm for _, norm in steps), rel=1e-4)
-    assert (metrics["policy_clip_fraction"] > 0) == (config.num_iterations > 1)
+    assert (metrics["policy_clip_fraction"] > 0) == (config.ppo_epochs > 1)
     for (name, expected), actual in zip(policy.named_parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
 
@@ -199,7 +199,7 @@ def test_one_rloo_step_is_plain_reinforce(make_trainer: Callable[..., OnlineTrai
 def test_the_cut_into_forward_passes_changes_nothing(
     kind: str, make_trainer: Callable[..., OnlineTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"num_iterations": 2, "mini_batch_size": 5}
+    settings = {"ppo_epochs": 2, "mini_batch_size": 5}
     whole = make_trainer(kind, **settings).train()[0]
     monkeypatch.setitem(passes_module.TOKENS, "cpu", (30, 30))
     cut = make_trainer(kind, **settings).train()[0]
@@ -212,7 +212,7 @@ def test_the_cut_into_forward_passes_changes_nothing(
 def test_a_stopped_run_goes_on_as_if_it_never_stopped(
     kind: str, make_trainer: Callable[..., OnlineTrainer], tmp_path: Path
 ) -> None:
-    settings = {"steps": 27, "num_iterations": 2, "lr_scheduler_type": "linear"}
+    settings = {"steps": 27, "ppo_epochs": 2, "lr_scheduler_type": "linear"}
     whole = make_trainer(kind, **settings, output_dir=str(tmp_path / "whole"))
     whole.train()
     stopped = make_trainer(kind, **settings, output_dir=str(tmp_path / "stopped"))
@@ -239,17 +239,17 @@ def test_an_infinite_gradient_never_reaches_the_weights(kind: str, make_trainer:
 @pytest.mark.parametrize(
     ("config_class", "settings", "sentence"),
     [
-        (RLOOConfig, {"group_size": 1}, "group_size must be 2 or more, not 1."),
-        (GRPOConfig, {"group_size": 0}, "group_size must be 2 or more, not 0."),
-        (RLOOConfig, {"batch_size": 10}, "batch_size=10 is no multiple of the 4 responses per prompt"),
+        (RLOOConfig, {"group_size": 1}, "group_size must be at least 2, not 1."),
+        (GRPOConfig, {"group_size": 0}, "group_size must be at least 2, not 0."),
+        (RLOOConfig, {"batch_size": 10}, "batch_size=10 is not a multiple of the 4 responses per prompt"),
         (GRPOConfig, {"batch_size": 8, "mini_batch_size": 9}, "mini_batch_size=9 is more than the batch_size=8"),
-        (GRPOConfig, {"num_iterations": 0}, "num_iterations must be 1 or more, not 0."),
-        (GRPOConfig, {"cliprange": 0}, "cliprange must be a number greater than 0, not 0."),
+        (GRPOConfig, {"ppo_epochs": 0}, "ppo_epochs must be at least 1, not 0."),
+        (GRPOConfig, {"cliprange": 0}, "cliprange must be greater than 0, not 0."),
         (GRPOConfig, {"loss_reduction": "mean"}, "loss_reduction must be one of sequence, token, not mean."),
         (GRPOConfig, {"kl_penalty": "kl"}, "kl_in_loss needs kl_penalty=mse or k3"),
         (RLOOConfig, {"kl_in_loss": True, "kl_penalty": "k3"}, "kl_in_loss is for PPO and GRPO"),
         (ReinforcePlusPlusConfig, {"kl_in_loss": True, "kl_penalty": "k3"}, "kl_in_loss is for PPO and GRPO"),
-        (ReinforcePlusPlusConfig, {"gamma": 1.1}, "gamma must lie between 0 and 1, not 1.1."),
+        (ReinforcePlusPlusConfig, {"gamma": 1.1}, "gamma must be at least 0 and at most 1, not 1.1."),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(config_class: Any, settings: dict[str, Any], sentence: str) -> None:

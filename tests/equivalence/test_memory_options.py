@@ -64,7 +64,8 @@ def looked_at(policy: Policy, reference: Reference, tokenizer: Any, kl_penalty: 
     prompts = prompt_batch(PROMPTS, tokenizer, policy.device)
     sampled = Engine(policy, eos_ids=[1]).sample(prompts, sampling_uniforms(0, 0, len(PROMPTS), 6))
     completions = complete(prompts, sampled, tokenizer)
-    return collect(completions, policy, reference, torch.zeros(len(PROMPTS), 1), temperature=1.0, kl_penalty=kl_penalty)
+    scores = torch.zeros(len(PROMPTS), 1)
+    return collect(completions, policy, reference, scores, scores[:, 0], temperature=1.0, kl_penalty=kl_penalty)
 
 
 @pytest.mark.parametrize("kl_penalty", ["kl", "full"])

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
 from deep_rlhf import PPOConfig, PPOTrainer, UserError
+from deep_rlhf.algorithms.online.prompts import PromptBatches
 from deep_rlhf.rollout import engine as engine_module
 from deep_rlhf.rollout import passes as passes_module
 
@@ -244,9 +245,9 @@ def test_prompts_must_leave_room_for_the_response(make_trainer: Callable[..., PP
         make_trainer(max_new_tokens=64)
 
 
-def test_every_pass_over_the_prompts_is_a_new_permutation(make_trainer: Callable[..., PPOTrainer]) -> None:
-    trainer = make_trainer()
-    asked = [prompt for update in range(7) for prompt in trainer._batch_of_prompts(update)]
+def test_every_pass_over_the_prompts_is_a_new_permutation() -> None:
+    batches = PromptBatches(PROMPTS, seed=3, batch_size=6, samples_per_prompt=1)
+    asked = [prompt for update in range(7) for prompt in batches.of_update(update)]
     passes = [asked[start : start + len(PROMPTS)] for start in range(0, len(asked), len(PROMPTS))]
     assert all(sorted(each) == sorted(PROMPTS) for each in passes)
     assert len({tuple(each) for each in passes}) > 1

@@ -54,7 +54,7 @@ def shaken(trainer: PPOTrainer) -> PPOTrainer:
 
 
 def collected(trainer: PPOTrainer) -> tuple[PPOTrainer, Experience]:
-    rollout = trainer._shaping.shaped(trainer._collect(0))
+    rollout = trainer.collect_rollout(0)
     return trainer, trainer.learner.experience(rollout, trainer.kl_coef)
 
 
@@ -203,23 +203,23 @@ def test_scores_are_scaled_by_all_scores_so_far(make_trainer: Make) -> None:
     trainer = make_trainer(use_score_scaling=True, use_score_norm=True, score_clip=1.0)
     seen: list[float] = []
     for update in range(2):
-        rollout = trainer._shaping.shaped(trainer._collect(update))
+        rollout = trainer.collect_rollout(update)
         seen += rollout.scores.tolist()
         everything = torch.tensor(seen, dtype=torch.float64)
         expected = ((rollout.scores - everything.mean()) / everything.std()).clamp(-1, 1)
         torch.testing.assert_close(rollout.shaped_scores.double(), expected.double(), atol=1e-5, rtol=1e-4)
     scaled = make_trainer(use_score_scaling=True)
-    first = scaled._shaping.shaped(scaled._collect(0))
+    first = scaled.collect_rollout(0)
     torch.testing.assert_close(first.shaped_scores, first.scores / first.scores.std(), atol=1e-5, rtol=1e-4)
     clipped = make_trainer(score_clip=0.7)
-    rollout = clipped._shaping.shaped(clipped._collect(0))
+    rollout = clipped.collect_rollout(0)
     assert rollout.shaped_scores.tolist() == pytest.approx(rollout.scores.clamp(max=0.7).tolist())
 
 
 @pytest.mark.parametrize("mode", ["replace", "subtract"])
 def test_a_response_without_eos_pays(mode: str, make_trainer: Make) -> None:
     trainer = make_trainer(missing_eos_penalty=2.0, missing_eos_mode=mode, max_new_tokens=12, temperature=1.5)
-    rollout = trainer._shaping.shaped(trainer._collect(0))
+    rollout = trainer.collect_rollout(0)
     assert 0 < rollout.finished.sum() < 6
     punished = {"replace": torch.full((6,), -2.0), "subtract": rollout.scores - 2.0}[mode]
     torch.testing.assert_close(rollout.shaped_scores, torch.where(rollout.finished, rollout.scores, punished))
@@ -235,7 +235,7 @@ def test_a_response_without_eos_pays(mode: str, make_trainer: Make) -> None:
 )
 def test_what_an_ensemble_says_together(settings: dict[str, Any], of_length: float, make_trainer: Make) -> None:
     trainer = make_trainer(reward=Members(), **settings)
-    rollout = trainer._shaping.shaped(trainer._collect(0))
+    rollout = trainer.collect_rollout(0)
     lengths = torch.tensor([float(len(response)) for response in rollout.responses])
     torch.testing.assert_close(rollout.shaped_scores, of_length * lengths)
     torch.testing.assert_close(rollout.scores, 3 * lengths)
@@ -248,15 +248,15 @@ def test_an_ensembles_rule_needs_an_ensemble(make_trainer: Make) -> None:
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_while_the_critic_warms_up_the_policy_stays(critic: str, make_trainer: Make) -> None:
-    trainer = make_trainer(critic=critic, critic_warmup_steps=1)
+    trainer = make_trainer(critic=critic, critic_warmup_updates=1)
     before = [p.clone() for p in trainer._policy.parameters()]
     trainer.train(updates=1)
     assert all(torch.equal(p, b) for p, b in zip(trainer._policy.parameters(), before, strict=True))
     assert trainer.learner.critic.value_head.weight.any()
     trainer.train()
     assert not any(torch.equal(p, b) for p, b in zip(trainer._policy.parameters(), before, strict=True))
-    with pytest.raises(UserError, match="critic_warmup_steps=2 leaves none of the 2 updates to the policy"):
-        make_trainer(critic_warmup_steps=2)
+    with pytest.raises(UserError, match="critic_warmup_updates=2 leaves none of the 2 updates to the policy"):
+        make_trainer(critic_warmup_updates=2)
 
 
 def test_a_separate_critic_learns_on_its_own_trunk(make_trainer: Make) -> None:
@@ -284,7 +284,7 @@ def test_a_critic_from_the_reward_model_begins_by_saying_what_it_says(
     make_trainer: Make, reward_model: RewardModel, tokenizer: Any
 ) -> None:
     trainer = make_trainer(critic="reward", reward=reward_model)
-    rollout = trainer._collect(0)
+    rollout = trainer.collect_rollout(0)
     ids = torch.where(rollout.response_mask, rollout.response_ids, 0)
     for row in range(6):
         for t in range(int(rollout.response_mask[row].sum())):

@@ -10,7 +10,7 @@ from grids import slow_but
 from torch import Tensor
 
 from deep_rlhf import PPOConfig, PPOTrainer
-from deep_rlhf.algorithms.online.build import trainable_tensors
+from deep_rlhf.algorithms.online.state import trainable_tensors
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.algorithms.rloo import RLOOConfig, RLOOTrainer
 from deep_rlhf.algorithms.trpo import TRPOConfig, TRPOTrainer

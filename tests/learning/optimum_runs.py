@@ -10,8 +10,7 @@ import optimum
 from deep_rlhf.algorithms.grpo import GRPOConfig, GRPOTrainer
 from deep_rlhf.algorithms.online.config import OnlineConfig
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
-from deep_rlhf.algorithms.ppo import PPOTrainer
-from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.algorithms.ppo import PPOConfig, PPOTrainer
 from deep_rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlusConfig, ReinforcePlusPlusTrainer
 from deep_rlhf.algorithms.rloo import RLOOConfig, RLOOTrainer
 from deep_rlhf.algorithms.trpo import TRPOConfig, TRPOTrainer
@@ -36,7 +35,7 @@ PPO_BY_LENGTH: dict[int, Settings] = {
     3: {"batch_size": 512, "updates": 30, "lam": 0.95, "lr_scheduler_type": "cosine", "mini_batch_size": 256},
 }
 PPO: Settings = {"ppo_epochs": 2, "learning_rate": 3e-3}
-CRITIC_FREE: Settings = {"num_iterations": 2, "learning_rate": 3e-3, "lr_scheduler_type": "cosine"}
+CRITIC_FREE: Settings = {"ppo_epochs": 2, "learning_rate": 3e-3, "lr_scheduler_type": "cosine"}
 GROUPS: Settings = {"group_size": 32, "batch_size": 256, "mini_batch_size": 128}
 GROUPS_BY_LENGTH: dict[int, Settings] = {1: {"updates": 20}, 3: {"updates": 40}}
 

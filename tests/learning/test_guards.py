@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deep_rlhf import PPOConfig, PPOTrainer
-from deep_rlhf.algorithms.online.build import copied, trainable_tensors
+from deep_rlhf.algorithms.online.state import copied, trainable_tensors
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.algorithms.rloo import RLOOConfig, RLOOTrainer
 from deep_rlhf.algorithms.trpo import TRPOConfig, TRPOTrainer
@@ -170,7 +170,7 @@ def test_a_gradient_that_is_not_finite_ends_the_update(
 @pytest.mark.parametrize(
     ("trainer_class", "config", "settings"),
     [
-        (RLOOTrainer, RLOOConfig, {"num_iterations": 2, "group_size": 4}),
+        (RLOOTrainer, RLOOConfig, {"ppo_epochs": 2, "group_size": 4}),
         (TRPOTrainer, TRPOConfig, {}),
         (PPOTrainer, PPOConfig, PPO | {"critic": "separate", "use_peft": True, "lora_r": 2}),
     ],

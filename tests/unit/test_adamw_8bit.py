@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from deep_rlhf.errors import UserError
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
-from deep_rlhf.runtime.precision import MasterOptimizer, make_adamw
+from deep_rlhf.runtime.optimisers.adamw import make_adamw
+from deep_rlhf.runtime.optimisers.master import MasterOptimizer
 
 adamw_8bit = pytest.importorskip(
     "deep_rlhf.runtime.optimisers.adamw_8bit", reason="no bitsandbytes", exc_type=ImportError
 )
 
 SHAPES = [
-    (adamw_8bit.VALUES_AT_ONCE // 512 + 3, 512),
+    (adamw_8bit.VALUES_PER_TENSOR // 512 + 3, 512),
     (64, 96),
     (40,),
 ]  # in two parts, in one, and too small for 8 bits

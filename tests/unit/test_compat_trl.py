@@ -129,7 +129,7 @@ def test_batch_sizes_of_one_process_become_those_of_all() -> None:
         ({"use_score_norm": True}, UserError, "use_score_norm does nothing without use_score_scaling"),
         ({"kl_penalty": "cosine"}, UserError, "kl_penalty must be one of kl, abs, mse, full"),
         ({"push_to_hub_if_best_kwargs": {"private": True}}, UserError, "needs a repo_id"),
-        ({"lam": 1.5}, UserError, "lam must lie between 0 and 1"),
+        ({"lam": 1.5}, UserError, "lam must be at least 0 and at most 1"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(settings: dict[str, Any], error: type, sentence: str) -> None:
@@ -371,7 +371,7 @@ def test_a_step_is_an_update_of_our_ppo(
     )  # fmt: skip
     rollout = collect(
         by_hand(trainer, QUERIES, RESPONSES), policy, Reference(policy), torch.tensor(SCORES).unsqueeze(1),
-        temperature=1.0, kl_penalty=trainer.config.kl_penalty, critic=learner.critic, max_rows=2,
+        torch.tensor(SCORES), temperature=1.0, kl_penalty=trainer.config.kl_penalty, critic=learner.critic, max_rows=2,
     )  # fmt: skip
     expected = learner.learn(rollout, kl_coef=0.2, update=0)
 

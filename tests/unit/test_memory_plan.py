@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig, T5Config
 
 from deep_rlhf.algorithms.grpo import GRPOConfig
-from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.algorithms.ppo import PPOConfig
 from deep_rlhf.algorithms.supervised.reward import RewardConfig
 from deep_rlhf.errors import UserError
 from deep_rlhf.models.policy import Policy
@@ -21,8 +21,8 @@ from deep_rlhf.planning.memory_plan import (
     Phase,
     bytes_of,
     gpu_of,
-    momentary_bytes,
     optimizer_bytes,
+    temporary_bytes,
     training_bytes,
 )
 from deep_rlhf.planning.online import plan_online
@@ -64,7 +64,7 @@ def test_fused_attention_takes_memory_in_proportion_to_the_length() -> None:
         query = torch.zeros(1, 4, length, 16, device="meta", requires_grad=True)
         key = torch.zeros(1, 2, length, 16, device="meta") if options else query
         attend = torch.nn.functional.scaled_dot_product_attention
-        return momentary_bytes(lambda: attend(query, key, key, is_causal=True, **options).sum().backward())
+        return temporary_bytes(lambda: attend(query, key, key, is_causal=True, **options).sum().backward())
 
     assert attention(2048) / attention(1024) == pytest.approx(2, rel=0.01)
     assert attention(64, enable_gqa=True) > 0

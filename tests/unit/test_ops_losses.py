@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from deep_rlhf.ops.losses import explained_variance, policy_loss, reinforce_loss, truncated_importance, value_loss
+from deep_rlhf.ops.losses import explained_variance, policy_loss, truncated_importance, value_loss
 
 NAN = float("nan")
 
@@ -92,14 +92,6 @@ def test_a_rounding_error_does_not_count_as_clipped() -> None:
     values, old_values = 0.1 * torch.randn(2, 1000)
     _, took_effect = value_loss(values, old_values, torch.zeros(1000), cliprange_value=1.0)
     assert not took_effect.any()
-
-
-def test_reinforce_loss() -> None:
-    logprobs = torch.tensor([-0.5, -1.0, -1.5], requires_grad=True)
-    loss = reinforce_loss(logprobs, torch.tensor([1.0, -1.0, 2.0]))
-    loss.sum().backward()
-    assert_close(loss, torch.tensor([0.5, -1.0, 3.0]))
-    assert_close(logprobs.grad, torch.tensor([-1.0, 1.0, -2.0]))
 
 
 def test_truncated_importance() -> None:

@@ -9,32 +9,37 @@ from typing import Any
 import pytest
 import yaml
 
-from deep_rlhf import PPOConfig, UserError
+from deep_rlhf import PPOConfig
 from deep_rlhf.cli.flags import parse_flags
+from deep_rlhf.errors import ConfigError, UserError
 
 GREATER_THAN_0 = [
-    *("max_prompt_length", "max_new_tokens", "temperature", "batch_size", "ppo_epochs", "learning_rate", "score_clip"),
-    *("max_grad_norm", "target", "horizon", "cliprange", "cliprange_value", "lora_r", "lora_alpha", "target_kl"),
-    *("reward_timeout", "missing_eos_penalty"),
+    *("temperature", "learning_rate", "score_clip", "max_grad_norm", "target", "horizon", "cliprange", "target_kl"),
+    *("cliprange_value", "lora_alpha", "reward_timeout", "missing_eos_penalty"),
+]
+AT_LEAST_1 = [
+    *("max_prompt_length", "max_new_tokens", "batch_size", "ppo_epochs", "lora_r", "steps", "mini_batch_size"),
+    *("gradient_accumulation_steps", "forward_batch_size", "dataset_num_proc", "save_freq", "max_bad_batches"),
+    *("compare_steps",),
 ]
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        *(({name: 0}, f"{name} must be a number greater than 0, not 0.") for name in GREATER_THAN_0),
-        *(({name: -1}, f"{name} must be a number greater than 0, not -1.") for name in GREATER_THAN_0),
-        ({"learning_rate": float("nan")}, "learning_rate must be a number greater than 0, not nan."),
-        ({"steps": 0}, "steps must be 1 or more, not 0."),
-        ({"mini_batch_size": -2}, "mini_batch_size must be 1 or more, not -2."),
-        ({"gamma": 1.01}, "gamma must lie between 0 and 1, not 1.01."),
-        ({"lam": -0.1}, "lam must lie between 0 and 1, not -0.1."),
-        ({"init_kl_coef": -0.1}, "init_kl_coef must be 0 or more, not -0.1."),
-        ({"vf_coef": -1}, "vf_coef must be 0 or more, not -1."),
+        *(({name: 0}, f"{name} must be greater than 0, not 0.") for name in GREATER_THAN_0),
+        *(({name: -1}, f"{name} must be greater than 0, not -1.") for name in GREATER_THAN_0),
+        *(({name: 0}, f"{name} must be at least 1, not 0.") for name in AT_LEAST_1),
+        *(({name: -2}, f"{name} must be at least 1, not -2.") for name in AT_LEAST_1),
+        ({"learning_rate": float("nan")}, "learning_rate must be greater than 0, not nan."),
+        ({"gamma": 1.01}, "gamma must be at least 0 and at most 1, not 1.01."),
+        ({"lam": -0.1}, "lam must be at least 0 and at most 1, not -0.1."),
+        ({"init_kl_coef": -0.1}, "init_kl_coef must be at least 0, not -0.1."),
+        ({"vf_coef": -1}, "vf_coef must be at least 0, not -1."),
     ],
 )
 def test_a_value_that_cannot_work_is_refused(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(ConfigError) as refused:
         PPOConfig(**settings)
     assert str(refused.value) == sentence
 
@@ -92,14 +97,14 @@ def test_a_configuration_of_trl_is_understood(tmp_path: Path) -> None:
         ({"batch_size": 8, "mini_batch_size": 16}, "is 16, more than the batch_size=8"),
         ({"gradient_accumulation_steps": 2}, "is 256, more than the batch_size=128"),
         ({"dual_clip": 1.1}, "dual_clip=1.1 must be larger than 1 + cliprange"),
-        ({"dual_clip": 1.0}, "dual_clip must be a number greater than 1"),
-        ({"importance_cap": 0.5}, "importance_cap must be 1 or more"),
+        ({"dual_clip": 1.0}, "dual_clip must be greater than 1"),
+        ({"importance_cap": 0.5}, "importance_cap must be at least 1"),
         ({"kl_penalty": "k4"}, "kl_penalty must be one of kl, abs, mse, full, k1, k2, k3, not k4"),
         ({"horizon": 20}, "can turn the KL coefficient to 0 and below"),
         ({"missing_eos_mode": "subtract"}, "does nothing without missing_eos_penalty"),
         ({"critic": "big"}, "critic must be one of shared, separate, reward, not big"),
         ({"missing_eos_mode": "add"}, "missing_eos_mode must be one of replace, subtract"),
-        ({"save_freq": 0}, "save_freq must be 1 or more"),
+        ({"save_freq": 0}, "save_freq must be at least 1"),
         ({"load_in_4bit": True}, "load_in_4bit needs use_peft"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw_8bit, not sgd"),
         ({"frozen_precision": "fp16"}, "frozen_precision must be one of auto, fp32, bf16, not fp16"),

@@ -1,8 +1,8 @@
-"""Rows of records and joined records: values stay with their tokens, whatever the padding."""
+"""Selected and concatenated records: values stay with their tokens, whatever the padding."""
 
 import torch
 
-from deep_rlhf.rollout.records import concatenate, moved, select
+from deep_rlhf.rollout.records import concatenate, select, to_device
 from deep_rlhf.types import Completions
 
 
@@ -58,8 +58,8 @@ def test_prompts_of_an_encoder_stay_where_they_start() -> None:
     assert_equal(concatenate([select(whole, torch.tensor([i])) for i in range(3)], left=False), whole)
 
 
-def test_moved_takes_every_tensor_along() -> None:
-    there = moved(FOUR, torch.device("meta"))
+def test_to_device_moves_every_tensor() -> None:
+    there = to_device(FOUR, torch.device("meta"))
     assert there.prompts == FOUR.prompts
     assert {
         getattr(there, name).device.type for name in Completions.__slots__ if name not in ("prompts", "responses")

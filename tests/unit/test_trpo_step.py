@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deep_rlhf.algorithms.online.optimiser_step import NotFiniteError
+from deep_rlhf.algorithms.online.learner import NotFiniteError
 from deep_rlhf.algorithms.trpo import TRPOConfig, TRPOTrainer
 from deep_rlhf.errors import UserError
 from deep_rlhf.types import Experience, Rollout
@@ -40,7 +40,7 @@ def make_trainer(make_model: Callable[..., Any], make_tokenizer: Callable[..., A
 
 
 def rollout_of(trainer: TRPOTrainer) -> Rollout:
-    return trainer._shaping.shaped(trainer._collect(0))
+    return trainer.collect_rollout(0)
 
 
 def weights(trainer: TRPOTrainer) -> Tensor:
@@ -221,13 +221,13 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"max_kl": 0.0}, "max_kl must be a number greater than 0"),
-        ({"cg_iterations": 0}, "cg_iterations must be 1 or more"),
-        ({"cg_damping": -0.1}, "cg_damping must be 0 or more"),
-        ({"line_search_steps": 0}, "line_search_steps must be 1 or more"),
-        ({"value_epochs": 0}, "value_epochs must be 1 or more"),
-        ({"lam": 1.1}, "lam must lie between 0 and 1, not 1.1"),
-        ({"gamma": -0.1}, "gamma must lie between 0 and 1"),
+        ({"max_kl": 0.0}, "max_kl must be greater than 0"),
+        ({"cg_iterations": 0}, "cg_iterations must be at least 1"),
+        ({"cg_damping": -0.1}, "cg_damping must be at least 0"),
+        ({"line_search_steps": 0}, "line_search_steps must be at least 1"),
+        ({"value_epochs": 0}, "value_epochs must be at least 1"),
+        ({"lam": 1.1}, "lam must be at least 0 and at most 1, not 1.1"),
+        ({"gamma": -0.1}, "gamma must be at least 0 and at most 1"),
         ({"kl_in_loss": True, "kl_penalty": "k3"}, "kl_in_loss is for PPO and GRPO"),
     ],
 )

@@ -1,8 +1,8 @@
-"""Best-of-n: sample n responses to each prompt and keep the best; no training at all (Stiennon et al. 2020).
+"""Best-of-n: sample n responses to each prompt and keep the best, without training (Stiennon et al. 2020).
 
-With β > 0 it keeps response i with probability ∝ exp(rᵢ/β) instead ("soft" best-of-n, Verdun et al. 2025): importance
-sampling with the reference as proposal and the n weights normalised by their own sum, so what it writes tends to
-π* ∝ π₀ exp(r/β), the optimum of every algorithm here, as n grows. It is the baseline that training must beat.
+With β > 0 it keeps response i with probability ∝ exp(rᵢ/β) instead ("soft" best-of-n, Verdun et al. 2025). This is
+self-normalised importance sampling with the reference as proposal, so its distribution tends to π* ∝ π₀ exp(r/β), the
+optimum of every algorithm here, as n grows. It is the baseline that training must beat.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError, RewardError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.rollout.collect import complete, prompt_batch
 from deep_rlhf.rollout.engine import Engine
@@ -23,8 +23,8 @@ from deep_rlhf.types import Scorer
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """What was chosen for B prompts, and the n candidates [B][n] that it was chosen from."""
+class BestResponses:
+    """The responses chosen for B prompts, and the n candidates of each."""
 
     responses: list[str]  # [B]
     scores: Tensor  # [B]
@@ -33,7 +33,7 @@ class Chosen:
 
 
 class BestOfN:
-    """A policy that thinks twice: `BestOfN(model, tokenizer, scorer, n=16).generate(prompts)`."""
+    """Best-of-n sampling: `BestOfN(model, tokenizer, scorer, n=16).generate(prompts)`."""
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class BestOfN:
         max_new_tokens: int = 32,
         temperature: float = 1.0,
     ) -> None:
-        """`beta` is in units of the reward, 0 for the best. Raises UserError for values that cannot work."""
+        """`beta` is in units of the reward; 0 keeps the best. Raises ConfigError for arguments out of range."""
         if n < 1 or max_new_tokens < 1:
-            raise UserError(f"n={n} and max_new_tokens={max_new_tokens} must both be 1 or more.")
+            raise ConfigError(f"n={n} and max_new_tokens={max_new_tokens} must both be 1 or more.")
         if not 0 <= beta < math.inf or not 0 < temperature < math.inf:
-            raise UserError(f"beta={beta} must be 0 or more, and temperature={temperature} greater than 0.")
+            raise ConfigError(f"beta={beta} must be 0 or more, and temperature={temperature} greater than 0.")
         self.policy = model if isinstance(model, Policy) else Policy(model)
         self.tokenizer, self.scorer = tokenizer, scorer
         self.n, self.beta, self.max_new_tokens = n, beta, max_new_tokens
@@ -58,8 +58,8 @@ class BestOfN:
             self.policy, eos_ids=eos_token_ids(self.policy.language_model, tokenizer), temperature=temperature
         )
 
-    def generate(self, prompts: Sequence[str], *, seed: int = 0) -> Chosen:
-        """One response to each prompt. Raises UserError if a reward is no finite number."""
+    def generate(self, prompts: Sequence[str], *, seed: int = 0) -> BestResponses:
+        """Returns one response to each prompt. Raises RewardError if a reward is not finite."""
         n, count = self.n, len(prompts)
         repeated = [prompt for prompt in prompts for _ in range(n)]
         continues = not self.policy.is_seq2seq
@@ -69,16 +69,16 @@ class BestOfN:
         scores = self.scorer.score(repeated, responses).mean(1)
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0])
-            raise UserError(
+            raise RewardError(
                 f"The reward of the response {responses[bad][:60]!r} is {float(scores[bad])}, which cannot be compared:"
-                " mend the reward."
+                " correct the reward."
             )
         scores = scores.view(count, n)
-        chances = selection_probabilities(scores, self.beta).cumsum(1)
-        threshold = sampling_uniforms(seed, 1, count, 1) * chances[:, -1:]  # rounding may leave the total off 1
-        chosen = torch.searchsorted(chances, threshold, right=True).clamp(max=n - 1)
+        cumulative = selection_probabilities(scores, self.beta).cumsum(1)
+        threshold = sampling_uniforms(seed, 1, count, 1) * cumulative[:, -1:]  # rounding may leave the total off 1
+        chosen = torch.searchsorted(cumulative, threshold, right=True).clamp(max=n - 1)
         candidates = [responses[start : start + n] for start in range(0, count * n, n)]
-        return Chosen(
+        return BestResponses(
             responses=[row[i] for row, i in zip(candidates, chosen.squeeze(1).tolist(), strict=True)],
             scores=scores.gather(1, chosen).squeeze(1),
             candidates=candidates,
@@ -87,18 +87,10 @@ class BestOfN:
 
 
 def selection_probabilities(scores: Tensor, beta: float) -> Tensor:
-    """The chance [B, n] of each candidate to be chosen by its score [B, n]: softmax(r/β), or at β = 0 all to the best.
+    """The probability of each candidate [B, n] given its score [B, n]: softmax(r/β), or 1 for the best at β = 0.
 
-    Of several best ones, it is the first; candidates come in random order, so that favours none.
+    Of several best candidates the first is chosen; candidates are in random order, so this favours none.
     """
     if beta == 0:
         return torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1]).to(scores.dtype)
     return (scores / beta).softmax(1)
-
-
-def best_of_n_kl(n: int) -> float:
-    """log n − (n − 1)/n nats: the KL of best-of-n (β = 0) from its reference (Gao et al. 2022).
-
-    Exact where no two responses share a reward or a text, and a bound from above otherwise (Beirami et al. 2024).
-    """
-    return math.log(n) - (n - 1) / n

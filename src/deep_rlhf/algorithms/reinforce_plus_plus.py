@@ -3,51 +3,46 @@
     A_t = Σ_{s ≥ t} γ^(s−t) r_s,  r_t = −β KL_t, plus the score on the last token
     L = mean over all tokens of −min(ρ_t Â_t, clip(ρ_t, 1 ± ε) Â_t),  Â = (A − mean) / std over the whole batch
 
-The one baseline is the mean over the tokens of the batch (of all processes), so a prompt needs one response only; what
-a critic or a group would explain stays in the advantages as noise. Where it departs from the paper: its clipping and
-scaling of rewards are the shared options `score_clip` and `use_score_scaling`, off by default, and its variant with a
-baseline per prompt is not here.
+The only baseline is the mean over the tokens of the batch (of all processes), so a prompt needs one response only; the
+variance that a critic or a group would explain stays in the advantages. Where this departs from the paper: its clipping
+and scaling of rewards are the shared settings `score_clip` and `use_score_scaling`, off by default; its variant with a
+baseline per prompt is not implemented.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from deep_rlhf.algorithms.critic_free import (
-    CriticFreeConfig,
-    CriticFreeLearner,
-)
-from deep_rlhf.algorithms.online.optimiser_step import mean_of_steps, policy_metrics
+from deep_rlhf.algorithms.critic_free import CriticFreeConfig, CriticFreeLearner
+from deep_rlhf.algorithms.online.metrics import mean_of_steps, policy_metrics
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
-from deep_rlhf.errors import UserError
 from deep_rlhf.ops.advantages import gae, token_rewards
 from deep_rlhf.ops.losses import policy_loss
 from deep_rlhf.ops.masked import masked_sum, whiten
 from deep_rlhf.rollout.records import experience_from
+from deep_rlhf.settings import setting
 from deep_rlhf.types import Experience, Rollout
 
 
 @dataclass(frozen=True)
 class ReinforcePlusPlusConfig(CriticFreeConfig):
-    """What REINFORCE++ adds to the settings of every online algorithm. Raises UserError for values that cannot work."""
+    """The settings of REINFORCE++. Raises ConfigError for settings that cannot work."""
 
-    exp_name: str = field(default="reinforce_plus_plus", metadata={"help": "the run's name"})
-    gamma: float = field(default=1.0, metadata={"help": "discount"})
+    exp_name: str = setting("reinforce_plus_plus", "name of the run")
+    gamma: float = setting(1.0, "discount factor γ per token", least=0, most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_kl_in_reward()
-        if not 0 <= self.gamma <= 1:
-            raise UserError(f"gamma must lie between 0 and 1, not {self.gamma}.")
 
 
 class ReinforcePlusPlus(CriticFreeLearner):
-    """The learner: what REINFORCE++ does with a rollout."""
+    """The learner of REINFORCE++: one update from a rollout."""
 
     config: ReinforcePlusPlusConfig
 
     def learn(self, rollout: Rollout, *, kl_coef: float, update: int) -> dict[str, float]:
-        """One update; returns means over the optimiser steps."""
+        """Makes one update; returns means over the optimiser steps."""
         experience = self.experience(rollout, kl_coef)
         learning_rate = self.optimisation.learning_rate
         steps = []
@@ -58,7 +53,7 @@ class ReinforcePlusPlus(CriticFreeLearner):
         return {"learning_rate": learning_rate, **mean_of_steps(steps)}
 
     def experience(self, rollout: Rollout, kl_coef: float) -> Experience:
-        """Per-token rewards, their discounted sums to the end, and these normalised over the batch."""
+        """Computes rewards per token, returns, and returns whitened over the batch as advantages."""
         mask = rollout.response_mask
         rewards = token_rewards(rollout.shaped_scores, rollout.kl, mask, kl_coef)
         # without values and with λ = 1 the advantage is the return
@@ -66,13 +61,13 @@ class ReinforcePlusPlus(CriticFreeLearner):
         return experience_from(rollout, rewards=rewards, advantages=whiten(returns, mask), returns=returns)
 
     def _losses(self, part: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss summed over the real tokens of `part`, and what is reported of each token."""
+        """The loss summed over the real tokens of `part`, and the metrics per token [n, R]."""
         logprobs = self.logprobs(part)
         losses, clipped = policy_loss(logprobs, part.logprobs, part.advantages, cliprange=self.config.cliprange)
         return masked_sum(losses, part.response_mask), policy_metrics(logprobs, part, clipped)
 
 
 class ReinforcePlusPlusTrainer(OnlineTrainer):
-    """`OnlineTrainer` with REINFORCE++: `ReinforcePlusPlusTrainer(config, prompts=…, reward=…).train()`."""
+    """Trains with REINFORCE++: `ReinforcePlusPlusTrainer(config, prompts=…, reward=…).train()`."""
 
     make_learner = ReinforcePlusPlus

@@ -1,55 +1,52 @@
 """REINFORCE with a leave-one-out baseline, RLOO (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
 
-A whole response y is one action, and the k responses to one prompt are each other's baseline:
+A whole response y is one action, and the k responses to one prompt give each other's baseline:
 
     ∇J = mean over i of (R_i − mean of R_j, j ≠ i) ∇log π(y_i),  R = score − β Σ_t KL_t,  log π(y) = Σ_t log π(y_t)
 
-Where it departs from the paper: the loss is PPO's clipped surrogate on the ratio π(y)/π_old(y) of whole responses. On
-samples of the policy as it is, which are all there are with the default one step per batch, its gradient is the one
-above; more passes or minibatches stay near the policy that sampled.
+Where this departs from the paper: the loss is PPO's clipped surrogate on the ratio π(y)/π_old(y) of whole responses. In
+the first optimiser step of a batch, by default the only one, its gradient is the one above; in further steps it keeps
+the policy near the one that sampled.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deep_rlhf.algorithms.critic_free import (
-    CriticFreeConfig,
-    CriticFreeLearner,
-)
-from deep_rlhf.algorithms.online.optimiser_step import mean_of_steps, policy_metrics
+from deep_rlhf.algorithms.critic_free import CriticFreeConfig, CriticFreeLearner
+from deep_rlhf.algorithms.online.metrics import mean_of_steps, policy_metrics
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.ops.advantages import leave_one_out, token_rewards
 from deep_rlhf.ops.losses import policy_loss
 from deep_rlhf.rollout.records import experience_from
+from deep_rlhf.settings import setting
 from deep_rlhf.types import Experience, Rollout
 
 
 @dataclass(frozen=True)
 class RLOOConfig(CriticFreeConfig):
-    """What RLOO adds to the settings of every online algorithm. Raises UserError for values that cannot work."""
+    """The settings of RLOO. Raises ConfigError for settings that cannot work."""
 
-    exp_name: str = field(default="rloo", metadata={"help": "the run's name"})
-    group_size: int = field(default=4, metadata={"help": "responses to each prompt; k in the paper"})
+    exp_name: str = setting("rloo", "name of the run")
+    group_size: int = setting(4, "number of responses to each prompt, k in the paper", least=2)
 
     @property
     def samples_per_prompt(self) -> int:
         return self.group_size
 
     def __post_init__(self) -> None:
-        self.check_range("group_size", least=2)
         super().__post_init__()
         self.check_kl_in_reward()
 
 
 class RLOO(CriticFreeLearner):
-    """The learner: what RLOO does with a rollout."""
+    """The learner of RLOO: one update from a rollout."""
 
     config: RLOOConfig
 
     def learn(self, rollout: Rollout, *, kl_coef: float, update: int) -> dict[str, float]:
-        """One update; returns means over the optimiser steps."""
+        """Makes one update; returns means over the optimiser steps."""
         experience = self.experience(rollout, kl_coef)
         learning_rate = self.optimisation.learning_rate
         steps = []
@@ -61,18 +58,18 @@ class RLOO(CriticFreeLearner):
         return {"learning_rate": learning_rate, **mean_of_steps(steps)}
 
     def experience(self, rollout: Rollout, kl_coef: float) -> Experience:
-        """Rewards and leave-one-out advantages; every token of a response has the advantage of the whole."""
+        """Computes rewards and leave-one-out advantages; all tokens of a response share one advantage."""
         rewards = token_rewards(rollout.shaped_scores, rollout.kl, rollout.response_mask, kl_coef)
         returns = rewards.sum(1)
-        baseline, _ = leave_one_out(returns, rollout.group)
+        baseline = leave_one_out(returns, rollout.group)
         return experience_from(
             rollout, rewards=rewards, advantages=(returns - baseline).unsqueeze(1), returns=returns.unsqueeze(1)
         )
 
     def _losses(self, part: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss summed over the responses of `part`, and what is reported of each token."""
+        """The loss summed over the responses of `part`, and the metrics per token [n, R]."""
         logprobs = self.logprobs(part)
-        # the first token's advantage is the response's: there is no response without a token
+        # every response has a first token, whose advantage is that of the response
         losses, clipped = policy_loss(
             logprobs.sum(1), part.logprobs.sum(1), part.advantages[:, 0], cliprange=self.config.cliprange
         )
@@ -80,6 +77,6 @@ class RLOO(CriticFreeLearner):
 
 
 class RLOOTrainer(OnlineTrainer):
-    """`OnlineTrainer` with RLOO as its learner: `RLOOTrainer(config, prompts=…, reward=…).train()`."""
+    """Trains with RLOO: `RLOOTrainer(config, prompts=…, reward=…).train()`."""
 
     make_learner = RLOO

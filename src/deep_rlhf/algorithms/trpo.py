@@ -1,20 +1,19 @@
 """Trust region policy optimisation of a language model against a reward on text (Schulman et al. 2015).
 
-The algorithm behind the robotics of Christiano et al. 2017. One update: advantages as in PPO; the direction F⁻¹g by
-conjugate gradient, where g is the gradient of the surrogate and F the Fisher matrix of the policy; the longest step
-along it that moves the policy by at most `max_kl`; and a line search that halves the step until the surrogate does
-improve and the KL does stay within bounds. If no step is acceptable, the old parameters are put back. Where it
-departs from the paper:
-- advantages come from a critic (GAE, Schulman et al. 2016), which is a model of its own: fitting it moves no policy;
+Christiano et al. 2017 use it for simulated robotics. One update: advantages as in PPO; the direction F⁻¹g by conjugate
+gradient, where g is the gradient of the surrogate and F the Fisher matrix of the policy; the longest step along it
+whose quadratic KL is at most `max_kl`; and a line search that halves the step until the surrogate improves and the KL
+is within bounds. If no step is acceptable, the old parameters are restored. Where this departs from the paper:
+- advantages come from a critic (GAE, Schulman et al. 2016), a separate model, so fitting it does not move the policy;
 - surrogate and KL are means over the real tokens of all responses, so `max_kl` is in nats per token;
-- F v is computed on all tokens of the batch (the paper takes a tenth of them), by differentiating the KL twice;
-- `lr_scheduler_type` shrinks the trust region, too: without that the last steps would be as long as the first.
+- F v is computed on all tokens of the batch (the paper uses a tenth of them), by differentiating the KL twice;
+- `lr_scheduler_type` also shrinks the trust region: otherwise the last steps would be as long as the first.
 """
 
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -22,11 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
-from deep_rlhf.algorithms.online.build import load_tensors, trainable_tensors
 from deep_rlhf.algorithms.online.config import OnlineConfig
-from deep_rlhf.algorithms.online.optimiser_step import NotFiniteError, Optimisation
+from deep_rlhf.algorithms.online.learner import NotFiniteError
+from deep_rlhf.algorithms.online.optimiser_step import Optimisation
+from deep_rlhf.algorithms.online.state import load_tensors, trainable_tensors
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
 from deep_rlhf.models.critic import make_critic
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.advantages import gae, token_rewards
@@ -39,53 +39,50 @@ from deep_rlhf.rollout.passes import ForwardPasses
 from deep_rlhf.rollout.records import experience_from, select
 from deep_rlhf.runtime.precision import Precision
 from deep_rlhf.runtime.processes import Runtime
+from deep_rlhf.settings import setting
 from deep_rlhf.types import Experience, Rollout, Scorer
 
 T = TypeVar("T")
 
-CG_TOLERANCE = 1e-5  # of the residual relative to the target: float32 has no more to give
+CG_TOLERANCE = 1e-5  # residual relative to the target; float32 is not more precise
 
-twice_differentiable = sdpa_kernel(SDPBackend.MATH)  # the fused kernels of attention are not
+twice_differentiable = sdpa_kernel(SDPBackend.MATH)  # fused attention kernels have no second derivative
 
 
 @dataclass(frozen=True)
 class TRPOConfig(OnlineConfig):
-    """What TRPO adds to the settings of every online algorithm. Raises UserError for values that cannot work."""
+    """The settings of TRPO. Raises ConfigError for settings that cannot work."""
 
-    exp_name: str = field(default="trpo", metadata={"help": "the run's name"})
-    precision: Precision = field(
-        default="fp32", metadata={"help": "fp32: bf16 is too coarse for products with the Fisher matrix"}
+    exp_name: str = setting("trpo", "name of the run")
+    precision: Precision = setting(
+        "fp32", "format of the trained models; only fp32: bf16 is too coarse for products with the Fisher matrix"
     )
-    learning_rate: float = field(default=1.41e-5, metadata={"help": "Adam's step size for the critic"})
-    max_kl: float = field(
-        default=0.01,
-        metadata={"help": "by how much one update may move the policy, nats per token; falls as learning_rate² does"},
+    learning_rate: float = setting(1.41e-5, "initial learning rate of AdamW for the critic", above=0)
+    max_kl: float = setting(
+        0.01,
+        "upper limit of the KL between the policies before and after an update, in nats per token; falls with the"
+        " square of the learning rate",
+        above=0,
     )
-    cg_iterations: int = field(default=10, metadata={"help": "products with the Fisher matrix per update"})
-    cg_damping: float = field(default=0.1, metadata={"help": "what is added to the Fisher matrix's diagonal"})
-    line_search_steps: int = field(default=10, metadata={"help": "how often a step is tried, each half as long"})
-    value_epochs: int = field(default=5, metadata={"help": "steps of the critic per update, on the whole batch"})
-    gamma: float = field(default=1.0, metadata={"help": "discount"})
-    lam: float = field(default=0.95, metadata={"help": "lambda of generalised advantage estimation"})
+    cg_iterations: int = setting(10, "products with the Fisher matrix per update (conjugate gradient)", least=1)
+    cg_damping: float = setting(0.1, "number added to the diagonal of the Fisher matrix", least=0)
+    line_search_steps: int = setting(10, "largest number of steps tried per update, each half as long", least=1)
+    value_epochs: int = setting(5, "optimiser steps of the critic per update, each on the whole batch", least=1)
+    gamma: float = setting(1.0, "discount factor γ per token", least=0, most=1)
+    lam: float = setting(0.95, "λ of generalised advantage estimation", least=0, most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_range("max_kl", above=0)
-        self.check_range("cg_iterations", "line_search_steps", "value_epochs", least=1)
-        self.check_range("cg_damping", least=0)
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
         if self.precision != "fp32":
-            raise UserError(
+            raise ConfigError(
                 f"precision={self.precision} is too coarse for the products with TRPO's Fisher matrix: use fp32."
             )
         if self.kl_in_loss:
-            raise UserError("kl_in_loss is for PPO and GRPO: TRPO has its KL in the reward, so leave it out.")
+            raise ConfigError("kl_in_loss is for PPO and GRPO: TRPO has its KL in the reward, so leave it out.")
 
 
 class TRPO:
-    """The learner: what TRPO does with a rollout."""
+    """The learner of TRPO: one update from a rollout."""
 
     def __init__(
         self,
@@ -113,15 +110,15 @@ class TRPO:
             updates=updates,
             max_rows=config.forward_batch_size,
         )
-        self._looks = ForwardPasses(policy, training=False, max_rows=config.forward_batch_size)
-        self._passes = ForwardPasses(policy, training=True, max_rows=config.forward_batch_size)
+        self._forward_passes = ForwardPasses(policy, training=False, max_rows=config.forward_batch_size)
+        self._training_passes = ForwardPasses(policy, training=True, max_rows=config.forward_batch_size)
         frozen = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
-        self._old = copy.deepcopy(policy, frozen)  # shares what is never trained
+        self._old = copy.deepcopy(policy, frozen)  # shares the frozen weights
         self._old_parameters = self._old.trainable_parameters()
         self._old.requires_grad_(False)
 
     def learn(self, rollout: Rollout, *, kl_coef: float, update: int) -> dict[str, float]:
-        """One update: experience, a step of the policy within the trust region, then a few of the critic."""
+        """Makes one update: advantages, a step of the policy within the trust region, then steps of the critic."""
         experience = self.experience(rollout, kl_coef)
         mask = experience.response_mask
         metrics = {
@@ -135,16 +132,16 @@ class TRPO:
         return metrics
 
     def experience(self, rollout: Rollout, kl_coef: float) -> Experience:
-        """Rewards, advantages and returns of a rollout."""
+        """Computes rewards, advantages and returns of a rollout, [N, R]."""
         config, mask = self.config, rollout.response_mask
         rewards = token_rewards(rollout.shaped_scores, rollout.kl, mask, kl_coef)
         advantages, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
         return experience_from(rollout, rewards=rewards, advantages=whiten(advantages, mask), returns=returns)
 
     def _improve_policy(self, experience: Experience) -> dict[str, float]:
-        """Takes the longest acceptable step along F⁻¹g, or none (eq. 14 and appendix C). Raises NotFiniteError."""
+        """Makes the longest acceptable step along F⁻¹g, or none (eq. 14 and appendix C). Raises NotFiniteError."""
         config = self.config
-        _copy(self.parameters, self._old_parameters)
+        _copy_values(self.parameters, self._old_parameters)
         max_kl = config.max_kl * (self.optimisation.learning_rate / config.learning_rate) ** 2  # length ∝ √max_kl
         old_loss, gradient = self._loss_and_gradient(experience)
         if not torch.isfinite(gradient).all():
@@ -164,13 +161,13 @@ class TRPO:
 
         def evaluate(fraction: float) -> tuple[float, float]:
             nonlocal after
-            _copy(self._as_parameters(start + fraction * step), self.parameters)
+            _copy_values(self._as_parameters(start + fraction * step), self.parameters)
             after = self._loss_and_kl(experience)
             return old_loss - after[0], after[1]
 
         fraction = backtracking(evaluate, max_kl=max_kl, attempts=config.line_search_steps)
         if fraction == 0:
-            _copy(self._old_parameters, self.parameters)
+            _copy_values(self._old_parameters, self.parameters)
             after = (old_loss, 0.0)
         return {
             "policy_loss": after[0],
@@ -181,10 +178,11 @@ class TRPO:
         }
 
     def fisher(self, experience: Experience) -> Callable[[Tensor], Tensor]:
-        """v [D] -> F v [D] for the trainable weights as one vector; F is the Hessian of the mean KL over the tokens.
+        """Returns the function v [D] -> F v [D], for all trainable weights as one vector.
 
-        The KL is that from the policy as it is now, whose gradient is 0 here, so its Hessian is the Fisher matrix.
-        Memory is that of one forward pass; a batch that is no more than that is passed once, not for every product.
+        F is the Hessian of the mean KL per token from the present policy, whose gradient is 0 at its own weights, so
+        this Hessian is the Fisher matrix. Memory is that of one pass with gradients. A batch that fits in one pass is
+        passed once for all products.
         """
         tokens = experience.response_mask.sum()
         kept: list[Sequence[Tensor]] = []
@@ -193,7 +191,7 @@ class TRPO:
         def product(vector: Tensor) -> Tensor:
             directions = self._as_parameters(vector)
 
-            def passes(parts: list[Tensor]) -> Tensor:
+            def run_passes(parts: list[Tensor]) -> Tensor:
                 if len(parts) > 1:
                     kept.clear()
                 result = torch.zeros_like(vector)
@@ -205,21 +203,21 @@ class TRPO:
                     result += _vector(self._gradient(along, retain_graph=bool(kept)))
                 return result
 
-            return self.runtime.sum(self._in_passes(experience, passes)) / tokens
+            return self.runtime.sum(self._in_passes(experience, run_passes)) / tokens
 
         return product
 
     @twice_differentiable
     def _kl_slopes(self, part: Experience) -> Sequence[Tensor]:
-        """The gradient of KL(now ‖ weights), summed over the tokens of `part`, as a function that has a gradient."""
+        """The gradient of KL(present ‖ weights), summed over the tokens of `part`, as a function of the weights."""
         states = _states(self.policy, part)[part.response_mask]
         logprobs = (self.policy.head(states).float() / self.config.temperature).log_softmax(-1)
         return self._gradient(kl_full(logprobs.detach(), logprobs).sum(), create_graph=True)
 
-    def _gradient(self, of: Tensor, *, retain_graph: bool = False, create_graph: bool = False) -> Sequence[Tensor]:
-        """Of the trainable weights; zeros for one that has no part in `of`."""
+    def _gradient(self, output: Tensor, *, retain_graph: bool = False, create_graph: bool = False) -> Sequence[Tensor]:
+        """The gradient of a scalar in the trainable weights; zeros for a weight that does not affect it."""
         return torch.autograd.grad(
-            of,
+            output,
             self.parameters,
             retain_graph=retain_graph or create_graph,
             create_graph=create_graph,
@@ -229,7 +227,7 @@ class TRPO:
     def _loss_and_gradient(self, experience: Experience) -> tuple[float, Tensor]:
         """The surrogate loss per token, and its gradient [D] as one vector."""
 
-        def passes(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        def run_passes(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
             gradient = torch.zeros_like(_vector(self._old_parameters))
             total = torch.zeros((), device=gradient.device)
             for rows in parts:
@@ -239,15 +237,15 @@ class TRPO:
                 total += loss.detach()
             return total, gradient
 
-        total, gradient = self._in_passes(experience, passes)
+        total, gradient = self._in_passes(experience, run_passes)
         tokens = experience.response_mask.sum()
         return float(self.runtime.sum(total) / tokens), self.runtime.sum(gradient) / tokens
 
     @torch.no_grad()
     def _loss_and_kl(self, experience: Experience) -> tuple[float, float]:
-        """The surrogate loss per token of the policy as it is now, and the exact KL(old ‖ now) per token in nats."""
+        """The surrogate loss per token of the present policy, and the exact KL(old ‖ present) per token in nats."""
 
-        def passes(parts: list[Tensor]) -> Tensor:
+        def run_passes(parts: list[Tensor]) -> Tensor:
             sums = torch.zeros(2, device=experience.scores.device)
             for rows in parts:
                 part = select(experience, rows)
@@ -263,18 +261,18 @@ class TRPO:
                 sums += torch.stack([self._surrogate_loss(part, states), kl.sum()])
             return sums
 
-        sums = self.runtime.sum(self._looks.run(experience, self._own_share(experience), passes))
+        sums = self.runtime.sum(self._forward_passes.run(experience, self._own_share(experience), run_passes))
         loss, mean_kl = (sums / experience.response_mask.sum()).tolist()
         return loss, mean_kl
 
     def _surrogate_loss(self, part: Experience, states: Tensor) -> Tensor:
-        """−ρA summed over the real tokens of `part`: PPO's loss without its clipping, for the trust region bounds ρ."""
+        """−ρA summed over the real tokens of `part`: PPO's loss without clipping, since the trust region bounds ρ."""
         mask = part.response_mask
         logprobs = self.policy.logprobs(states, part.response_ids, mask, self.config.temperature)
         return masked_sum(policy_loss(logprobs, part.logprobs, part.advantages, cliprange=math.inf)[0], mask)
 
     def _fit_critic(self, experience: Experience) -> float:
-        """Steps of Adam towards the returns; the mean loss of the critic on the way."""
+        """Makes optimiser steps of the critic towards the returns; returns the mean of its losses."""
 
         def losses(part: Experience) -> tuple[Tensor, dict[str, Tensor]]:
             values = self.critic(part, part.values)  # a critic with its own trunk reads no states of the policy
@@ -289,39 +287,41 @@ class TRPO:
         return total / self.config.value_epochs
 
     def _in_passes(self, experience: Experience, work: Callable[[list[Tensor]], T]) -> T:
-        """`work` on this process's share of the samples, cut into as many parts as passes with gradients are needed."""
-        return self._passes.run(experience, self._own_share(experience), work)
+        """Calls `work` with this process's samples, cut into passes with gradients that fit in memory."""
+        return self._training_passes.run(experience, self._own_share(experience), work)
 
     def _own_share(self, experience: Experience) -> Tensor:
         return self.runtime.share(torch.arange(len(experience.scores), device=self.runtime.device))
 
     def _as_parameters(self, vector: Tensor) -> list[Tensor]:
-        """A vector [D] cut into tensors of the shapes of the trainable weights."""
+        """Cuts a vector [D] into tensors of the shapes of the trainable weights."""
         pieces = vector.split([parameter.numel() for parameter in self.parameters])
         return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
     def state(self) -> dict[str, Any]:
+        """The weights of the critic and the state of its optimiser."""
         return {"critic": trainable_tensors(self.critic), "optimisation": self.optimisation.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Restores what `state` returned."""
         load_tensors(self.critic, state["critic"])
         self.optimisation.load_state(state["optimisation"])
 
 
 class TRPOTrainer(OnlineTrainer):
-    """`OnlineTrainer` with TRPO as its learner: `TRPOTrainer(config, prompts=…, reward=…).train()`."""
+    """Trains with TRPO: `TRPOTrainer(config, prompts=…, reward=…).train()`."""
 
     make_learner = TRPO
 
 
 @torch.no_grad()
-def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+def _copy_values(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
     for old, new in zip(source, target, strict=True):
         new.copy_(old)
 
 
 def _states(policy: Policy, part: Experience) -> Tensor:
-    """The hidden states [n, R, H] before the tokens of the responses."""
+    """The hidden states [n, R, H] before each response token."""
     return policy.states(part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
 
 

@@ -25,8 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from deep_rlhf.algorithms.ppo import PPOTrainer
-from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.algorithms.ppo import PPOConfig, PPOTrainer
 from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardResult, train_reward_model
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
 from deep_rlhf.cli.training_bar import show_training_bar

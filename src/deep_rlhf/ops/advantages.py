@@ -37,18 +37,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     return advantages, advantages + values
 
 
-def leave_one_out(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of the other samples in each sample's group (RLOO; Kool et al. 2019).
+def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
+    """The mean of the other samples in each sample's group (RLOO; Kool et al. 2019).
 
-    rewards [N], group [N] ids -> (baseline [N], std [N]); std is 0 where fewer than two others exist, and the
-    baseline of a group of one is 0.
+    rewards [N], group [N] ids -> baseline [N]; 0 in a group of one.
     """
     same = (group.unsqueeze(0) == group.unsqueeze(1)).to(rewards.dtype)
     others = same - torch.eye(len(rewards), dtype=rewards.dtype, device=rewards.device)
-    count = others.sum(1)
-    baseline = others @ rewards / count.clamp(min=1)
-    squared = (rewards.unsqueeze(0) - baseline.unsqueeze(1)) ** 2
-    return baseline, ((others * squared).sum(1) / (count - 1).clamp(min=1)).sqrt()
+    return others @ rewards / others.sum(1).clamp(min=1)
 
 
 def group_mean_std(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

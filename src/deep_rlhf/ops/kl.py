@@ -8,36 +8,25 @@ from torch import Tensor
 KLPenalty = Literal["kl", "abs", "mse", "full", "k1", "k2", "k3"]
 
 
-def kl_estimate(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    kind: KLPenalty = "kl",
-    *,
-    input_clamp: float | None = None,
-    output_clamp: float | None = None,
-) -> Tensor:
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLPenalty = "kl") -> Tensor:
     """Estimates KL(policy ‖ reference) per token from samples of the policy; any shape, nats.
 
     With d = log π − log π_ref: `kl` or `k1` d, `abs` |d|, `mse` or `k2` ½d², `k3` e^−d − 1 + d (Schulman 2020,
-    "Approximating KL divergence"). k1 is unbiased and may be negative; k3 is unbiased and never is. The clamps bound
-    |d| and the result; a clamped entry has no gradient. Raises ValueError for `full`, which is no estimate: `kl_full`.
+    "Approximating KL divergence"). k1 is unbiased and may be negative; k3 is unbiased and never is. Raises ValueError
+    for `full`, which `kl_full` computes from whole distributions.
     """
     difference = logprobs - ref_logprobs
-    if input_clamp is not None:
-        difference = difference.clamp(-input_clamp, input_clamp)
     if kind in ("kl", "k1"):
-        estimate = difference
-    elif kind == "abs":
-        estimate = difference.abs()
-    elif kind in ("mse", "k2"):
-        estimate = 0.5 * difference**2
-    elif kind == "k3":
-        estimate = torch.exp(-difference) - 1 + difference
-    elif kind == "full":
+        return difference
+    if kind == "abs":
+        return difference.abs()
+    if kind in ("mse", "k2"):
+        return 0.5 * difference**2
+    if kind == "k3":
+        return torch.exp(-difference) - 1 + difference
+    if kind == "full":
         raise ValueError("the full KL is no estimate from samples: kl_full computes it from whole distributions")
-    else:
-        raise ValueError(f"unknown KL estimator {kind!r}: choose kl (k1), abs, mse (k2) or k3")
-    return estimate if output_clamp is None else estimate.clamp(-output_clamp, output_clamp)
+    raise ValueError(f"unknown KL estimator {kind!r}: choose kl (k1), abs, mse (k2) or k3")
 
 
 def kl_full(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

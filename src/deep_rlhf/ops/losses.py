@@ -36,11 +36,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange
     return 0.5 * torch.maximum(plain, clipped), clipped > plain
 
 
-def reinforce_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """−A log π per token (Williams 1992), any one shape."""
-    return -advantages * logprobs
-
-
 def truncated_importance(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
     """Truncated importance weights min(π/μ, cap) per token, all of the same shape, without gradient.
 

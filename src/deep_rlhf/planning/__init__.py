@@ -1,1 +1,1 @@
-"""Predicts the memory of a run before anything is loaded."""
+"""Memory plans: how much memory a run needs, computed before anything is loaded."""

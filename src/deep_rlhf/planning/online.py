@@ -1,6 +1,6 @@
-"""What a run of PPO, or of its relatives without a critic, takes: its own code on models without weights, and counting.
+"""The memory plan of PPO, RLOO, GRPO and REINFORCE++: runs their own code on models without weights, and counts.
 
-Prompts and responses are taken to be as long as the settings allow, which is the most that a run can need.
+Prompts and responses are assumed to be as long as the settings allow, which gives an upper limit.
 """
 
 import copy
@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from deep_rlhf.accel.cpu.gradients import gradients_in_place
 from deep_rlhf.accel.cpu.kernels import use_fast_kernels
-from deep_rlhf.algorithms.online.build import longest_prompt, open_policy, open_reference
+from deep_rlhf.algorithms.online.build import open_policy, open_reference
 from deep_rlhf.algorithms.online.config import OnlineConfig
-from deep_rlhf.algorithms.ppo_config import PPOConfig
-from deep_rlhf.errors import UserError
+from deep_rlhf.algorithms.online.prompts import longest_prompt
+from deep_rlhf.algorithms.ppo import PPOConfig
+from deep_rlhf.errors import ConfigError
 from deep_rlhf.models.critic import Critic, make_critic
 from deep_rlhf.models.policy import LOGIT_BYTES, LOGIT_BYTES_OF_GPU, Policy
 from deep_rlhf.models.reward import TOKENS_PER_BATCH
@@ -33,8 +34,8 @@ from deep_rlhf.planning.memory_plan import (
     bytes_of,
     forward_bytes,
     meta_model,
-    momentary_bytes,
     optimizer_bytes,
+    temporary_bytes,
     training_bytes,
 )
 from deep_rlhf.rollout.collect import needs_states
@@ -44,17 +45,17 @@ from deep_rlhf.rollout.passes import TOKENS, TOKENS_OF_GPU
 from deep_rlhf.rollout.sampler import draw_tokens
 from deep_rlhf.runtime.precision import cast_weights
 
-FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in doubly quantised NF4 (Dettmers et al. 2023)
+FOUR_BIT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight in doubly quantised NF4 (Dettmers et al. 2023)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Models:
-    """The models of a run on the meta device, in its formats."""
+    """The models of a run on the meta device, in their dtypes."""
 
     policy: Policy
-    reference: list[Policy]  # none where it is the policy without adapters
+    reference: list[Policy]  # empty if the reference is the policy without adapters
     critic: Critic | None
-    reward: nn.Module | None  # none for a function
+    reward: nn.Module | None  # None for a function
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -64,10 +65,10 @@ class _Models:
 def plan_online(
     config: OnlineConfig, policy_config: Any, reward_config: Any, machine: Machine, *, baseline: int
 ) -> MemoryPlan:
-    """The phases of a run with these models, by their transformers configurations; no `reward_config` for a function.
+    """Plans a run with models of these transformers configurations; `reward_config` is None for a reward function.
 
-    baseline: bytes that the process takes before it has any model. Raises UserError for models that do not go with the
-    settings, as the run itself would.
+    `baseline` are the bytes of the process before any model is loaded. Raises the errors that the run itself would
+    raise for models that do not fit the settings.
     """
     with LiveBytes():
         models = _models(config, policy_config, reward_config, machine)
@@ -83,13 +84,13 @@ def plan_online(
         "optimiser": optimizer_bytes(models.trained, config.optimizer),
     }
     free = machine.memory - sum(held.values())
-    looking = held | {"kept states": _states_bytes(models, config)}
-    phases = [Phase("sampling", looking | _sampling(policy, prompt, response, config, free if on_gpu else None))]
+    no_gradients = held | {"kept states": _states_bytes(models, config)}
+    phases = [Phase("sampling", no_gradients | _sampling(policy, prompt, response, config, free if on_gpu else None))]
     if models.reward is not None and not frozen_is_elsewhere:
         longest = min(prompt + response, getattr(reward_config, "max_position_embeddings", None) or prompt + response)
         rows = max(1, min(TOKENS_PER_BATCH // longest, config.batch_size))
-        phases.append(Phase("scoring", looking | {"activations": forward_bytes(models.reward, rows, longest)}))
-    phases.append(Phase("experience", looking | _experience(models, prompt, response, config, on_gpu)))
+        phases.append(Phase("scoring", no_gradients | {"activations": forward_bytes(models.reward, rows, longest)}))
+    phases.append(Phase("experience", no_gradients | _experience(models, prompt, response, config, on_gpu)))
     gradients = GRADIENT_BYTES * sum(parameter.numel() for parameter in models.trained)
     training = _training(models, prompt, response, config, on_gpu)
     phases.append(Phase("training", held | {"gradients": gradients} | training))
@@ -111,7 +112,7 @@ def _models(config: OnlineConfig, policy_config: Any, reward_config: Any, machin
     config = dataclasses.replace(
         config,
         precision="bf16" if machine.dtype(config.precision, model) == torch.bfloat16 else "fp32",
-        frozen_device="auto",  # who is elsewhere is counted elsewhere
+        frozen_device="auto",  # plan_online leaves out models in main memory
         load_in_4bit=False,  # nothing is loaded
     )
     policy = open_policy(model, torch.device("meta"), config)
@@ -126,7 +127,7 @@ def _critic(config: PPOConfig, policy: Policy, reward: nn.Module | None) -> Crit
     if config.critic != "reward":
         critic = make_critic(config.critic, policy, None, None)
     elif reward is None:
-        raise UserError("critic=reward needs a reward model, but the reward is a function: use critic=separate.")
+        raise ConfigError("critic=reward needs a reward model, but the reward is a function: use critic=separate.")
     else:
         trunk = Trunk(copy.deepcopy(reward).requires_grad_(True))
         cast_weights(trunk, policy.dtype)
@@ -137,15 +138,15 @@ def _critic(config: PPOConfig, policy: Policy, reward: nn.Module | None) -> Crit
 
 
 def _policy_bytes(policy: Policy, config: OnlineConfig) -> int:
-    """The policy's weights; with load_in_4bit those of its frozen layers are quantised."""
+    """The bytes of the policy's weights; with load_in_4bit its frozen linear layers are quantised."""
     saved = 0.0
     if config.load_in_4bit:
-        saved = sum(layer.weight.nbytes - FOUR_BIT * layer.weight.numel() for layer in _frozen_layers(policy))
+        saved = sum(layer.weight.nbytes - FOUR_BIT_BYTES * layer.weight.numel() for layer in _frozen_layers(policy))
     return bytes_of([policy]) - int(saved)
 
 
 def _saving(policy: Policy) -> int:
-    """The plain model is read again as float32, from a file in memory; adapters are merged into a copy before that."""
+    """The bytes of saving: the plain model is read again as float32, and adapters are merged into a copy first."""
     weights = sum(weight.numel() for weight in policy.language_model.parameters())
     size = policy.language_model.get_input_embeddings().weight.element_size()
     return 4 * weights + (size * weights if size < 4 else 0) + (bytes_of([policy]) if policy.is_adapted else 0)
@@ -161,7 +162,7 @@ def _linear_layers(policy: Policy) -> list[Any]:
 
 
 def _states_bytes(models: _Models, config: OnlineConfig) -> int:
-    """The policy's states, which the sampler keeps for those that look at them."""
+    """The bytes of the policy's hidden states that the sampler keeps for a shared critic or the exact KL."""
     if not needs_states(models.critic, config.kl_penalty):
         return 0
     width = models.policy.language_model.get_output_embeddings().weight.shape[1]
@@ -169,13 +170,13 @@ def _states_bytes(models: _Models, config: OnlineConfig) -> int:
 
 
 def _sampling(policy: Policy, prompt: int, response: int, config: OnlineConfig, free: int | None) -> dict[str, int]:
-    """The engine's batch, as large as its budget: a share of `free` bytes on a GPU, which on a CPU are None."""
+    """The bytes of sampling a batch as large as the engine's budget: a share of `free` on a GPU; None on a CPU."""
     budget = CPU_BYTES if free is None else int(GPU_SHARE * max(free, 0))
     head: Any = policy.language_model.get_output_embeddings()
-    of_token: list[int] = []
-    momentary_bytes(lambda: of_token.append(bytes_per_token(policy)))
-    of_row = (prompt + response) * of_token[0] + 16 * head.weight.shape[0]
-    rows = max(1, min(budget // of_row, config.batch_size))
+    token_bytes: list[int] = []
+    temporary_bytes(lambda: token_bytes.append(bytes_per_token(policy)))
+    row_bytes = (prompt + response) * token_bytes[0] + 16 * head.weight.shape[0]
+    rows = max(1, min(budget // row_bytes, config.batch_size))
 
     @torch.no_grad()
     def first_token() -> None:
@@ -183,33 +184,33 @@ def _sampling(policy: Policy, prompt: int, response: int, config: OnlineConfig, 
         decoding = Decoding(policy, ids, mask, response)
         draw_tokens(policy.head(decoding.hidden), torch.zeros(rows, device=ids.device), config.temperature)
 
-    cache = rows * (prompt + response - 1) * of_token[0]
+    cache = rows * (prompt + response - 1) * token_bytes[0]
     quantised = set(_frozen_layers(policy)) if config.load_in_4bit else set()
     packed = sum(layer.weight.nbytes for layer in _linear_layers(policy) if layer not in quantised)
     return {
         "keys and values": cache,
         "packed weights": packed if free is None else 0,
-        "activations": max(0, momentary_bytes(first_token) - cache),
+        "activations": max(0, temporary_bytes(first_token) - cache),
     }
 
 
 def _experience(models: _Models, prompt: int, response: int, config: OnlineConfig, on_gpu: bool) -> dict[str, int]:
-    """What policy, reference and critic say of the samples, one after the other and without gradients."""
+    """The bytes of passes of policy, reference and critic over the samples, one at a time, without gradients."""
     tokens = (TOKENS_OF_GPU if on_gpu else TOKENS["cpu"])[0]
     rows = _rows(tokens, prompt, response, logits=tokens, most=config.forward_batch_size or config.batch_size)
     trunk = models.critic.own_trunk if models.critic and models.critic.own_trunk else None
 
     @torch.no_grad()
-    def look() -> None:
+    def score_tokens() -> None:
         _logprobs(models.policy, rows, prompt, response, on_gpu)
         if trunk is not None:
             trunk.states(*_ids(rows, prompt), *_ids(rows, response))
 
-    return {"activations": momentary_bytes(look)}
+    return {"activations": temporary_bytes(score_tokens)}
 
 
 def _training(models: _Models, prompt: int, response: int, config: OnlineConfig, on_gpu: bool) -> dict[str, int]:
-    """A forward and backward pass, which keeps activations and the logits of its response tokens."""
+    """The bytes of a forward and backward pass, which keeps activations and the logits of its response tokens."""
     policy, critic = models.policy, models.critic
     trunks = 2 if critic and critic.own_trunk else 1
     tokens, chunk = (TOKENS_OF_GPU if on_gpu else TOKENS["cpu"])[1] // trunks, _chunk_size(policy, on_gpu)
@@ -230,13 +231,13 @@ def _training(models: _Models, prompt: int, response: int, config: OnlineConfig,
                 loss = loss + critic.value_head(states.to(critic.value_head.weight.dtype)).sum()
             loss.backward()
 
-    momentary = training_bytes(backward, models.trained)
+    temporary = training_bytes(backward, models.trained)
     head = policy.language_model.get_output_embeddings().weight
-    if head.requires_grad and not on_gpu:  # a CPU adds its gradient in place, and meta tensors do not
-        momentary -= head.nbytes
+    if head.requires_grad and not on_gpu:  # a CPU adds its gradient in place; meta tensors do not
+        temporary -= head.nbytes
     logits = min(chunk, rows * response) * head.shape[0] * head.element_size()
     unpacked = max((layer.weight.nbytes for layer in _frozen_layers(policy)), default=0) if config.load_in_4bit else 0
-    return {"logits": min(logits, momentary), "activations": max(0, momentary - logits) + unpacked}
+    return {"logits": min(logits, temporary), "activations": max(0, temporary - logits) + unpacked}
 
 
 def _logprobs(policy: Policy, rows: int, prompt: int, response: int, on_gpu: bool) -> tuple[Tensor, Tensor]:
@@ -248,12 +249,12 @@ def _logprobs(policy: Policy, rows: int, prompt: int, response: int, on_gpu: boo
 
 
 def _chunk_size(policy: Policy, on_gpu: bool) -> int:
-    """`Policy.chunk_size` on the machine that is planned for."""
+    """`Policy.chunk_size` on the planned machine."""
     return policy.chunk_size_of(LOGIT_BYTES_OF_GPU if on_gpu else LOGIT_BYTES["cpu"])
 
 
 def _rows(tokens: int, prompt: int, response: int, *, logits: int, most: int) -> int:
-    """Samples of full length in one forward pass, as `rollout.passes` cuts them."""
+    """The number of samples of full length in one forward pass, as `rollout.passes` cuts them."""
     return max(1, min(tokens // (prompt + response), logits // response, most))
 
 

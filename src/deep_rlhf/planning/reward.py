@@ -1,6 +1,6 @@
-"""What training a reward model takes: its own code on a model without weights, and counting.
+"""The memory plan of reward-model training: runs its own code on a model without weights, and counts.
 
-Every text is taken to have `max_length` tokens, and no pair a common prefix, which is the most that a run can need.
+Every text is assumed to have `max_length` tokens and no prefix in common with another, which gives an upper limit.
 """
 
 from typing import Any
@@ -25,15 +25,15 @@ from deep_rlhf.planning.memory_plan import (
     optimizer_bytes,
     training_bytes,
 )
-from deep_rlhf.runtime.precision import cast_around_table
+from deep_rlhf.runtime.precision import cast_around_embeddings
 
 
 def plan_reward(
     config: RewardConfig, model_config: Any, machine: Machine, *, baseline: int, trust_remote_code: bool = False
 ) -> MemoryPlan:
-    """The phases of a run with this transformers configuration of a model.
+    """Plans a run with a model of this transformers configuration.
 
-    baseline: bytes that the process takes before it has any model.
+    `baseline` are the bytes of the process before any model is loaded.
     """
     model_config.num_labels, model_config.use_cache = config.ensemble_size, False
     model = disable_dropout(
@@ -46,7 +46,7 @@ def plan_reward(
         model = with_adapters(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
-    cast_around_table(model, dtype)
+    cast_around_embeddings(model, dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     held = {
         "Python, libraries": baseline,

@@ -1,4 +1,4 @@
-"""From samples to a rollout: decode, and look at each token with policy, reference and critic."""
+"""From samples to a rollout: decodes responses, and scores each token with policy, reference and critic."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ from deep_rlhf.types import Completions, PromptBatch, Rollout
 def prompt_batch(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, device: torch.device, *, left: bool = True
 ) -> PromptBatch:
-    """Whole prompts as ids [B, P], padded on the left (on the right for an encoder, whose positions start there).
+    """Tokenises whole prompts to ids [B, P], padded on the left (on the right for an encoder-decoder).
 
-    The filling is id 0, whatever the tokenizer's padding is: the mask tells what is real, and every model has an id 0.
+    The padding is id 0, whatever the tokenizer's padding is: it is masked out, and every model has an id 0.
     """
     rows = tokenizer(texts).input_ids
     lengths = torch.tensor([[len(row)] for row in rows])
@@ -39,14 +39,14 @@ def complete(
     continues: bool = True,
     group: Tensor | None = None,
 ) -> Completions:
-    """The sampled response to each prompt, as ids and as text without special tokens.
+    """Returns the sampled response to each prompt, as ids and as text without special tokens.
 
-    `continues` is False for an encoder-decoder, whose response is a text of its own. `group` [N] tells which responses
-    belong to one prompt; by default each stands alone.
+    `continues` is False for an encoder-decoder, whose response does not continue its prompt. Responses to one prompt
+    share a number in `group` [N]; by default each response is a group of its own.
     """
-    response_ids = _real_ids(sampled.response_ids, sampled.response_mask)
-    before = _real_ids(prompts.input_ids, prompts.mask) if continues else [[] for _ in response_ids]
-    responses = [_text_after(tokenizer, *ids) for ids in zip(before, response_ids, strict=True)]
+    response_ids = _unpadded(sampled.response_ids, sampled.response_mask)
+    prompt_ids = _unpadded(prompts.input_ids, prompts.mask) if continues else [[] for _ in response_ids]
+    responses = [_response_text(tokenizer, *ids) for ids in zip(prompt_ids, response_ids, strict=True)]
     return Completions(
         prompts=prompts.texts,
         responses=responses,
@@ -62,7 +62,7 @@ def complete(
 
 
 def needs_states(critic: Critic | None, kl_penalty: KLPenalty) -> bool:
-    """Whether the policy's own states are looked at: by a critic that stands on them, or for the exact KL."""
+    """Whether `collect` reads the policy's hidden states: for a critic without a trunk of its own, or the exact KL."""
     return kl_penalty == "full" or (critic is not None and critic.own_trunk is None)
 
 
@@ -71,6 +71,7 @@ def collect(
     policy: Policy,
     reference: Reference,
     scores: Tensor,
+    shaped_scores: Tensor,
     *,
     temperature: float,
     kl_penalty: KLPenalty = "kl",
@@ -79,59 +80,60 @@ def collect(
     recompute: bool = True,
     max_rows: int | None = None,
 ) -> Rollout:
-    """Adds what policy, reference and critic say of each token; no gradients.
+    """Adds scores, and the log-probabilities, KL and values of each response token, without gradients.
 
-    scores [N, K] are the members' rewards of each response. `states` [N, R, H], the policy's before each token, may be
-    those it was sampled from. Without `recompute` the policy's log-probabilities are the sampler's, which its own
-    forward only repeats. `max_rows` bounds the responses in one forward pass.
+    scores [N, K] are the ensemble members', shaped_scores [N] the numbers to maximise. `states` [N, R, H] are the
+    policy's hidden states before each token, if the sampler kept them. Without `recompute` the policy's
+    log-probabilities are the sampler's, unless states are needed and missing. `max_rows` limits the responses of one
+    forward pass.
     """
     shape, device = completions.response_mask.shape, policy.device
     recompute = recompute or (states is None and needs_states(critic, kl_penalty))
 
-    def look(parts: list[Tensor]) -> dict[str, Tensor]:
-        seen = {name: torch.zeros(shape, device=device) for name in ("logprobs", "ref_logprobs", "kl", "values")}
+    def score_tokens(parts: list[Tensor]) -> dict[str, Tensor]:
+        outputs = {name: torch.zeros(shape, device=device) for name in ("logprobs", "ref_logprobs", "kl", "values")}
         if not recompute:
-            seen["logprobs"] = completions.sampler_logprobs
+            outputs["logprobs"] = completions.sampler_logprobs
         for rows in parts:
             part = select(completions, rows)
             ids, mask = part.response_ids, part.response_mask
             context, width = (part.prompt_ids, part.prompt_mask, ids, mask), ids.shape[1]
-            here = None if states is None else states[rows, :width]
+            part_states = None if states is None else states[rows, :width]
             if recompute:
-                here = policy.states(*context)
-                seen["logprobs"][rows, :width] = policy.logprobs(here, ids, mask, temperature)
+                part_states = policy.states(*context)
+                outputs["logprobs"][rows, :width] = policy.logprobs(part_states, ids, mask, temperature)
             if critic is not None:
-                seen["values"][rows, :width] = torch.where(mask, critic(part, here), 0.0)
-            ref_states, seen["ref_logprobs"][rows, :width] = reference.states_and_logprobs(*context, temperature)
-            if kl_penalty == "full" and here is not None:
-                seen["kl"][rows, :width] = reference.kl(policy, here, ref_states, mask, temperature)
-        return seen
+                outputs["values"][rows, :width] = torch.where(mask, critic(part, part_states), 0.0)
+            ref_states, outputs["ref_logprobs"][rows, :width] = reference.states_and_logprobs(*context, temperature)
+            if kl_penalty == "full" and part_states is not None:
+                outputs["kl"][rows, :width] = reference.kl(policy, part_states, ref_states, mask, temperature)
+        return outputs
 
     with torch.no_grad():
         passes = ForwardPasses(policy, training=False, max_rows=max_rows)
-        seen = passes.run(completions, torch.arange(shape[0], device=device), look)
+        outputs = passes.run(completions, torch.arange(shape[0], device=device), score_tokens)
     if kl_penalty != "full":
-        seen["kl"] = kl_estimate(seen["logprobs"], seen["ref_logprobs"], kl_penalty)
+        outputs["kl"] = kl_estimate(outputs["logprobs"], outputs["ref_logprobs"], kl_penalty)
     scores = scores.to(device)
     fields: dict[str, Any] = {name: getattr(completions, name) for name in Completions.__dataclass_fields__}
     return Rollout(
-        **(fields | seen),
+        **(fields | outputs),
         scores=scores.mean(1),
         score_std=scores.std(1) if scores.shape[1] > 1 else torch.zeros_like(scores[:, 0]),
-        shaped_scores=scores.mean(1),
+        shaped_scores=shaped_scores.to(device),
     )
 
 
-def _real_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The real ids of each row."""
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The ids of each row without its padding."""
     rows = ids[mask].split(mask.sum(1).tolist())
     return [row.tolist() for row in rows]
 
 
-def _text_after(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response_ids: list[int]) -> str:
-    """The response as it reads after its prompt: alone, a SentencePiece tokenizer would lose its leading space."""
-    before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
-    whole = tokenizer.decode(prompt_ids + response_ids, skip_special_tokens=True)
-    if whole.startswith(before):
-        return whole[len(before) :]
+def _response_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response_ids: list[int]) -> str:
+    """Decodes a response together with its prompt: alone, a SentencePiece tokenizer would drop its leading space."""
+    prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    text = tokenizer.decode(prompt_ids + response_ids, skip_special_tokens=True)
+    if text.startswith(prompt):
+        return text[len(prompt) :]
     return tokenizer.decode(response_ids, skip_special_tokens=True)

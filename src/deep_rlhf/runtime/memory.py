@@ -1,5 +1,6 @@
-"""How much main memory this process took, and what running out of memory looks like."""
+"""Main memory: how much there is, how much this process has taken, and how running out of it is recognised."""
 
+import os
 import re
 import resource
 import sys
@@ -7,14 +8,27 @@ from pathlib import Path
 
 import torch
 
-# Of PyTorch, of C++, and of oneDNN, which says no more than this.
-_SIGNS = ("can't allocate memory", "bad_alloc", "could not create a primitive", "could not create a memory")
+# Messages of PyTorch, of C++, and of oneDNN for a failed allocation.
+_FAILED_ALLOCATION = ("can't allocate memory", "bad_alloc", "could not create a primitive", "could not create a memory")
 _STATUS = Path("/proc/self/status")
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def usable_memory() -> int:
+    """The main memory of this machine in bytes, or the part of it that a container may use."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _CGROUP_LIMITS:
+        try:
+            with open(path) as file:
+                memory = min(memory, int(file.read()))
+        except (OSError, ValueError):  # no such group, or no limit
+            continue
+    return memory
 
 
 def resident_peak() -> int:
-    """The most main memory that this process has held so far, in bytes."""
-    if _STATUS.exists():  # getrusage would tell the parent's peak if that was higher (Linux)
+    """The peak resident memory of this process in bytes."""
+    if _STATUS.exists():  # getrusage would report the parent's peak if that was higher (Linux)
         high_water = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
         if high_water:
             return int(high_water[1]) * 1024
@@ -23,7 +37,7 @@ def resident_peak() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or in main memory, so that the same work in smaller parts may succeed."""
+    """Whether an allocation failed, on a GPU or in main memory, so that smaller passes may succeed."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _FAILED_ALLOCATION)

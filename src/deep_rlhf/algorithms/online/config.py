@@ -1,17 +1,17 @@
-"""The settings that every algorithm which samples while it learns shares, named as in TRL ≤ 0.11."""
+"""The settings shared by all algorithms that sample from the policy while it learns, named as in TRL ≤ 0.11."""
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
 from deep_rlhf.ops.kl import KLPenalty
 from deep_rlhf.runtime.hub import check_push_options
-from deep_rlhf.runtime.precision import OptimizerName, Precision
-from deep_rlhf.types import check_seed
+from deep_rlhf.runtime.optimisers.adamw import OptimizerName
+from deep_rlhf.runtime.precision import Precision
+from deep_rlhf.settings import check_settings, seed_setting, setting
 
-# What may differ between a run and its continuation: it changes neither the weights nor the metrics.
-FREE_TO_CHANGE = frozenset(
+# A resumed run may change these settings: they affect neither the weights nor the metrics.
+RESUME_MAY_CHANGE = frozenset(
     {
         *("output_dir", "exp_name", "log_with", "tracker_project_name", "tracker_kwargs", "project_kwargs", "resume"),
         *("save_freq", "compare_steps", "push_to_hub_if_best_kwargs", "reward_timeout", "max_bad_batches"),
@@ -22,126 +22,120 @@ FREE_TO_CHANGE = frozenset(
 
 @dataclass(frozen=True)
 class ScriptArguments:
-    """How the policy is opened."""
+    """How the policy is loaded."""
 
-    use_seq2seq: bool = field(default=False, metadata={"help": "the policy is an encoder-decoder such as T5"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that a model's repository brings along"})
-    use_peft: bool = field(
-        default=False, metadata={"help": "train LoRA adapters; the reference is the base without them"}
-    )
-    lora_alpha: float = field(default=16, metadata={"help": "LoRA's scale, applied as alpha / r"})
-    lora_r: int = field(default=16, metadata={"help": "rank of the LoRA matrices"})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "with use_peft: the base in 4-bit NF4 (QLoRA), by bitsandbytes"}
-    )
+    use_seq2seq: bool = setting(False, "the policy is an encoder-decoder such as T5")
+    trust_remote_code: bool = setting(False, "run Python code from a model's repository")
+    use_peft: bool = setting(False, "train LoRA adapters; the reference model is the base without them")
+    lora_alpha: float = setting(16, "scale of the LoRA update, applied as lora_alpha / lora_r", above=0)
+    lora_r: int = setting(16, "rank of the LoRA matrices", least=1)
+    load_in_4bit: bool = setting(False, "with use_peft: load the base in 4-bit NF4 (QLoRA); needs bitsandbytes")
 
 
 @dataclass(frozen=True)
 class OnlineConfig(ScriptArguments):
-    """Prompts, reward, sampling, KL penalty and optimiser of a run. Raises UserError for values that cannot work."""
+    """Prompts, reward, sampling, KL penalty and optimiser. Raises ConfigError for settings that cannot work."""
 
-    exp_name: str = field(default="ppo", metadata={"help": "the run's name"})
-    seed: int = field(default=0, metadata={"help": "seed of sampling, shuffling and new weights"})
-    log_with: str | None = field(default=None, metadata={"help": "a tracker: wandb, tensorboard, …"})
-    tracker_project_name: str | None = field(
-        default=None, metadata={"help": "the project in the tracker; default: $WANDB_PROJECT, or deep-rlhf"}
+    exp_name: str = setting("ppo", "name of the run")
+    seed: int = seed_setting(0, "seed of sampling, shuffling and newly initialised weights")
+    log_with: str | None = setting(None, "tracker that receives the metrics: wandb, tensorboard, …")
+    tracker_project_name: str | None = setting(None, "project in the tracker; default: $WANDB_PROJECT, or deep-rlhf")
+    tracker_kwargs: dict[str, Any] | None = setting(
+        None, 'JSON with the arguments of each tracker, for example {"wandb": {"entity": "my-team"}}'
     )
-    tracker_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "JSON handed to the trackers, by tracker"}
+    project_kwargs: dict[str, Any] | None = setting(
+        None, 'JSON for accelerate\'s ProjectConfiguration, for example {"logging_dir": "logs"}'
     )
-    project_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "JSON for accelerate's ProjectConfiguration"}
+    accelerator_kwargs: dict[str, Any] | None = setting(None, 'JSON for accelerate\'s Accelerator: {"cpu": true}')
+    model_name: str = setting("gpt2", "policy to start from: a folder or Hub name")
+    query_dataset: str = setting(
+        "wentingzhao/anthropic-hh-first-prompt", "data set of prompts: a Hub name, file or folder"
     )
-    accelerator_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "JSON for accelerate's Accelerator"}
+    query_split: str = setting("train", "split of the data set of prompts")
+    template: Literal["auto", "hh", "plain"] = setting(
+        "auto", "format of a bare prompt; auto: the format that the reward model was trained with, or plain"
     )
-    model_name: str = field(default="gpt2", metadata={"help": "the policy to start from: a folder or Hub name"})
-    query_dataset: str = field(
-        default="wentingzhao/anthropic-hh-first-prompt", metadata={"help": "prompts: a Hub name, file or folder"}
+    on_bad_rows: Literal["error", "skip"] = setting(
+        "error", "what to do with a row that cannot be read: stop with an error, or skip and count it"
     )
-    query_split: str = field(default="train", metadata={"help": "split of the prompts"})
-    template: Literal["auto", "hh", "plain"] = field(
-        default="auto",
-        metadata={"help": "how a bare prompt becomes text; auto: as the reward model was trained, or plain"},
+    query_config: str | None = setting(None, "configuration (subset) of a data set on the Hub")
+    query_column: str | None = setting(None, "column of the prompts; default: the first column with a known name")
+    dataset_num_proc: int | None = setting(None, "number of processes that read the data set", least=1)
+    reward_model: str = setting(
+        "./reward_modeling_anthropic_hh",
+        "reward: a folder, a Hub name, or python:module:function taking (prompts, responses)",
     )
-    on_bad_rows: Literal["error", "skip"] = field(default="error", metadata={"help": "skip: count them and go on"})
-    query_config: str | None = field(default=None, metadata={"help": "configuration of a data set on the Hub"})
-    query_column: str | None = field(
-        default=None, metadata={"help": "column of the prompts; default: the first known name"}
+    reward_timeout: float = setting(600.0, "seconds that one call of a reward function may take", above=0)
+    output_dir: str | None = setting(None, "folder of the results; default: outputs/<exp_name>")
+    resume: bool = setting(False, "continue from the newest complete checkpoint in output_dir")
+    save_freq: int = setting(10, "updates between two checkpoints", least=1)
+    max_bad_batches: int = setting(3, "number of batches in a row with a NaN or infinity that stops the run", least=1)
+    compare_steps: int = setting(
+        1, "updates between two comparisons of the score with the best one, for push_to_hub_if_best_kwargs", least=1
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "processes that read a data set"})
-    reward_model: str = field(
-        default="./reward_modeling_anthropic_hh",
-        metadata={"help": "a folder, a Hub name, or python:module:function taking (prompts, responses)"},
-    )
-    reward_timeout: float = field(default=600.0, metadata={"help": "seconds that a reward function may take"})
-    output_dir: str | None = field(default=None, metadata={"help": "default: outputs/<exp_name>"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest whole checkpoint in output_dir"})
-    save_freq: int = field(default=10, metadata={"help": "updates between checkpoints"})
-    max_bad_batches: int = field(
-        default=3, metadata={"help": "stop after so many batches in a row with a NaN or infinity"}
-    )
-    compare_steps: int = field(default=1, metadata={"help": "updates between comparisons with the best score so far"})
-    push_to_hub_if_best_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "JSON with repo_id, …: push the policy whenever its score is the best so far"}
+    push_to_hub_if_best_kwargs: dict[str, Any] | None = setting(
+        None,
+        'JSON with the Hub repository that gets the policy after each best score, such as {"repo_id": "me/policy"}',
     )
 
-    max_prompt_length: int = field(default=512, metadata={"help": "prompts with more tokens are dropped and counted"})
-    max_new_tokens: int = field(default=32, metadata={"help": "longest response, in tokens"})
-    temperature: float = field(default=1.0, metadata={"help": "divides the logits, in sampling and in training"})
-    steps: int | None = field(
-        default=None, metadata={"help": "responses sampled in all; default: one pass over the prompts"}
+    max_prompt_length: int = setting(512, "longest prompt in tokens; longer prompts are dropped and counted", least=1)
+    max_new_tokens: int = setting(32, "longest response in tokens", least=1)
+    temperature: float = setting(1.0, "divisor of the logits, in sampling and in training", above=0)
+    steps: int | None = setting(
+        None,
+        "responses sampled in all: updates = steps / batch_size, rounded up; default: one pass over the prompts",
+        least=1,
     )
-    batch_size: int = field(default=128, metadata={"help": "responses per update, over all processes"})
-    forward_batch_size: int | None = field(
-        default=None, metadata={"help": "most responses in one forward pass; default: as many as fit its tokens"}
+    batch_size: int = setting(128, "responses per update, over all processes", least=1)
+    forward_batch_size: int | None = setting(
+        None, "upper limit of responses in one forward pass; default: as many as fit its token budget", least=1
     )
-    optimizer: OptimizerName = field(
-        default="adamw", metadata={"help": "adamw_8bit: Adam's moments in 8 bits, by bitsandbytes"}
+    optimizer: OptimizerName = setting(
+        "adamw", "AdamW with moments in 32 bits, or in 8 bits (adamw_8bit, needs bitsandbytes)"
     )
-    learning_rate: float = field(default=1.41e-5, metadata={"help": "Adam's step size"})
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = field(
-        default="constant", metadata={"help": "how learning_rate falls over the updates, to 0 at the end"}
+    learning_rate: float = setting(1.41e-5, "initial learning rate of AdamW", above=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "learning-rate schedule over the updates; linear and cosine fall to 0 at the last update"
     )
-    max_grad_norm: float | None = field(default=1.0, metadata={"help": "gradients are scaled down to this norm"})
-    precision: Precision = field(
-        default="auto",
-        metadata={"help": "bf16 keeps fp32 master weights; auto: bf16 for wide models where the hardware has it"},
+    max_grad_norm: float | None = setting(1.0, "gradients with a larger norm are scaled down to it", above=0)
+    precision: Precision = setting(
+        "auto",
+        "format of the trained models; bf16 keeps fp32 master weights; auto: bf16 for wide models on bf16 hardware",
     )
-    frozen_precision: Precision = field(
-        default="auto", metadata={"help": "format of reference and reward model; auto: as precision"}
+    frozen_precision: Precision = setting("auto", "format of reference and reward model; auto: the same as precision")
+    frozen_device: Literal["auto", "cpu"] = setting(
+        "auto", "device of reference and reward model; cpu: both stay and compute in main memory"
     )
-    frozen_device: Literal["auto", "cpu"] = field(
-        default="auto", metadata={"help": "cpu: reference and reward model stay in main memory and compute there"}
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "compute activations twice instead of keeping them"}
-    )
+    gradient_checkpointing: bool = setting(False, "save memory by recomputing activations in the backward pass")
 
-    adap_kl_ctrl: bool = field(default=True, metadata={"help": "adapt the KL coefficient towards `target`"})
-    init_kl_coef: float = field(default=0.2, metadata={"help": "KL coefficient at the start"})
-    target: float = field(default=6.0, metadata={"help": "KL aimed at by adap_kl_ctrl, nats per response"})
-    horizon: float = field(default=10_000, metadata={"help": "samples over which the KL coefficient adapts"})
-    kl_penalty: KLPenalty = field(
-        default="kl", metadata={"help": "estimator of the KL per token; k1 is kl, k2 is mse, full is exact"}
+    adap_kl_ctrl: bool = setting(True, "adapt the KL coefficient so that the KL approaches target")
+    init_kl_coef: float = setting(
+        0.2, "initial KL coefficient β: reward subtracted per nat of KL; raise it if the text degenerates", least=0
     )
-    kl_in_loss: bool = field(default=False, metadata={"help": "the KL is part of the loss, not of the reward"})
+    target: float = setting(
+        6.0, "KL per whole response that adap_kl_ctrl aims at, in nats; scale it with the response length", above=0
+    )
+    horizon: float = setting(
+        10_000, "responses over which adap_kl_ctrl adapts; larger: the KL coefficient changes more slowly", above=0
+    )
+    kl_penalty: KLPenalty = setting(
+        "kl", "estimator of the KL per token: kl = k1, mse = k2, abs, k3, or full, the exact KL"
+    )
+    kl_in_loss: bool = setting(False, "add the KL to the loss instead of subtracting it from the reward")
 
-    use_score_scaling: bool = field(
-        default=False, metadata={"help": "divide scores by the standard deviation of all scores so far"}
+    use_score_scaling: bool = setting(False, "divide scores by the running standard deviation of all scores so far")
+    use_score_norm: bool = setting(False, "with use_score_scaling: subtract the running mean first")
+    score_clip: float | None = setting(None, "clip scores to ± this value, after scaling", above=0)
+    missing_eos_penalty: float | None = setting(
+        None, "penalty in units of reward for a response without EOS; Huang et al. 2024 use 1", above=0
     )
-    use_score_norm: bool = field(default=False, metadata={"help": "with use_score_scaling: subtract their mean, too"})
-    score_clip: float | None = field(default=None, metadata={"help": "scores are cut to ± this, after scaling"})
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "what a response without EOS loses; 1 in Huang et al. 2024"}
+    missing_eos_mode: Literal["replace", "subtract"] = setting(
+        "replace", "replace: the score becomes −missing_eos_penalty; subtract: the penalty is subtracted, as in TRL"
     )
-    missing_eos_mode: Literal["replace", "subtract"] = field(
-        default="replace", metadata={"help": "replace: its score becomes −penalty; subtract: as in TRL"}
+    ensemble_reward: Literal["mean", "uncertainty", "min"] = setting(
+        "mean", "score of a reward-model ensemble: mean, mean − λ·standard deviation (uncertainty), or minimum"
     )
-    ensemble_reward: Literal["mean", "uncertainty", "min"] = field(
-        default="mean", metadata={"help": "of several members: their mean, mean − λ·std, or the worst"}
-    )
-    ensemble_std_coef: float | None = field(default=None, metadata={"help": "λ of ensemble_reward=uncertainty"})
+    ensemble_std_coef: float | None = setting(None, "coefficient λ of ensemble_reward=uncertainty", least=0)
 
     @property
     def samples_per_prompt(self) -> int:
@@ -150,70 +144,44 @@ class OnlineConfig(ScriptArguments):
 
     @property
     def recomputes_logprobs(self) -> bool:
-        """Whether the trainer's own log-probabilities are needed, beside those that the sampler drew from."""
+        """Whether a forward pass of the trainer replaces the sampler's log-probabilities in a rollout."""
         return False
 
     def adapts_kl_coef(self, update: int) -> bool:
-        """Whether the KL coefficient follows the KL after this update."""
+        """Whether the KL coefficient is adapted after this update."""
         return self.adap_kl_ctrl
 
     def __post_init__(self) -> None:
-        for name in ("tracker_kwargs", "project_kwargs", "accelerator_kwargs", "push_to_hub_if_best_kwargs"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, dict):
-                raise UserError(f"{name} must be a mapping of names to values, not {value!r}.")
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)}.")
-        check_seed(self.seed)
-        self.check_range(
-            *("max_prompt_length", "max_new_tokens", "temperature", "batch_size", "learning_rate", "target", "horizon"),
-            *("lora_r", "lora_alpha", "reward_timeout", "max_grad_norm", "score_clip", "missing_eos_penalty"),
-            above=0,
-        )
-        self.check_range(
-            *("steps", "forward_batch_size", "dataset_num_proc", "save_freq", "max_bad_batches", "compare_steps"),
-            least=1,
-        )
-        self.check_range("init_kl_coef", "ensemble_std_coef", least=0)
+        check_settings(self)
         self._check_contradictions()
-
-    def check_range(self, *names: str, above: float | None = None, least: float | None = None) -> None:
-        """Raises UserError for a finite number that is too small; None passes, for it means "not given"."""
-        for name in names:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if above is not None and not above < value < math.inf:
-                raise UserError(f"{name} must be a number greater than {above}, not {value}.")
-            if least is not None and not least <= value < math.inf:
-                raise UserError(f"{name} must be {least} or more, not {value}.")
 
     def _check_contradictions(self) -> None:
         if self.load_in_4bit and not self.use_peft:
-            raise UserError("load_in_4bit needs use_peft, for 4-bit weights cannot be trained: give both, or neither.")
+            raise ConfigError(
+                "load_in_4bit needs use_peft, since 4-bit weights cannot be trained: give both or neither."
+            )
         if self.use_score_norm and not self.use_score_scaling:
-            raise UserError("use_score_norm does nothing without use_score_scaling: give both, or neither.")
+            raise ConfigError("use_score_norm does nothing without use_score_scaling: give both, or neither.")
         if self.kl_in_loss and self.kl_penalty not in ("mse", "k2", "k3"):
-            raise UserError(
+            raise ConfigError(
                 f"kl_in_loss needs kl_penalty=mse or k3, whose gradients are those of a KL, not {self.kl_penalty}: use"
                 " one of them, or leave the KL in the reward."
             )
         if (self.ensemble_std_coef is None) == (self.ensemble_reward == "uncertainty"):
-            raise UserError("ensemble_reward=uncertainty and ensemble_std_coef (its λ) need each other: give both.")
+            raise ConfigError("ensemble_reward=uncertainty and ensemble_std_coef (its λ) need each other: give both.")
         if self.adap_kl_ctrl and self.batch_size >= 5 * self.horizon:
-            raise UserError(
+            raise ConfigError(
                 f"adap_kl_ctrl with batch_size={self.batch_size} and horizon={self.horizon:g} can turn the KL"
                 " coefficient to 0 and below: raise horizon."
             )
         if self.missing_eos_penalty is None and self.missing_eos_mode == "subtract":
-            raise UserError(
+            raise ConfigError(
                 "missing_eos_mode=subtract does nothing without missing_eos_penalty: give both, or neither."
             )
         if self.push_to_hub_if_best_kwargs:
             check_push_options(self.push_to_hub_if_best_kwargs)
         if self.batch_size % self.samples_per_prompt:
-            raise UserError(
-                f"batch_size={self.batch_size} is no multiple of the {self.samples_per_prompt} responses per prompt:"
-                " change one of them."
+            raise ConfigError(
+                f"batch_size={self.batch_size} is not a multiple of the {self.samples_per_prompt} responses per"
+                " prompt: change one of them."
             )

@@ -1,8 +1,8 @@
-"""The loop that every algorithm which samples while it learns shares: sample, score, learn, measure, checkpoint.
+"""The training loop of all online algorithms: sample, score, learn, measure, checkpoint.
 
-What an algorithm does with a batch is its `Learner`, one file each. A batch depends on nothing but the seed, the number
-of the update and the policy, so a run that goes on from a checkpoint is the run that was never stopped. An update that
-meets a NaN or an infinity ends there, and its batch is set aside.
+What an algorithm does with a batch is in its `Learner`, one file each. A batch depends only on the seed, the number of
+the update and the policy, so a resumed run computes exactly what an uninterrupted one would. An update ends at the
+first NaN or infinity, and its batch is written to a file.
 """
 
 import dataclasses
@@ -20,17 +20,22 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from deep_rlhf.accel.cpu.allocator import kept_memory, release_freed_memory
-from deep_rlhf.algorithms.online import build as setup
-from deep_rlhf.algorithms.online.config import FREE_TO_CHANGE, OnlineConfig
-from deep_rlhf.algorithms.online.optimiser_step import Learner, NotFiniteError
-from deep_rlhf.algorithms.online.score_shaping import ScoreShaping, rollout_metrics, rollout_problem
-from deep_rlhf.errors import UserError
+from deep_rlhf.algorithms.online import build
+from deep_rlhf.algorithms.online.bad_batches import rollout_problem, set_aside
+from deep_rlhf.algorithms.online.config import RESUME_MAY_CHANGE, OnlineConfig
+from deep_rlhf.algorithms.online.identity import run_identity
+from deep_rlhf.algorithms.online.learner import Learner, NotFiniteError
+from deep_rlhf.algorithms.online.metrics import rollout_metrics
+from deep_rlhf.algorithms.online.prompts import PromptBatches, count_updates, longest_prompt, usable_prompts
+from deep_rlhf.algorithms.online.score_shaping import ScoreShaping
+from deep_rlhf.algorithms.online.state import copied, load_tensors, trainable_tensors
+from deep_rlhf.errors import CheckpointError, RewardError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.kl import adapted_kl_coef
 from deep_rlhf.rollout.collect import collect, complete, needs_states, prompt_batch
 from deep_rlhf.rollout.engine import Engine
 from deep_rlhf.rollout.generate import eos_token_ids, generate_text
-from deep_rlhf.rollout.records import concatenate, moved
+from deep_rlhf.rollout.records import concatenate, to_device
 from deep_rlhf.rollout.sampler import sampling_uniforms
 from deep_rlhf.runtime.checkpoint import (
     changed_flags,
@@ -48,11 +53,11 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(KeyboardInterrupt):
-    """One Ctrl-C: the update that was running is done, and a checkpoint written."""
+    """Raised after one Ctrl-C, when the running update is finished and a checkpoint is written."""
 
 
 class OnlineTrainer:
-    """Trains a policy so that its responses to `prompts` score high while it stays near where it started."""
+    """Trains a policy to maximise a reward on its responses, with a KL penalty towards the model it starts from."""
 
     make_learner: ClassVar[Callable[..., Learner]]  # (config, policy, runtime, updates=, scorer=, tokenizer=)
 
@@ -67,21 +72,28 @@ class OnlineTrainer:
     ) -> None:
         """Model and tokenizer are objects or names (default: `config.model_name`); the model is trained in place.
 
-        `reward` is a Scorer, a function of (prompts, responses) that returns one number each, or what the flag
-        `--reward_model` takes. With `config.output_dir` checkpoints are written there, and with `config.resume` the
-        newest one is where this trainer goes on. Raises UserError if something cannot be opened, no prompt can be
-        used, or the run to be continued was another one.
+        `reward` is a Scorer, a function of (prompts, responses) that returns one number each, or a value of the flag
+        `--reward_model`. With `config.output_dir` checkpoints are written there; with `config.resume` training
+        continues from the newest one. Raises ModelError or RewardError if something cannot be opened, DataError if no
+        prompt can be used, ConfigError for contradictory settings, and CheckpointError if output_dir holds another
+        run or an unfinished one.
         """
         set_seed(config.seed)
         self.config = config
-        self.runtime: Runtime = setup.open_runtime(config)
-        model, self.tokenizer = setup.model_and_tokenizer(model, tokenizer, config)
-        self._policy: Policy = setup.open_policy(model, self.runtime.device, config)
-        self._reference = setup.open_reference(self._policy, config)
-        self.scorer = setup.open_scorer(reward, self.runtime.device, config)
-        longest = setup.longest_prompt(self._policy.language_model, config)
-        self.prompts, self.prompt_report = setup.usable_prompts(prompts, self.tokenizer, longest)
-        self.updates = setup.count_updates(len(self.prompts), config)
+        self.runtime: Runtime = build.open_runtime(config)
+        model, self.tokenizer = build.model_and_tokenizer(model, tokenizer, config)
+        self._policy: Policy = build.open_policy(model, self.runtime.device, config)
+        self._reference = build.open_reference(self._policy, config)
+        self.scorer = build.open_scorer(reward, self.runtime.device, config)
+        longest = longest_prompt(self._policy.language_model, config)
+        self.prompts, self.prompt_report = usable_prompts(prompts, self.tokenizer, longest)
+        self._prompt_batches = PromptBatches(
+            self.prompts,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            samples_per_prompt=config.samples_per_prompt,
+        )
+        self.updates = count_updates(len(self.prompts), config)
         self.learner = type(self).make_learner(
             config, self._policy, self.runtime, updates=self.updates, scorer=self.scorer, tokenizer=self.tokenizer
         )
@@ -98,30 +110,31 @@ class OnlineTrainer:
         self._best_score = -float("inf")
         self._bad_batches = self._bad_in_a_row = 0
         self._interrupted = False
-        self._identity = setup.run_identity(
+        self._identity = run_identity(
             config,
             self.prompts,
             self._reference,
             self.scorer,
             updates=self.updates,
             processes=self.runtime.processes,
-            without=FREE_TO_CHANGE,
+            without=RESUME_MAY_CHANGE,
         )
         self._find_earlier_run()
 
     @property
     def policy(self) -> PreTrainedModel:
-        """The tuned model as plain transformers knows it (adapters merged into a copy)."""
+        """The trained model as a plain transformers model (adapters are merged into a copy)."""
         return self._policy.plain_model()
 
     def train(
         self, on_update: Callable[[dict[str, float]], None] | None = None, *, updates: int | None = None
     ) -> list[dict[str, float]]:
-        """Runs the next `updates` updates (default: all that are left) and returns `history`, a dict of metrics each.
+        """Makes the next `updates` updates (default: all that are left); returns `history`, one dict of metrics each.
 
-        `on_update` may add to each dict. Between two calls `scorer` may be replaced, by one refitted to new answers.
-        After Ctrl-C the update that is running is ended, a checkpoint written and Stopped raised; a second Ctrl-C
-        raises KeyboardInterrupt at once. Raises UserError when `max_bad_batches` in a row ended so.
+        `on_update` may add to each dict. Between two calls `scorer` may be replaced, for example by one refitted to
+        new labels. After Ctrl-C the running update is finished, a checkpoint written and Stopped raised; a second
+        Ctrl-C raises KeyboardInterrupt at once. Raises RewardError after `max_bad_batches` batches in a row with a
+        number that is not finite.
         """
         done = len(self.history)
         end = self.updates if updates is None else min(self.updates, done + updates)
@@ -136,7 +149,7 @@ class OnlineTrainer:
             total=end,
             disable=not self.runtime.is_main,
         )
-        with self._ctrl_c_waits(), kept_memory():
+        with self._ctrl_c_deferred(), kept_memory():
             for update in bar:
                 metrics = self.step(update)
                 bar.set_postfix(score=f"{metrics['score_mean']:.3f}", kl=f"{metrics['kl']:.2f}")
@@ -145,7 +158,7 @@ class OnlineTrainer:
                 self.history.append(metrics)
                 self.runtime.log(metrics, update + 1)
                 interrupted = self.runtime.any(self._interrupted)
-                # none between bad batches: if they go on, the newest checkpoint is from before they began
+                # no checkpoint between bad batches, so that the newest one is from before they began
                 due = (update + 1) % self.config.save_freq == 0 and not self._bad_in_a_row
                 if interrupted or due or update + 1 == self.updates:
                     self.checkpoint()
@@ -156,11 +169,11 @@ class OnlineTrainer:
         return self.history
 
     def step(self, update: int) -> dict[str, float]:
-        """One update: sample, score, learn. Returns its metrics."""
+        """Makes one update: sample, score, learn. Returns its metrics."""
         start = time.perf_counter()
         moments = self._shaping.moments
-        rollout = self.last_rollout = self._shaping.shaped(self._collect(update))
-        sampled = time.perf_counter()
+        rollout = self.last_rollout = self.collect_rollout(update)
+        collected = time.perf_counter()
         metrics = {"step": float(update + 1), "kl_coef": self.kl_coef, **rollout_metrics(rollout)}
         try:
             if problem := rollout_problem(rollout):
@@ -177,12 +190,42 @@ class OnlineTrainer:
         seconds = time.perf_counter() - start
         metrics["bad_batches"] = float(self._bad_batches)
         metrics["tokens_per_second"] = float(rollout.response_mask.sum()) / seconds
-        metrics["sampling_share_of_time"] = (sampled - start) / seconds
+        metrics["sampling_share_of_time"] = (collected - start) / seconds
         metrics["memory_gb"] = self.runtime.peak_memory_gb()
         return metrics
 
+    def collect_rollout(self, update: int) -> Rollout:
+        """Samples and scores the responses of one update; each process does its share, and all get the whole batch."""
+        config = self.config
+        is_decoder = not self._policy.is_seq2seq
+        share = self.runtime.share
+        texts = share(self._prompt_batches.of_update(update))
+        group = share(torch.arange(config.batch_size) // config.samples_per_prompt)
+        uniforms = share(sampling_uniforms(config.seed, update, config.batch_size, config.max_new_tokens))
+        prompts = prompt_batch(texts, self.tokenizer, self.runtime.device, left=is_decoder)
+        sampled = self.sampler.sample(prompts, uniforms)
+        completions = complete(prompts, sampled, self.tokenizer, continues=is_decoder, group=group)
+        scores = self.scorer.score(completions.prompts, completions.responses)
+        shaped_scores = self._shaping.shaped(scores, completions.finished, self.runtime)
+        release_freed_memory()  # the sampler's cache left holes
+        own_rollout = collect(
+            completions,
+            self._policy,
+            self._reference,
+            scores,
+            shaped_scores,
+            temperature=config.temperature,
+            kl_penalty=config.kl_penalty,
+            critic=self.learner.critic,
+            states=sampled.states,
+            recompute=config.recomputes_logprobs,
+            max_rows=config.forward_batch_size,
+        )
+        rollouts = self.runtime.gather(to_device(own_rollout, torch.device("cpu")))  # processes may differ in device
+        return to_device(concatenate(rollouts, left=is_decoder), self.runtime.device)
+
     def generate(self, prompts: Sequence[str], *, seed: int = 0, reference: bool = False) -> list[str]:
-        """One response to each prompt, of the policy as it is now or of the `reference` it started as."""
+        """Samples one response to each prompt, from the policy as it is now or from the `reference` it started as."""
         options: dict[str, Any] = {
             "max_new_tokens": self.config.max_new_tokens,
             "temperature": self.config.temperature,
@@ -194,15 +237,15 @@ class OnlineTrainer:
         return generate_text(self._policy, self.tokenizer, list(prompts), **options)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the policy and tokenizer as a plain transformers folder and opens it again to be sure it is whole."""
+        """Writes policy and tokenizer as a plain transformers folder, opens it again and compares the weights."""
         if self.runtime.is_main:
             trusted = self.config.trust_remote_code
-            setup.save_policy(self.policy, self.tokenizer, folder, trust_remote_code=trusted)
+            build.save_policy(self.policy, self.tokenizer, folder, trust_remote_code=trusted)
 
     def checkpoint(self) -> None:
-        """Writes `<output_dir>/checkpoints/step-<updates done>`; nothing without an output_dir.
+        """Writes `<output_dir>/checkpoints/step-<updates done>`; does nothing without an output_dir.
 
-        Raises UserError when the disk refuses it; the earlier checkpoints are intact.
+        Raises CheckpointError if it cannot be written; earlier checkpoints stay intact.
         """
         if self.config.output_dir is None:
             return
@@ -211,7 +254,7 @@ class OnlineTrainer:
             state = {
                 "identity": self._identity,
                 "updates": self.updates,
-                **self._learned(),
+                **self._trained_state(),
                 "best_score": self._best_score,
                 "bad_batches": (self._bad_batches, self._bad_in_a_row),
                 "history": self.history,
@@ -221,22 +264,22 @@ class OnlineTrainer:
         self.runtime.wait()
 
     def snapshot(self) -> dict[str, Any]:
-        """A copy of all that learning has changed, for `restore`: policy, learner, KL coefficient, score statistics.
+        """A copy of everything that learning changes, for `restore`: policy, learner, KL coefficient, score statistics.
 
-        It is what `save_checkpoint` takes. The history and the random states go on, whatever is restored.
+        `save_checkpoint` accepts it. History and random states are not part of it.
         """
-        return setup.copied(self._learned())
+        return copied(self._trained_state())
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Puts back what `snapshot` returned; the state stays the caller's, and can be restored again."""
-        setup.load_tensors(self._policy, state["policy"])
-        self.learner.load_state(setup.copied(state["learner"]))  # Adam goes on in what it is given
+        """Restores what `snapshot` returned; the state is copied and can be restored again."""
+        load_tensors(self._policy, state["policy"])
+        self.learner.load_state(copied(state["learner"]))  # the optimiser changes the tensors it is given
         self.kl_coef = state["kl_coef"]
         self._shaping.moments = state["score_moments"]
 
-    def _learned(self) -> dict[str, Any]:
+    def _trained_state(self) -> dict[str, Any]:
         return {
-            "policy": setup.trainable_tensors(self._policy),
+            "policy": trainable_tensors(self._policy),
             "learner": self.learner.state(),
             "kl_coef": self.kl_coef,
             "score_moments": self._shaping.moments,
@@ -247,31 +290,36 @@ class OnlineTrainer:
         return Path(self.config.output_dir or ".") / "checkpoints"
 
     def _find_earlier_run(self) -> None:
-        """Goes on from the newest checkpoint in output_dir, if asked to; never walks over an unfinished run."""
+        """Resumes from the newest checkpoint in output_dir if `resume` is set; never overwrites an unfinished run.
+
+        Raises CheckpointError for an unfinished run without `resume`, and for a checkpoint of another run.
+        """
         if self.config.output_dir is None:
             return
         found = latest_checkpoint(self._checkpoints)
         if not self.config.resume:
             if found is not None and found.step < found.state["updates"]:
-                raise UserError(
+                raise CheckpointError(
                     f"'{self.config.output_dir}' holds a run that stopped after {found.step} of"
-                    f" {found.state['updates']} updates: add --resume to go on with it, give another output_dir, or"
+                    f" {found.state['updates']} updates: add --resume to continue it, give another output_dir, or"
                     f" remove '{self._checkpoints}'."
                 )
             if self.runtime.is_main:
                 remove_checkpoints(self._checkpoints)
             return
         if found is None:
-            logger.info("There is no whole checkpoint in '%s': starting from the beginning.", self._checkpoints)
+            logger.info("There is no complete checkpoint in '%s': starting from the beginning.", self._checkpoints)
             return
         changed = changed_flags(found.state["identity"], self._identity, free=())
         if changed:
-            raise UserError(f"This is not the run in '{self.config.output_dir}': {changed}. Undo that, or start anew.")
+            raise CheckpointError(
+                f"This is not the run in '{self.config.output_dir}': {changed}. Undo that, or start a new run."
+            )
         self._load(found.state)
         if found.step == self.updates:
-            logger.info("All %d updates are done, says '%s'.", found.step, found.path)
+            logger.info("All %d updates are already done in '%s'.", found.step, found.path)
         else:
-            logger.info("Going on after update %d of %d, from '%s'.", found.step, self.updates, found.path)
+            logger.info("Resuming after update %d of %d from '%s'.", found.step, self.updates, found.path)
 
     def _load(self, state: dict[str, Any]) -> None:
         self.restore(state)
@@ -280,48 +328,6 @@ class OnlineTrainer:
         self.history = state["history"]
         set_random_states(state["random"][self.runtime.rank % len(state["random"])])
 
-    def _collect(self, update: int) -> Rollout:
-        """Samples and scores the prompts of one update; each process does its share and gets everything."""
-        config = self.config
-        left = not self._policy.is_seq2seq
-        share = self.runtime.share
-        texts = share(self._batch_of_prompts(update))
-        group = share(torch.arange(config.batch_size) // config.samples_per_prompt)
-        uniforms = share(sampling_uniforms(config.seed, update, config.batch_size, config.max_new_tokens))
-        prompts = prompt_batch(texts, self.tokenizer, self.runtime.device, left=left)
-        sampled = self.sampler.sample(prompts, uniforms)
-        completions = complete(prompts, sampled, self.tokenizer, continues=left, group=group)
-        scores = self.scorer.score(completions.prompts, completions.responses)
-        release_freed_memory()  # the sampler's cache left holes
-        part = collect(
-            completions,
-            self._policy,
-            self._reference,
-            scores,
-            temperature=config.temperature,
-            kl_penalty=config.kl_penalty,
-            critic=self.learner.critic,
-            states=sampled.states,
-            recompute=config.recomputes_logprobs,
-            max_rows=config.forward_batch_size,
-        )
-        part = dataclasses.replace(part, shaped_scores=self._shaping.combined(scores).to(part.scores.device))
-        parts = self.runtime.gather(moved(part, torch.device("cpu")))  # each process may have a device of its own
-        return moved(concatenate(parts, left=left), self.runtime.device)
-
-    def _batch_of_prompts(self, update: int) -> list[str]:
-        """The prompts of an update: each pass over the data is a new permutation, and batches run across passes."""
-        config, count = self.config, len(self.prompts)
-        size = config.batch_size // config.samples_per_prompt
-        batch = []
-        for position in range(update * size, (update + 1) * size):
-            epoch, offset = divmod(position, count)
-            if offset == 0 or position == update * size:
-                generator = torch.Generator().manual_seed(config.seed * 7_919 + epoch)
-                order = torch.randperm(count, generator=generator).tolist()
-            batch += [self.prompts[order[offset]]] * config.samples_per_prompt
-        return batch
-
     def _adapt_kl_coef(self, kl: float) -> None:
         config = self.config
         self.kl_coef = adapted_kl_coef(
@@ -329,23 +335,23 @@ class OnlineTrainer:
         )
 
     def _set_aside(self, rollout: Rollout, update: int, reason: str) -> None:
-        """Keeps a batch that ended its update, for people to look at. Raises UserError after too many in a row."""
+        """Counts a bad batch and writes it to a file. Raises RewardError after too many in a row."""
         self._bad_batches += 1
         self._bad_in_a_row += 1
         logger.warning("Update %d ends at its first number that is not finite: %s.", update + 1, reason)
         if self.config.output_dir is not None and self.runtime.is_main:
             path = Path(self.config.output_dir) / "bad_batches" / f"step-{update + 1}.json"
-            setup.set_aside(path, rollout, step=update + 1, reason=reason)
+            set_aside(path, rollout, step=update + 1, reason=reason)
         if self._bad_in_a_row >= min(self.config.max_bad_batches, self.updates):
             found = latest_checkpoint(self._checkpoints) if self.config.output_dir is not None else None
-            good = f"go on with --resume from '{found.path}', the last good checkpoint" if found else "begin again"
-            raise UserError(
-                f"{self._bad_in_a_row} batches in a row could not be learned from, the last because {reason}: mend the"
-                f" reward and {good}, or begin again with a lower learning rate."
+            good = f"add --resume to continue from '{found.path}', the last good checkpoint" if found else "start again"
+            raise RewardError(
+                f"{self._bad_in_a_row} batches in a row could not be learned from, the last because {reason}: correct"
+                f" the reward and {good}, or start again with a lower learning rate."
             )
 
     def _push_if_best(self, score: float, update: int) -> None:
-        """Saves and pushes the policy that sampled, before it learns, if nothing scored as high yet."""
+        """Saves and pushes the policy that sampled this batch, before it learns, if its score is the best so far."""
         options = self.config.push_to_hub_if_best_kwargs
         if not options or (update + 1) % self.config.compare_steps or score <= self._best_score:
             return
@@ -356,8 +362,8 @@ class OnlineTrainer:
             push_folder(folder, **options)
 
     @contextmanager
-    def _ctrl_c_waits(self) -> Iterator[None]:
-        """The first Ctrl-C only asks to stop; the second one interrupts."""
+    def _ctrl_c_deferred(self) -> Iterator[None]:
+        """Within this context the first Ctrl-C requests a stop after the update; the second one interrupts."""
 
         def ask_to_stop(*_: Any) -> None:
             self._interrupted = True
@@ -367,7 +373,7 @@ class OnlineTrainer:
         self._interrupted = False
         before = signal.getsignal(signal.SIGINT)
         if before in (None, signal.SIG_IGN) or threading.current_thread() is not threading.main_thread():
-            yield  # signals are somebody else's, or Ctrl-C is for other programs of the terminal
+            yield  # another program handles signals, or ignores Ctrl-C
             return
         signal.signal(signal.SIGINT, ask_to_stop)
         try:

@@ -29,9 +29,9 @@ from deep_rlhf.errors import UserError
 from deep_rlhf.models.pairs import PairScorer
 from deep_rlhf.ops.preference import bradley_terry_loss
 from deep_rlhf.runtime.memory import is_out_of_memory
+from deep_rlhf.runtime.optimisers.adamw import MasterAdamW
 from deep_rlhf.runtime.precision import (
-    MasterAdamW,
-    cast_around_table,
+    cast_around_embeddings,
     cast_weights,
     compute_dtype,
     hidden_width,
@@ -192,7 +192,7 @@ class RewardTrainer(ResumableTrainer):
         """As transformers', but bf16 weights get float32 masters. The table of token embeddings is its own master."""
         if self.dtype == torch.float32 or self.optimizer is not None:
             return super().create_optimizer(model)
-        self._embedding_casts = cast_around_table(self.model, self.dtype)
+        self._embedding_casts = cast_around_embeddings(self.model, self.dtype)
         _, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer_cls_and_kwargs = MasterAdamW, {key: value for key, value in settings.items() if key != "fused"}
         optimizer = super().create_optimizer(model)

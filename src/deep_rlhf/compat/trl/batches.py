@@ -19,7 +19,7 @@ def checked(
     scores: list[Tensor],
     response_masks: list[Tensor] | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """The responses' real tokens, and the scores [N]. Raises ValueError for what no step can be made of."""
+    """The unmasked tokens of the responses, and the scores [N, 1]. Raises ValueError for invalid input."""
     named: dict[str, Any] = {"queries": queries, "responses": responses, "scores": scores}
     if response_masks is not None:
         named["response_masks"] = response_masks
@@ -45,7 +45,7 @@ def checked(
             raise ValueError(f"Scores must be 1-dimensional, one number each - got shape {tuple(score.shape)}")
     if response_masks is not None:
         responses = [_unmasked(*pair) for pair in zip(responses, response_masks, strict=True)]
-    return responses, torch.stack([score.detach().float().reshape(()) for score in scores]).cpu()
+    return responses, torch.stack([score.detach().float().reshape(1) for score in scores]).cpu()
 
 
 def _unmasked(response: Tensor, mask: Tensor) -> Tensor:

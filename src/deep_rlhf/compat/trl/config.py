@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deep_rlhf.algorithms import ppo_config
+from deep_rlhf.algorithms import ppo
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +112,11 @@ class PPOConfig:
         """Every setting by its name; those inside a dict by "name/key"."""
         return _flat(vars(self))
 
-    def native(self, processes: int) -> ppo_config.PPOConfig:
+    def native(self, processes: int) -> ppo.PPOConfig:
         """This configuration for `processes` processes as this project knows it: batch sizes are over all of them."""
         same: dict[str, Any] = {name: getattr(self, name) for name in _SAME}
         dicts: dict[str, Any] = {name: getattr(self, name) or None for name in _DICTS}
-        return ppo_config.PPOConfig(
+        return ppo.PPOConfig(
             **same,
             **dicts,
             batch_size=self.batch_size * processes,

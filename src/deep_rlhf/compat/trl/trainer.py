@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from deep_rlhf.algorithms.online.bad_batches import rollout_problem
 from deep_rlhf.algorithms.online.build import open_runtime
-from deep_rlhf.algorithms.online.optimiser_step import NotFiniteError
-from deep_rlhf.algorithms.online.score_shaping import ScoreShaping, rollout_problem
+from deep_rlhf.algorithms.online.learner import NotFiniteError
+from deep_rlhf.algorithms.online.score_shaping import ScoreShaping
 from deep_rlhf.algorithms.ppo import PPO
 from deep_rlhf.compat.trl import batches
 from deep_rlhf.compat.trl.config import PPOConfig
@@ -29,8 +30,8 @@ from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.ops.kl import adapted_kl_coef
 from deep_rlhf.rollout.collect import collect
 from deep_rlhf.rollout.generate import eos_token_ids
-from deep_rlhf.rollout.records import concatenate, moved
-from deep_rlhf.types import Rollout
+from deep_rlhf.rollout.records import concatenate, to_device
+from deep_rlhf.types import Completions, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -180,11 +181,12 @@ class PPOTrainer:
         at which the update ends.
         """
         times = [time.perf_counter()]
-        responses, all_scores = batches.checked(self.config.batch_size, queries, responses, scores, response_masks)
-        rollout = self._rollout(queries, responses, all_scores)
-        times.append(time.perf_counter())
+        responses, member_scores = batches.checked(self.config.batch_size, queries, responses, scores, response_masks)
+        completions = self._completions(queries, responses)
         moments = self._shaping.moments
-        rollout = self._shaping.shaped(rollout)
+        shaped_scores = self._shaping.shaped(member_scores, completions.finished, self._runtime)
+        times.append(time.perf_counter())
+        rollout = self._rollout(completions, member_scores, shaped_scores)
         times.append(time.perf_counter())
         kl_coef = self.kl_ctl.value
         experience = self._learner.experience(rollout, kl_coef)
@@ -210,7 +212,7 @@ class PPOTrainer:
         if self.config.optimize_device_cache and self.current_device.type == "cuda":
             torch.cuda.empty_cache()
         times.append(time.perf_counter())
-        names = ("forward_pass", "compute_rewards", "compute_advantages", "optimize_step", "calc_stats")
+        names = ("compute_rewards", "forward_pass", "compute_advantages", "optimize_step", "calc_stats")
         spans = {name: times[i + 1] - times[i] for i, name in enumerate(names)} | {"total": times[-1] - times[0]}
         return stats | {f"time/ppo/{name}": seconds for name, seconds in spans.items()}
 
@@ -352,30 +354,35 @@ class PPOTrainer:
         ends = torch.isin(response, torch.tensor(self._eos_ids, device=response.device)).nonzero()
         return response[: int(ends[0]) + 1] if len(ends) else response
 
-    def _rollout(self, queries: list[Tensor], responses: list[Tensor], scores: Tensor) -> Rollout:
-        """This process's samples seen by policy, reference and critic, joined with those of the others."""
-        native, policy = self._native, self._policy
-        self.model.eval()
+    def _completions(self, queries: list[Tensor], responses: list[Tensor]) -> Completions:
+        """This process's queries and responses as a record, without what generation appended after EOS."""
+        policy = self._policy
         if policy.is_seq2seq:  # TRL's responses of an encoder-decoder begin with the token that decoding starts with
             start = int(policy.start_ids(1))
             responses = [row[1:] if len(row) > 1 and int(row[0]) == start else row for row in responses]
         pad_id = self.tokenizer.pad_token_id
         responses = [batches.without_filling(row, self._eos_ids, pad_id) for row in responses]
-        completions = batches.make_completions(queries, responses, policy, self.tokenizer, self._eos_ids)
-        part = collect(
+        return batches.make_completions(queries, responses, policy, self.tokenizer, self._eos_ids)
+
+    def _rollout(self, completions: Completions, scores: Tensor, shaped_scores: Tensor) -> Rollout:
+        """The rollout of all processes' completions: log-probabilities, KL and values of each token added."""
+        native, policy = self._native, self._policy
+        self.model.eval()
+        own_rollout = collect(
             completions,
             policy,
             self._reference,
-            scores.unsqueeze(1),
+            scores,
+            shaped_scores,
             temperature=native.temperature,
             kl_penalty=native.kl_penalty,
             critic=self._learner.critic,
             max_rows=native.forward_batch_size,
         )
         entropy = batches.policy_entropy(completions, policy, native.temperature, native.forward_batch_size)
-        part = dataclasses.replace(part, sampler_logprobs=part.logprobs, entropy=entropy)
-        parts = self._runtime.gather(moved(part, torch.device("cpu")))
-        return moved(concatenate(parts, left=not policy.is_seq2seq), self.current_device)
+        own_rollout = dataclasses.replace(own_rollout, sampler_logprobs=own_rollout.logprobs, entropy=entropy)
+        rollouts = self._runtime.gather(to_device(own_rollout, torch.device("cpu")))
+        return to_device(concatenate(rollouts, left=not policy.is_seq2seq), self.current_device)
 
     def _push_if_best(self, score: float) -> None:
         options = self._native.push_to_hub_if_best_kwargs

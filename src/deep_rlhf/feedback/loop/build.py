@@ -7,8 +7,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online.build import open_scorer
-from deep_rlhf.algorithms.ppo import PPOTrainer
-from deep_rlhf.algorithms.ppo_config import PPOConfig
+from deep_rlhf.algorithms.ppo import PPOConfig, PPOTrainer
 from deep_rlhf.feedback.loop.config import SessionConfig
 from deep_rlhf.feedback.questions.schedule import LabelSchedule
 from deep_rlhf.feedback.records import Version

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from deep_rlhf.algorithms.online.build import trainable_tensors
+from deep_rlhf.algorithms.online.state import trainable_tensors
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.errors import StoreError, UserError
 from deep_rlhf.feedback.state import ACTIVE_LOOP, HEARTBEAT, START_POLICY
