@@ -21,8 +21,7 @@ from deep_rlhf.extras import optional_packages
 if TYPE_CHECKING:
     from deep_rlhf.algorithms.best_of_n import BestOfN
     from deep_rlhf.algorithms.grpo import GRPOConfig, GRPOTrainer
-    from deep_rlhf.algorithms.ppo import PPOTrainer
-    from deep_rlhf.algorithms.ppo_config import PPOConfig
+    from deep_rlhf.algorithms.ppo import PPOConfig, PPOTrainer
     from deep_rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlusConfig, ReinforcePlusPlusTrainer
     from deep_rlhf.algorithms.rloo import RLOOConfig, RLOOTrainer
     from deep_rlhf.algorithms.supervised.dpo import DPOConfig, DPOTrainer, train_dpo
@@ -80,8 +79,7 @@ __all__ = [
 _MODULES = {
     "algorithms.best_of_n": ("BestOfN",),
     "algorithms.grpo": ("GRPOConfig", "GRPOTrainer"),
-    "algorithms.ppo": ("PPOTrainer",),
-    "algorithms.ppo_config": ("PPOConfig",),
+    "algorithms.ppo": ("PPOConfig", "PPOTrainer"),
     "algorithms.reinforce_plus_plus": ("ReinforcePlusPlusConfig", "ReinforcePlusPlusTrainer"),
     "algorithms.rloo": ("RLOOConfig", "RLOOTrainer"),
     "algorithms.supervised.dpo": ("DPOConfig", "DPOTrainer", "train_dpo"),
