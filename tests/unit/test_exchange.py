@@ -171,7 +171,7 @@ def test_export_import_export_is_the_same(
 
 def unnumbered(label: Any) -> tuple[Any, ...]:
     c = label.comparison
-    question = (c.prompt, c.answers, c.why_selected, c.policy_version, c.reward_version, c.writers, c.predicted)
+    question = (c.prompt, c.responses, c.why_selected, c.policy_version, c.reward_version, c.writers, c.predicted)
     answer = (label.annotator, label.choice, label.ranks, label.strength, label.shown_order, label.seconds)
     return (*question, c.expected, *answer, label.created)
 

@@ -17,7 +17,7 @@ class Clumsy:
         self.answered = 0
         self.done = threading.Event()
 
-    def answer(self, store: Any, most: int) -> int:
+    def label(self, store: Any, most: int) -> int:
         if self.troubles:
             raise self.troubles.pop()
         self.answered += 1

@@ -65,9 +65,9 @@ def test_each_vote_is_an_answer_of_its_worker(store: Store, tmp_path: Path) -> N
 
 def test_a_replay_goes_on_where_it_was(store: Store, tmp_path: Path) -> None:
     pairs = read_votes(voted(tmp_path))
-    assert Replay(pairs, seed=1).answer(store, 2) == 2
+    assert Replay(pairs, seed=1).label(store, 2) == 2
     first = [one.event_id for one in store.labels()]
-    assert Replay(pairs, seed=1).answer(store, 100) == 4
+    assert Replay(pairs, seed=1).label(store, 100) == 4
     assert [one.event_id for one in store.labels()][:2] == first
     assert store.label_count() == 6
 
@@ -86,7 +86,7 @@ def test_labels_of_one_person_are_replayed_as_his(store: Store, tmp_path: Path) 
         {"prompt": "p", "a": "x", "b": "y", "mu": 0.0, "annotator": "bob"},
         {"prompt": "q", "a": "x", "b": "y", "mu": 0.5},
     ]
-    Replay(read_votes(lines(tmp_path / "labels.jsonl", rows), template="plain")).answer(store, 100)
+    Replay(read_votes(lines(tmp_path / "labels.jsonl", rows), template="plain")).label(store, 100)
     found = {(one.comparison.prompt, one.annotator, one.choice) for one in store.labels()}
     assert found == {("p", "ann", "a"), ("p", "bob", "b"), ("q", "replay", "tie")}
 

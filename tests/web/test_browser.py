@@ -155,13 +155,13 @@ def test_the_next_question_is_there_in_less_than_a_tenth_of_a_second(
     visit: Visit, store: Store, add: Add, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured in the page, from the key to the next frame, though the server takes longer than that."""
-    answer = store.answer
+    add_label = store.add_label
 
     def slow(*what: Any, **fields: Any) -> int:
         time.sleep(0.15)
-        return answer(*what, **fields)
+        return add_label(*what, **fields)
 
-    monkeypatch.setattr(store, "answer", slow)
+    monkeypatch.setattr(store, "add_label", slow)
     add(22)
     page = visit("anna")
     page.evaluate("""() => {
