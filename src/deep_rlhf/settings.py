@@ -9,14 +9,13 @@ from deep_rlhf.errors import ConfigError
 LARGEST_SEED = 2**32 - 1  # what NumPy's generators accept
 
 
-class _Metadata(dict[str, Any]):
-    """A field's help text and bounds; only the help is listed.
+class BoundedHelp(str):
+    """A help text that carries the bounds of its setting.
 
-    transformers.HfArgumentParser hands every listed key to argparse, which does not know bounds.
+    The bounds have no metadata key of their own, since HfArgumentParser passes every key to argparse.
     """
 
-    def keys(self) -> Any:
-        return {name: None for name in self if name != "bounds"}.keys()
+    bounds: dict[str, float]
 
 
 def setting(
@@ -34,7 +33,9 @@ def setting(
     copied for every instance.
     """
     bounds = {"above": above, "least": least, "below": below, "most": most}
-    metadata = _Metadata(help=help, bounds={name: bound for name, bound in bounds.items() if bound is not None})
+    text = BoundedHelp(help)
+    text.bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+    metadata = {"help": text}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -56,13 +57,14 @@ def check_settings(config: Any) -> None:
         value = getattr(config, field.name)
         if value is None:
             continue
-        bounds = field.metadata.get("bounds")
-        if bounds and not _within(value, **bounds):
-            raise ConfigError(f"{field.name} must be {_description(**bounds)}, not {value}.")
+        text = field.metadata.get("help")
+        is_setting = isinstance(text, BoundedHelp)
+        if is_setting and text.bounds and not _within(value, **text.bounds):
+            raise ConfigError(f"{field.name} must be {_description(**text.bounds)}, not {value}.")
         for kind in (hints[field.name], *get_args(hints[field.name])):  # also the parts of `X | None`
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ConfigError(f"{field.name} must be one of {', '.join(map(str, get_args(kind)))}, not {value}.")
-            if get_origin(kind) is dict and "bounds" in field.metadata and not isinstance(value, dict):
+            if get_origin(kind) is dict and is_setting and not isinstance(value, dict):
                 raise ConfigError(f"{field.name} must be a mapping of names to values, not {value!r}.")
 
 

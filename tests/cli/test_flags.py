@@ -9,10 +9,10 @@ from transformers import HfArgumentParser
 
 from deep_rlhf.algorithms.ppo import PPOConfig
 from deep_rlhf.algorithms.supervised.reward import RewardConfig
-from deep_rlhf.cli.console import calm_libraries
+from deep_rlhf.cli.console import silence_libraries
 from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_config
 from deep_rlhf.cli.reward import RewardArguments
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import CheckpointError, ConfigError
 from utils import ScriptArguments
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -81,7 +81,7 @@ def test_old_spellings_are_read_from_a_file(tmp_path: Path) -> None:
 def test_gradient_checkpointing_is_understood_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        calm_libraries()
+        silence_libraries()
         assert reward("--gradient_checkpointing=True", "--report_to=none")[1].gradient_checkpointing is True
 
 
@@ -101,7 +101,7 @@ def test_gradient_checkpointing_is_understood_without_a_warning() -> None:
     ],
 )
 def test_a_wrong_flag_is_one_sentence(argv: list[str], said: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ConfigError) as caught:
         parsed(*argv)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -124,7 +124,7 @@ def test_a_wrong_flag_is_one_sentence(argv: list[str], said: str) -> None:
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ConfigError) as caught:
         parsed(f"--config={path}")
     assert said.format(path=path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -172,7 +172,7 @@ def test_the_parser_of_transformers_reads_the_flags_of_the_original() -> None:
 @pytest.mark.parametrize("name", ["", "/below"])
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot write to --output_dir"):
+    with pytest.raises(CheckpointError, match="Cannot write to --output_dir"):
         output_folder(f"{tmp_path / 'file'}{name}")
 
 

@@ -113,4 +113,7 @@ def test_a_seed_that_no_generator_takes_is_one_sentence(
     with pytest.raises(SystemExit) as left:
         cli_main.run(command, [f"--seed={seed}"])
     assert left.value.code == 2
-    assert capsys.readouterr().err == f"error: seed must be between 0 and 4294967295, not {seed}.\n"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: seed must be ")
+    assert "4294967295" in line
+    assert seed in line

@@ -14,7 +14,7 @@ from transformers import (
     GPT2Config,
 )
 
-from deep_rlhf.cli.console import calm_libraries
+from deep_rlhf.cli.console import silence_libraries
 from deep_rlhf.cli.main import run
 from deep_rlhf.cli.plan import advice, ladders
 from deep_rlhf.errors import UserError
@@ -104,7 +104,7 @@ def test_a_hub_that_is_not_reached_is_not_the_models_fault(plan: Callable, monke
 
 
 def test_a_request_that_is_tried_again_is_told_of_once() -> None:
-    calm_libraries()
+    silence_libraries()
     logger = logging.getLogger("huggingface_hub.utils._http")
     failed = "'Connection refused' thrown while requesting HEAD http://hub.example.org/config.json"
     limited = "Rate limited. Waiting 9s before retry [Retry 5/5]."

@@ -33,9 +33,9 @@ def test_the_install_command_names_the_extra_or_the_package() -> None:
 
 
 def test_only_missing_extras_become_resource_errors() -> None:
-    with pytest.raises(ResourceError, match=r"The page needs the package sqlalchemy.*'deep-rlhf\[people\]'"):
-        with optional_packages("The page"):
-            raise ModuleNotFoundError(name="sqlalchemy.orm")
+    needed = r"The page needs the package sqlalchemy.*'deep-rlhf\[people\]'"
+    with pytest.raises(ResourceError, match=needed), optional_packages("The page"):
+        raise ModuleNotFoundError(name="sqlalchemy.orm")
     with pytest.raises(ModuleNotFoundError), optional_packages("The page"):
         raise ModuleNotFoundError(name="somebody_elses")
 
@@ -104,7 +104,7 @@ GPT2LMHeadModel(
 ).save_pretrained("policy")
 Path("rewards.py").write_text("def score(prompts, responses):\\n    return [float(len(text)) for text in responses]\\n")
 Path("prompts.txt").write_text("How do I bake bread?\\nHow do I brew tea?\\n")
-run("ppo", ["--model_name=policy", "--reward_model=rewards.py:score", "--query_dataset=prompts.txt", "--steps=8",
+run("ppo", ["--model_name=policy", "--reward_model=python:rewards:score", "--query_dataset=prompts.txt", "--steps=8",
             "--batch_size=4", "--mini_batch_size=4", "--max_new_tokens=4", "--output_dir=out"])
 """
 

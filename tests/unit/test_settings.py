@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
+from transformers import HfArgumentParser
 
 from deep_rlhf.errors import ConfigError
 from deep_rlhf.settings import check_settings, seed_setting, setting
@@ -50,6 +51,11 @@ def test_the_field_and_its_bounds_are_named(values: dict[str, Any], facts: tuple
     assert isinstance(caught.value, ValueError)
     for fact in facts:
         assert fact in str(caught.value)
+
+
+def test_transformers_parser_reads_settings() -> None:
+    (config,) = HfArgumentParser(Config).parse_args_into_dataclasses(["--rate=0.25", "--kind=b", "--seed=3"])
+    assert config == Config(rate=0.25, kind="b", seed=3)
 
 
 def test_instances_do_not_share_a_list() -> None:

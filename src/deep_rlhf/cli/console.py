@@ -1,4 +1,4 @@
-"""A calm console: what the libraries would print over our own lines and bars is switched off here, and only here."""
+"""Silences the output of libraries that would break up our own lines and progress bars."""
 
 import logging
 import os
@@ -9,26 +9,26 @@ from huggingface_hub.utils.tqdm import enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 
-def calm_libraries() -> None:
-    """Leaves of the libraries' output the bars of downloads and of training, and warnings a user can act on."""
-    os.environ.setdefault("WANDB_QUIET", "true")  # its summary repeats, line by line, what metrics.jsonl holds
-    transformers_logging.disable_progress_bar()  # of reading and writing files …
-    enable_progress_bars()  # … which switched off those of downloads too
-    # A table of the weights that are new or unused: a fresh reward head always is.
+def silence_libraries() -> None:
+    """Keeps, of the libraries' output, the progress bars of downloads and warnings that a user can act on."""
+    os.environ.setdefault("WANDB_QUIET", "true")  # its summary repeats metrics.jsonl
+    transformers_logging.disable_progress_bar()  # the bars of reading and writing files …
+    enable_progress_bars()  # … which also disables those of downloads
+    # A table of new and unused weights, which a new reward head always triggers.
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_load_report)
-    hub_logging.disable_propagation()  # it has a handler of its own: each line would come twice
-    logging.getLogger("huggingface_hub.utils._http").addFilter(_FIRST_TRY)
-    # Users type it and it means what it did; its new name exists only in the newest transformers.
+    hub_logging.disable_propagation()  # it has a handler of its own, so each line would be printed twice
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_FIRST_FAILURE)
+    # The old name still works, and the new one exists only in the newest transformers.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true", category=UserWarning)
-    # With bitsandbytes installed peft imports it, and it misses an optional package on CPUs that multiply bf16.
+    # peft imports bitsandbytes where it is installed, which then asks for an optional package on CPUs with bf16.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-class _FirstTry(logging.Filter):
-    """Passes what is said of a request's first failure, and not the ten lines that repeat it while it is tried again.
+class _FirstFailure(logging.Filter):
+    """Passes the message of a request's first failure and drops those of the retries, which repeat it.
 
-    None of them would leave half a minute of silence.
+    Dropping all of them would leave half a minute without output.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class _FirstTry(logging.Filter):
         self._failure = ""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record says something new."""
+        """Whether the record is not a repetition."""
         message = record.getMessage()
         if message.startswith("Retrying in "):
             return "[Retry 1/" in message
@@ -45,7 +45,7 @@ class _FirstTry(logging.Filter):
         return is_new
 
 
-_FIRST_TRY = _FirstTry()
+_FIRST_FAILURE = _FirstFailure()
 
 
 def _is_no_load_report(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""From the command line and a YAML file to validated dataclasses: one flag per field, flags override the file."""
+"""Parses the command line and a YAML file into validated dataclasses: one flag per field; flags override the file."""
 
 import argparse
 import dataclasses
@@ -17,9 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.hf_argparser import HfArgumentParser
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import CheckpointError, ConfigError, ResourceError, UserError
 
-# Spellings that users' scripts still have and newer transformers dropped.
+# Names of transformers' arguments that scripts still use and newer releases dropped.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
@@ -29,7 +29,7 @@ RENAMED = {
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """One line of usage, one spelling of each flag, and no word about a default that is None."""
+    """Help with one line of usage, one spelling of each flag, and no default that is None."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
@@ -46,23 +46,35 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(HfArgumentParser):
+    """HfArgumentParser with literal % in help texts, JSON for dicts, and errors of one sentence."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.flags: dict[str, argparse.Action] = {}  # by field
+        super().__init__(*args, **options)
+
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """As argparse's, but the help is taken as it reads: a % in it is a per cent sign."""
+        """As argparse's, but a % in the help is a per cent sign, and a dict is given as JSON."""
         options["help"] = (options.get("help") or "").replace("%%", "%").replace("%", "%%")
         if get_origin(options.get("type")) is dict:
             options["type"] = _mapping
-        return super().add_argument(*names, **options)
+        action = super().add_argument(*names, **options)
+        if action.option_strings[0].startswith("--no_"):  # HfArgumentParser adds it for a bool that is True
+            action.help = argparse.SUPPRESS
+        if action.dest not in ("help", "config"):
+            self.flags.setdefault(action.dest, action)
+        return action
 
     def error(self, message: str) -> NoReturn:
-        """One sentence instead of a page of usage."""
+        """Raises ConfigError with one sentence, where argparse prints the usage and exits."""
         message = re.sub(r"^argument (--\w+)(/--[\w-]+)?", r"\1", message).rstrip(".")
-        raise UserError(f"{message}. Run with --help to see every flag.")
+        raise ConfigError(f"{message}. Run with --help to see every flag.")
 
 
 def parse_flags(argv: list[str] | None, *dataclass_types: Any, prog: str, description: str) -> tuple[Any, ...]:
-    """One instance of each dataclass, from `--config file.yaml` and, over it, the flags.
+    """Returns one instance of each dataclass, from the flags in `argv` and those of `--config file.yaml`.
 
-    Raises UserError for an unknown flag or key (naming the closest one), a wrong value, or an unreadable file.
+    Flags override the file. Raises ConfigError for an unknown flag or key, with the closest known one, for an invalid
+    value, and for an unreadable file.
     """
     argv = _with_new_spellings(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, prog=prog, description=description, allow_abbrev=False, formatter_class=_Help)
@@ -71,22 +83,22 @@ def parse_flags(argv: list[str] | None, *dataclass_types: Any, prog: str, descri
     namespace, unknown = parser.parse_known_args([*_flags_of_file(parser, argv), *argv])
     if unknown:
         name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), _known(parser), n=1)
+        close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), parser.flags, n=1)
         hint = f"Did you mean --{close[0]}?" if close else "Run with --help to see every flag."
-        raise UserError(f"Unknown argument {name}. {hint}")
+        raise ConfigError(f"Unknown argument {name}. {hint}")
     values = vars(namespace)
     return tuple(_built(kind, values) for kind in dataclass_types)
 
 
 def output_folder(name: str | Path) -> Path:
-    """Makes the folder of a run's results, before anything takes time. Raises UserError if nothing can be written."""
+    """Creates the folder of a run's results. Raises CheckpointError if files cannot be written there."""
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"Cannot write to --output_dir '{folder}': {error.strerror}.") from error
+        raise CheckpointError(f"Cannot write to --output_dir '{folder}': {error.strerror}.") from error
     return folder
 
 
@@ -102,7 +114,7 @@ def save_config(path: Path, *configs: Any) -> None:
 
 
 def print_config(*configs: Any) -> None:
-    """Prints every field that differs from its default, as a table."""
+    """Prints a table of the fields that differ from their defaults."""
     table = Table(show_header=False)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
@@ -116,7 +128,7 @@ def print_config(*configs: Any) -> None:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    """A flag's value of names and values, as JSON."""
+    """Parses the JSON object of a flag."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -126,24 +138,20 @@ def _mapping(text: str) -> dict[str, Any]:
     return value
 
 
-def _known(parser: HfArgumentParser) -> list[str]:
-    return [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-
-
-def _shorten_help(parser: HfArgumentParser, dataclass_types: Sequence[Any]) -> None:
-    """Explains the flags that are declared here; those inherited from transformers.TrainingArguments are named."""
+def _shorten_help(parser: _Parser, dataclass_types: Sequence[Any]) -> None:
+    """Lists the flags inherited from transformers.TrainingArguments by name only, without their help."""
     inherited = {
-        name
+        field.name
         for kind in dataclass_types
         for base in kind.__mro__
         if base.__module__.startswith("transformers.")
-        for name in base.__dataclass_fields__.keys() - vars(kind).get("__annotations__", {}).keys()
+        for field in dataclasses.fields(base)
+        if field.name not in vars(kind).get("__annotations__", {})
     }
-    for action in parser._actions:
-        if action.dest in inherited or action.option_strings[0].startswith("--no_"):
-            action.help = argparse.SUPPRESS
+    for name in inherited & parser.flags.keys():
+        parser.flags[name].help = argparse.SUPPRESS
     if inherited:
-        names = ", ".join(sorted(inherited & set(_known(parser))))
+        names = ", ".join(sorted(inherited & parser.flags.keys()))
         parser.epilog = f"And every flag of transformers.TrainingArguments: {names}."
 
 
@@ -156,23 +164,23 @@ def _with_new_spellings(argv: list[str]) -> list[str]:
     return renamed
 
 
-def _flags_of_file(parser: HfArgumentParser, argv: list[str]) -> list[str]:
-    """What `--config FILE` says, as flags that were checked."""
+def _flags_of_file(parser: _Parser, argv: list[str]) -> list[str]:
+    """Returns the content of `--config FILE` as flags, after checking them."""
     only_config = _Parser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config")
     path = only_config.parse_known_args(argv)[0].config
     if path is None:
         return []
-    flags = _as_flags(_read_yaml(Path(path), _known(parser)))
+    flags = _as_flags(_read_yaml(Path(path), list(parser.flags)))
     try:
         parser.parse_args(flags)
-    except UserError as error:
-        raise UserError(f"In '{path}': {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"In '{path}': {error}") from None
     return flags
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:
-    """The values of a file as they would be typed, so that they are checked alike; null and [] mean the default."""
+    """Returns the values of a file as command-line flags, to be checked alike; null and [] mean the default."""
     flags = []
     for name, value in values.items():
         if isinstance(value, list):
@@ -186,21 +194,21 @@ def _read_yaml(path: Path, known: list[str]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"There is no configuration file '{path}'.") from None
+        raise ConfigError(f"There is no configuration file '{path}'.") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"'{path}', line {line}, is not valid YAML: {error.problem}.") from None
+        raise ConfigError(f"'{path}', line {line}, is not valid YAML: {error.problem}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"Cannot read the configuration file '{path}': {reason}.") from None
+        raise ConfigError(f"Cannot read the configuration file '{path}': {reason}.") from None
     if not isinstance(values, dict):
-        raise UserError(f"The configuration file '{path}' must hold `name: value` lines, one per flag.")
+        raise ConfigError(f"The configuration file '{path}' must hold `name: value` lines, one per flag.")
     values = {RENAMED.get(name, name): value for name, value in values.items()}
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"Did you mean '{close[0]}'?" if close else "Run with --help to see every name."
-            raise UserError(f"Unknown key '{name}' in '{path}'. {hint}")
+            raise ConfigError(f"Unknown key '{name}' in '{path}'. {hint}")
     return values
 
 
@@ -208,5 +216,9 @@ def _built(kind: Any, values: dict[str, Any]) -> Any:
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     try:
         return kind(**{name: values[name] for name in names})
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    except ImportError as error:
+        raise ResourceError(" ".join(str(error).split())) from error

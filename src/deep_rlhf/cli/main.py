@@ -36,7 +36,7 @@ def run(command: str, argv: list[str] | None = None) -> None:
     try:
         if command not in COMMANDS:
             raise ConfigError(f"There is no command '{command}': choose one of {', '.join(COMMANDS)}.")
-        import_module("deep_rlhf.cli.console").calm_libraries()
+        import_module("deep_rlhf.cli.console").silence_libraries()
         with optional_packages(f"deep-rlhf {command}"):
             if command in ALGORITHMS:
                 import_module("deep_rlhf.cli.online").main(command, argv)
