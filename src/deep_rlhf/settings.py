@@ -58,13 +58,13 @@ def check_settings(config: Any) -> None:
         if value is None:
             continue
         text = field.metadata.get("help")
-        is_setting = isinstance(text, BoundedHelp)
-        if is_setting and text.bounds and not _within(value, **text.bounds):
-            raise ConfigError(f"{field.name} must be {_description(**text.bounds)}, not {value}.")
+        bounds = text.bounds if isinstance(text, BoundedHelp) else None
+        if bounds and not _within(value, **bounds):
+            raise ConfigError(f"{field.name} must be {_description(**bounds)}, not {value}.")
         for kind in (hints[field.name], *get_args(hints[field.name])):  # also the parts of `X | None`
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ConfigError(f"{field.name} must be one of {', '.join(map(str, get_args(kind)))}, not {value}.")
-            if get_origin(kind) is dict and is_setting and not isinstance(value, dict):
+            if get_origin(kind) is dict and bounds is not None and not isinstance(value, dict):
                 raise ConfigError(f"{field.name} must be a mapping of names to values, not {value!r}.")
 
 
