@@ -123,10 +123,8 @@ def in_a_process(name: str, seed: int, options: Sequence[str]) -> None:
 def one_run(name: str, seed: int, scale: Scale) -> dict[str, Any]:
     """The judge's score of the start and at each number of labels."""
     from deep_rlhf.cli.console import silence_libraries
-    from deep_rlhf.cli.training_bar import show_training_bar
 
     silence_libraries()
-    show_training_bar()
     where, way = name.split(", ")
     start = time.perf_counter()
     points = (online if where == "online" else offline)(way, seed, scale)

@@ -28,7 +28,6 @@ from transformers import (
 from deep_rlhf.algorithms.ppo import PPOConfig, PPOTrainer
 from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardResult, train_reward_model
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
-from deep_rlhf.cli.training_bar import show_training_bar
 from deep_rlhf.cli.world_policy import QUIET, PolicyScale, build_tokenizer, pretrain
 from deep_rlhf.data.chat import HH
 from deep_rlhf.data.synthetic import generate_prompts, judge
@@ -74,7 +73,6 @@ class Scale(PolicyScale):
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the demo and prints the table of its stages."""
-    show_training_bar()
     (config,) = parse_flags(argv, DemoConfig, prog="deep-rlhf demo", description=__doc__.split("\n")[0])
     output_folder(config.output_dir)
     run_demo(config, Scale())

@@ -1,4 +1,4 @@
-"""`deep-rlhf dpo`: from preference pairs straight to a tuned policy, the offline baseline of PPO."""
+"""`deep-rlhf dpo`: tunes a policy on preference pairs without a reward model, the offline baseline of PPO."""
 
 import time
 from dataclasses import asdict, dataclass, field
@@ -11,7 +11,6 @@ from rich.table import Table
 from deep_rlhf.algorithms.supervised.dpo import DPOConfig, DPOResult, train_dpo
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
 from deep_rlhf.cli.reward import RewardArguments, after_training, load_splits
-from deep_rlhf.cli.training_bar import show_training_bar
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
 from deep_rlhf.runtime.trackers import usable_trackers
 from deep_rlhf.types import RowReport
@@ -19,14 +18,13 @@ from deep_rlhf.types import RowReport
 
 @dataclass(frozen=True)
 class DPOArguments(RewardArguments):
-    """Which policy learns from which data."""
+    """The policy and its data."""
 
-    model_name_or_path: str = field(default="gpt2", metadata={"help": "Hub name or folder of a language model."})
+    model_name_or_path: str = field(default="gpt2", metadata={"help": "Language model: Hub name or folder."})
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, evaluates and saves; raises UserError for a user's mistake."""
-    show_training_bar()
+    """Trains, evaluates and saves a policy. Raises UserError for whatever the user can correct."""
     start = time.perf_counter()
     arguments, config = parse_flags(
         argv, DPOArguments, DPOConfig, prog="deep-rlhf dpo", description=__doc__.split("\n")[0]
@@ -38,7 +36,13 @@ def main(argv: list[str] | None = None) -> None:
     console.print(f"training pairs: {train_rows}\nheld-out pairs: {test_rows}", highlight=False, soft_wrap=True)
     config.report_to = usable_trackers(config.report_to, run_name=config.run_name or Path(config.output_dir).name)
     result = train_dpo(
-        config, arguments.model_name_or_path, None, train, held_out, trust_remote_code=arguments.trust_remote_code
+        config,
+        arguments.model_name_or_path,
+        None,
+        train,
+        held_out,
+        trust_remote_code=arguments.trust_remote_code,
+        run_flags=asdict(arguments),
     )
     if not is_main:
         return
@@ -56,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write(result: DPOResult, summary: dict[str, Any], arguments: DPOArguments, config: DPOConfig) -> RunDirectory:
-    """The policy in `model/` and, beside it, the resolved flags, what was logged, and the summary."""
+    """Writes the policy to `model/` and the resolved flags, the log and the summary beside it."""
     run = RunDirectory(config.output_dir)
     result.model.save_pretrained(run.path / "model")
     result.tokenizer.save_pretrained(run.path / "model")
@@ -68,12 +72,12 @@ def write(result: DPOResult, summary: dict[str, Any], arguments: DPOArguments, c
 
 
 def table(summary: dict[str, Any], rows: dict[str, RowReport]) -> Table:
-    """The figures of a run, for its end."""
+    """The final figures of a run."""
     shown = Table(title="DPO", title_justify="left", show_header=False)
     shown.add_row("held-out accuracy", f"{summary['accuracy']:.3f}")
     shown.add_row("held-out loss", f"{summary['loss']:.4f}")
-    shown.add_row("reward of chosen answers", f"{summary['reward_chosen']:.3f}")
-    shown.add_row("reward of rejected answers", f"{summary['reward_rejected']:.3f}")
+    shown.add_row("reward of chosen responses", f"{summary['reward_chosen']:.3f}")
+    shown.add_row("reward of rejected responses", f"{summary['reward_rejected']:.3f}")
     for name, row in rows.items():
         shown.add_row(f"{name} pairs", str(row))
     shown.add_row("seconds", f"{summary['seconds']:.0f}")

@@ -11,7 +11,6 @@ import torch
 from deep_rlhf.cli.flags import output_folder, parse_flags
 from deep_rlhf.cli.loop_config import GUARDED, LoopConfig, mean_taste, open_labeler, open_prompts
 from deep_rlhf.cli.loop_progress import Progress
-from deep_rlhf.cli.training_bar import show_training_bar
 from deep_rlhf.cli.world_policy import cached_world_policy, world_policy_folder
 from deep_rlhf.feedback.loop.checkpoints import only_here
 from deep_rlhf.feedback.loop.session import Session
@@ -24,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the loop until its updates are done, the red button or Ctrl-C; the same command goes on."""
-    show_training_bar()
     (config,) = parse_flags(argv, LoopConfig, prog="deep-rlhf loop", description=__doc__.split("\n")[0])
     if os.environ.get(GUARDED):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background programs ignore

@@ -1,4 +1,4 @@
-"""`deep-rlhf reward`, also `python reward_modeling.py`: from preference pairs to a saved reward model."""
+"""`deep-rlhf reward`, also `python reward_modeling.py`: trains a reward model on preference pairs."""
 
 import hashlib
 import logging
@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 
 from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardResult, train_reward_model
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
-from deep_rlhf.cli.training_bar import show_training_bar
 from deep_rlhf.data.preferences import load_preferences
 from deep_rlhf.data.sources import split_names
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import DataError, ResourceError
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
 from deep_rlhf.runtime.trackers import usable_trackers
 from deep_rlhf.types import Preference, RowReport
@@ -29,27 +28,28 @@ HELD_OUT_SHARE = 0.05  # of the prompts, where the data set has no test split
 
 @dataclass(frozen=True)
 class RewardArguments:
-    """Which model learns from which data."""
+    """The model and its data."""
 
     model_name_or_path: str = field(
         default="distilbert/distilbert-base-uncased",
-        metadata={"help": "Hub name or folder: encoder, decoder or classifier."},
+        metadata={"help": "Encoder, decoder or classifier: Hub name or folder."},
     )
-    dataset_name: str = field(default="Anthropic/hh-rlhf", metadata={"help": "Hub name, file or folder of pairs."})
+    dataset_name: str = field(
+        default="Anthropic/hh-rlhf", metadata={"help": "Preference pairs: Hub name, file or folder."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
-    dataset_train_split: str = field(default="train", metadata={"help": "The split to learn from."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
         default="test",
-        metadata={"help": "The split to evaluate on; if there is but one split, 5 % of its prompts are held out."},
+        metadata={"help": "Split to evaluate on; 5 % of the prompts are held out if there is only one split."},
     )
-    data_dir: str | None = field(default=None, metadata={"help": "A folder inside the data set."})
-    on_bad_rows: str = field(default="error", metadata={"help": "What to do with malformed rows: error or skip."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model from the Hub."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder inside the data set."})
+    on_bad_rows: str = field(default="error", metadata={"help": "Treatment of malformed rows: error or skip."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code from the model's repository."})
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, evaluates and saves; raises UserError for a user's mistake."""
-    show_training_bar()
+    """Trains, evaluates and saves a reward model. Raises UserError for whatever the user can correct."""
     start = time.perf_counter()
     arguments, config = parse_flags(
         argv, RewardArguments, RewardConfig, prog="reward_modeling.py", description=__doc__.split("\n")[0]
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 def load_splits(
     arguments: RewardArguments, template: str
 ) -> tuple[list[Preference], RowReport, list[Preference], RowReport]:
-    """Training and held-out pairs, each with what became of its rows; a line in the log if no test split exists."""
+    """Training and held-out pairs, each with the report of its rows; the log says if no test split exists."""
     name, train_split = arguments.dataset_name, arguments.dataset_train_split
     source = {"config": arguments.dataset_config, "data_dir": arguments.data_dir}
     options: dict[str, Any] = {**source, "template": template, "on_bad_rows": arguments.on_bad_rows}
@@ -96,31 +96,31 @@ def load_splits(
     if wanted != RewardArguments.dataset_test_split or split_names(name, **source) != [train_split]:
         held_out, test_rows = load_preferences(name, split=wanted, **options)
         return train, train_rows, held_out, test_rows
-    logger.info("'%s' has no split but '%s': 5 %% of its prompts are held out for testing.", name, train_split)
+    logger.info("'%s' has only the split '%s': 5 %% of its prompts are held out for testing.", name, train_split)
     train, held_out = hold_out(train)
     dropped = train_rows.dropped | {"held out for testing": len(held_out)}
     return train, RowReport(train_rows.read, len(train), dropped), held_out, RowReport(len(held_out), len(held_out))
 
 
 def hold_out(preferences: Sequence[Preference]) -> tuple[list[Preference], list[Preference]]:
-    """Splits off 5 % of the prompts, at least one, chosen by their hash: no prompt is on both sides.
+    """Training and held-out pairs: 5 % of the prompts, at least one, chosen by their hash, are held out.
 
-    Raises UserError if all pairs share one prompt.
+    No prompt is on both sides. Raises DataError if all pairs share one prompt.
     """
     prompts = sorted({pair.prompt for pair in preferences}, key=lambda text: hashlib.sha256(text.encode()).digest())
     if len(prompts) < 2:
-        raise UserError("All pairs have the same prompt, so none can be held out: give a data set with a test split.")
+        raise DataError("All pairs have the same prompt, so none can be held out: give a data set with a test split.")
     chosen = set(prompts[: max(1, round(HELD_OUT_SHARE * len(prompts)))])
     return [p for p in preferences if p.prompt not in chosen], [p for p in preferences if p.prompt in chosen]
 
 
 def after_training(read: RowReport, trained: RowReport) -> RowReport:
-    """The account of a split's rows from the file to the pairs that were used."""
+    """The report of a split's rows from the file to the pairs that were used."""
     return RowReport(read.read, trained.kept, read.dropped | trained.dropped)
 
 
 def write(result: RewardResult, summary: dict[str, Any], arguments: RewardArguments, config: RewardConfig) -> None:
-    """The model and, beside it, the resolved flags, what was logged, and the summary."""
+    """Writes the model and, beside it, the resolved flags, the log and the summary."""
     try:
         result.model.save(config.output_dir)
         run = RunDirectory(config.output_dir)
@@ -129,17 +129,17 @@ def write(result: RewardResult, summary: dict[str, Any], arguments: RewardArgume
         save_config(run.path / "config.yaml", arguments, config)
         write_summary(run.path / "summary.json", summary)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"The reward model could not be written to {config.output_dir} ({error}): make room, and give the same"
+        raise ResourceError(
+            f"The reward model could not be written to {config.output_dir} ({error}): free disk space and run the same"
             " command with --resume."
         ) from error
 
 
 def table(summary: dict[str, Any], rows: dict[str, RowReport]) -> Table:
-    """The figures of a run, for its end."""
+    """The final figures of a run."""
     shown = Table(title="Reward model", title_justify="left", show_header=False)
     shown.add_row("held-out accuracy", f"{summary['accuracy']:.3f}")
-    shown.add_row("longer answer wins", f"{summary['accuracy_length_baseline']:.3f}")
+    shown.add_row("longer response wins", f"{summary['accuracy_length_baseline']:.3f}")
     shown.add_row("held-out loss", f"{summary['loss']:.4f}")
     if "oob_accuracy" in summary:
         shown.add_row("out-of-bag accuracy", "  ".join(f"{accuracy:.3f}" for accuracy in summary["oob_accuracy"]))

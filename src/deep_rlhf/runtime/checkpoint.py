@@ -1,7 +1,8 @@
-"""Checkpoints of a training state that survive a kill at any moment: a folder counts only once it is whole.
+"""Checkpoints that survive a kill at any moment: supervised and online training share this one format.
 
-`<folder>/step-<N>/{state.safetensors, state.json}`: the tensors, and the tree that holds them, without pickle. Both are
-written and synced under a temporary name, which is renamed when they are complete; only then older ones are removed.
+`<folder>/step-<N>/{state.safetensors, state.json}` holds the tensors and the tree around them, without pickle;
+`state.json` also holds the digest of the tensors. Both files are written and synced under a temporary name, which is
+renamed when they are complete. Only then are older checkpoints removed.
 """
 
 import hashlib
@@ -11,40 +12,45 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 TENSORS, TREE = "state.safetensors", "state.json"
-_NAME = re.compile(r"step-(\d+)|\.step-(\d+)\.old")  # the second one while a checkpoint of the same step replaces it
+_NAME = re.compile(r"step-(\d+)|\.step-(\d+)\.old")  # the second while it is replaced by one of the same step
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, SafetensorError)  # what reading a damaged checkpoint raises
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was read whole; its tensors are on the CPU."""
+    """A complete checkpoint; its tensors are on the CPU."""
 
     path: Path
     step: int
     state: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Writes `state` to `<folder>/step-<step>`, then removes all but the newest `keep` checkpoints up to `step`.
+def save_checkpoint(
+    folder: Path, step: int, state: Mapping[str, Any], *, keep: int | None = 2, needs: Sequence[int] = ()
+) -> Path:
+    """Writes `state` to `<folder>/step-<step>`, then removes older checkpoints.
 
-    `state`: any nesting of dicts (keys str or int), lists, tuples, None, bool, int, float, str and tensors; tensors
-    that are the same view of one storage are written once. Call it on one process. Raises UserError when the disk
-    refuses, the earlier checkpoints intact, and TypeError for a value that cannot be stored.
+    state: any nesting of dicts (keys str or int), lists, tuples, None, bool, int, float, str and tensors; tensors that
+    are the same view of one storage are written once. keep: how many of the newest checkpoints up to `step` stay (None:
+    all). needs: steps of earlier checkpoints that this one refers to; they stay as long as it does. Call it on one
+    process. Raises CheckpointError if the disk refuses the write, which leaves the earlier checkpoints intact, and
+    TypeError for a value that cannot be stored.
     """
     tensors: dict[str, Tensor] = {}
     tree = _encode(dict(state), tensors, {})
@@ -53,7 +59,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         _remove(folder.glob(".step-*.tmp"))
         temporary.mkdir(parents=True)
         save_file(_unshared(tensors), temporary / TENSORS)
-        content = {"step": step, "sha256": file_digest(temporary / TENSORS), "state": tree}
+        content = {"step": step, "needs": [*needs], "sha256": file_digest(temporary / TENSORS), "state": tree}
         (temporary / TREE).write_text(json.dumps(content), encoding="utf-8")
         for path in (temporary / TENSORS, temporary / TREE, temporary):
             sync(path)
@@ -65,29 +71,56 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(cannot_write(f"The checkpoint of step {step}", folder, error, _newest_whole(folder))) from error
-    kept = [path for number, path in _checkpoints(folder) if number <= step and path.name[0] != "."][:keep]
-    _remove(path for _, path in _checkpoints(folder) if path not in kept)
+        raise CheckpointError(_write_failure(step, folder, error)) from error
+    own = {number: path for number, path in _checkpoints(folder) if number <= step and path.name[0] != "."}
+    newest = list(own)[:keep] if keep else list(own)
+    kept = {*newest, *(needed for number in newest for needed in _needs(own[number]))}
+    _remove(path for number, path in _checkpoints(folder) if number not in kept or path.name[0] == ".")
     return whole
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder` that reads whole, None without one; a line in the log names each torn one."""
+    """The newest complete checkpoint in `folder`, or None; a warning names each damaged one.
+
+    A checkpoint is complete if those that it needs are complete, too.
+    """
     for step, path in _checkpoints(folder):
         try:
-            return Checkpoint(path, step, _decode(_read_tree(path), load_file(path / TENSORS)))
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-            logger.warning("The checkpoint %s is skipped: it is torn (%s).", path, error)
+            for needed in _needs(path):
+                _read_tree(path.with_name(f"step-{needed}"))
+            return Checkpoint(path, step, _decode(_read_tree(path), load_file(path / TENSORS).__getitem__))
+        except _DAMAGE as error:
+            logger.warning("The checkpoint %s is damaged and skipped (%s).", path, error)
     return None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a folder that `save_checkpoint` wrote."""
+    return (path / TREE).is_file()
+
+
+def read_checkpoint(path: Path, keys: Collection[str] | None = None) -> Checkpoint:
+    """The checkpoint at `path`; of its state only the entries named by `keys`, so that less memory is needed.
+
+    Raises CheckpointError if it is damaged.
+    """
+    try:
+        tree = dict(_read_tree(path)["dict"])
+        chosen = {"dict": [[key, value] for key, value in tree.items() if keys is None or key in keys]}
+        step = json.loads((path / TREE).read_text(encoding="utf-8"))["step"]
+        with safe_open(path / TENSORS, framework="pt") as tensors:
+            return Checkpoint(path, step, _decode(chosen, tensors.get_tensor))
+    except _DAMAGE as error:
+        raise CheckpointError(f"The checkpoint '{path}' cannot be read ({error}): choose another one.") from error
+
+
 def remove_checkpoints(folder: Path) -> None:
-    """Removes every checkpoint in `folder`, whole or not: a run that starts from the beginning must not resume them."""
+    """Removes every checkpoint in `folder`, complete or not, so that a later run cannot resume them."""
     _remove([path for _, path in _checkpoints(folder)] + list(folder.glob(".step-*.tmp")))
 
 
 def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any], *, free: Collection[str]) -> str:
-    """Every flag outside `free` that differs, as "name (old when the run began, now new)", joined by commas."""
+    """Every flag outside `free` that differs, as "name (old value when the run began, now new value)", with commas."""
     names = sorted((saved.keys() | now.keys()) - set(free))
     return ", ".join(
         f"{name} ({saved.get(name)!r} when the run began, now {now.get(name)!r})"
@@ -109,7 +142,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Restores what `random_states` returned; CUDA devices beyond those here are left out."""
+    """Restores what `random_states` returned; states of CUDA devices that this machine lacks are ignored."""
     random.setstate(states["python"])
     numpy_state = dict(states["numpy"])
     numpy_state["state"] = {**numpy_state["state"], "key": np.array(numpy_state["state"]["key"], dtype=np.uint32)}
@@ -120,7 +153,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns once the file or the folder's entries are on the disk."""
+    """Flushes a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -134,35 +167,46 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cannot_write(what: str, folder: Path, error: Exception, previous: Path | None) -> str:
-    """The sentence for a disk that refused: what, where, why, what is left, and what to do."""
+def _write_failure(step: int, folder: Path, error: Exception) -> str:
+    """What could not be written, where, why, what is left, and what to do."""
     why = getattr(error, "strerror", None) or error
+    previous = _newest_complete(folder)
     left = f"the previous checkpoint {previous} is intact" if previous else "there is no earlier checkpoint"
-    todo = "make room and go on with --resume" if previous else "make room, or choose another output_dir"
-    return f"{what} could not be written to {folder} ({why}): {left}; {todo}."
+    action = (
+        "free disk space and continue with --resume" if previous else "free disk space, or choose another output_dir"
+    )
+    return f"The checkpoint of step {step} could not be written to {folder} ({why}): {left}; {action}."
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and folders, the newest first, a replaced one behind its replacement."""
+    """Steps and folders, the newest first; a replaced checkpoint follows its replacement."""
     found = [(match, path) for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))]
     return sorted(((int(match[1] or match[2]), path) for match, path in found), reverse=True)
 
 
-def _newest_whole(folder: Path) -> Path | None:
+def _newest_complete(folder: Path) -> Path | None:
     for _, path in _checkpoints(folder):
         try:
             _read_tree(path)
-        except (OSError, ValueError, LookupError, TypeError):
+        except _DAMAGE:
             continue
         return path
     return None
 
 
+def _needs(path: Path) -> list[int]:
+    """The steps of the checkpoints that the one at `path` refers to; none if it cannot be read."""
+    try:
+        return json.loads((path / TREE).read_text(encoding="utf-8"))["needs"]
+    except _DAMAGE:
+        return []
+
+
 def _read_tree(path: Path) -> Any:
-    """The tree in `path`; raises ValueError, or what reading raises, if the checkpoint is not whole."""
+    """The tree of the checkpoint at `path`. Raises one of _DAMAGE if the checkpoint is not complete."""
     content = json.loads((path / TREE).read_text(encoding="utf-8"))
     if file_digest(path / TENSORS) != content["sha256"]:
-        raise ValueError(f"{TENSORS} is not what was written")
+        raise ValueError(f"{TENSORS} has another digest than when it was written")
     return content["state"]
 
 
@@ -172,7 +216,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], names: dict[Any, str]) -> Any:
-    """`value` as JSON, in which an object has one key that says what it is; fills `tensors`, each view once."""
+    """`value` as JSON, in which every object has one key, its type; adds each tensor view to `tensors` once."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
@@ -189,21 +233,21 @@ def _encode(value: Any, tensors: dict[str, Tensor], names: dict[Any, str]) -> An
     raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}, or a dict with keys of other types")
 
 
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
+        return [_decode(item, tensor) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
-        return tensors[content]
+        return tensor(content)
     if kind == "tuple":
-        return tuple(_decode(item, tensors) for item in content)
-    return {key: _decode(item, tensors) for key, item in content}
+        return tuple(_decode(item, tensor) for item in content)
+    return {key: _decode(item, tensor) for key, item in content}
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU and contiguous; different views of one storage are copied, for safetensors refuses them."""
+    """Contiguous tensors on the CPU; different views of one storage are copied, since safetensors refuses them."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""The folder of a run: metrics and samples as lines, a summary, written so that a reader never sees half a file."""
+"""The folder of a run: metrics and samples as JSON lines, and a summary that is replaced as a whole."""
 
 import json
 import math
@@ -12,9 +12,10 @@ from deep_rlhf.runtime.checkpoint import sync
 
 
 class RunDirectory:
-    """`<output_dir>/{metrics.jsonl, samples.jsonl}`; a new run removes an earlier one's figures and report.
+    """`<output_dir>/{metrics.jsonl, samples.jsonl}`; a new run removes the files of an earlier one.
 
-    With `resume_from` it is the same run: the lines of the steps up to that one stay, for the others come again.
+    With `resume_from` it is the same run: lines up to that step stay, and later ones are removed, since the resumed run
+    writes them again.
     """
 
     def __init__(self, path: str | Path, *, resume_from: int | None = None) -> None:
@@ -29,11 +30,11 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
-        """One line in metrics.jsonl."""
+        """Appends one line to metrics.jsonl."""
         self._append("metrics.jsonl", [metrics])
 
     def add_samples(self, samples: list[dict[str, Any]]) -> None:
-        """Lines in samples.jsonl."""
+        """Appends lines to samples.jsonl."""
         self._append("samples.jsonl", samples)
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
@@ -42,16 +43,16 @@ class RunDirectory:
 
 
 def write_summary(path: str | Path, summary: dict[str, Any]) -> None:
-    """Writes `path` as JSON under a temporary name first, then renames it."""
+    """Writes `path` as JSON under a temporary name, then renames it, so that readers see no partial file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, json.dumps(_finite(summary), indent=2, ensure_ascii=False) + "\n")
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a folder under another name, and puts it in the place of `folder` when it is whole and synced.
+    """Calls `write` with a temporary folder and replaces `folder` with it once it is complete and synced.
 
-    Raises OSError, `folder` as it was.
+    Raises OSError if the disk refuses the write, which leaves `folder` as it was.
     """
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():  # a kill between the two renames
@@ -73,8 +74,8 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def _keep_until(path: Path, step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
-    whole = [line.decode() for line in lines if line.endswith(b"\n")]  # a kill may have cut the last one
-    _replace(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+    complete = [line.decode() for line in lines if line.endswith(b"\n")]  # a kill may have cut the last one
+    _replace(path, "".join(line for line in complete if json.loads(line)["step"] <= step))
 
 
 def _replace(path: Path, text: str) -> None:
@@ -87,7 +88,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
+    """`value` with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

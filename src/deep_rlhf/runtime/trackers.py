@@ -1,4 +1,4 @@
-"""Experiment trackers (wandb, tensorboard, …): which can be used here. A missing one never stops a run."""
+"""Experiment trackers (wandb, tensorboard, …); a missing one never stops a run."""
 
 import importlib.util
 import logging
@@ -9,13 +9,15 @@ from typing import Any
 from accelerate.utils import LoggerType
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
 from deep_rlhf.extras import install_command
 
 logger = logging.getLogger(__name__)
 
-TRAINER_TRACKERS = tuple(sorted(INTEGRATION_TO_CALLBACK))  # those of transformers.Trainer
-LOOP_TRACKERS = tuple(sorted(kind.value for kind in LoggerType if kind != LoggerType.ALL))  # those of Runtime
+TRAINER_TRACKERS = tuple(sorted(INTEGRATION_TO_CALLBACK))  # of supervised training: transformers' callbacks
+LOOP_TRACKERS = tuple(
+    sorted(kind.value for kind in LoggerType if kind != LoggerType.ALL)
+)  # of online training: accelerate's trackers
 
 
 def usable_trackers(
@@ -26,19 +28,20 @@ def usable_trackers(
     tracker_kwargs: dict[str, dict[str, Any]] | None = None,
     known: Collection[str] = TRAINER_TRACKERS,
 ) -> list[str]:
-    """Those of `names` that can be used, in order; a line in the log tells why another cannot.
+    """Those of `names` that can be used, in order; a warning says why another cannot.
 
     A wandb run named `run_name` of `project` (default: $WANDB_PROJECT, or deep-rlhf) is started here with its part of
     `tracker_kwargs` ({tracker: arguments}), on the main process, because only starting it shows that it works.
-    Raises UserError for a name that is not `known`, and for `tracker_kwargs` of another form or that wandb refuses.
+    Raises ConfigError for a name that is not `known`, and for `tracker_kwargs` that have another form or that wandb
+    refuses.
     """
     names = [name for name in names if name not in ("none", "")]
     for name in (*names, *(tracker_kwargs or {})):
         if name not in known:
-            raise UserError(f"Unknown tracker '{name}': choose among {', '.join(known)}.")
+            raise ConfigError(f"Unknown tracker '{name}': choose among {', '.join(known)}.")
     for name, arguments in (tracker_kwargs or {}).items():
         if not isinstance(arguments, dict):
-            raise UserError(f"tracker_kwargs must hold a dict of arguments for {name}, not {arguments!r}.")
+            raise ConfigError(f"tracker_kwargs must hold a dict of arguments for {name}, not {arguments!r}.")
     if project is None:
         project = os.environ.get("WANDB_PROJECT", "deep-rlhf")
     wandb_arguments = {"project": project, "name": run_name} | (tracker_kwargs or {}).get("wandb", {})
@@ -61,15 +64,15 @@ def _started_wandb(arguments: dict[str, Any]) -> bool:
         mode = arguments.get("mode") or os.environ.get("WANDB_MODE", "online")
         if mode == "online" and not wandb.login(prompt=False):
             logger.warning(
-                "wandb has no API key: training goes on without it (run `wandb login`, or set WANDB_MODE=offline to"
+                "wandb has no API key: training continues without it (run `wandb login`, or set WANDB_MODE=offline to"
                 " keep a local record)."
             )
             return False
         wandb.init(**arguments)
-    except Exception as error:  # half installed, no network, …: a tracker's trouble must not cost a training run
+    except Exception as error:  # half installed, no network, …: a tracker's failure must not end a training run
         reason = " ".join(str(error).split())
         if isinstance(error, TypeError) and arguments.keys() - {"project", "name"}:
-            raise UserError(f"wandb refuses its part of tracker_kwargs: {reason}.") from error
-        logger.warning("wandb could not start (%s): training goes on without it.", reason)
+            raise ConfigError(f"wandb refuses its part of tracker_kwargs: {reason}.") from error
+        logger.warning("wandb could not start (%s): training continues without it.", reason)
         return False
     return True

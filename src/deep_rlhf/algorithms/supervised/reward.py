@@ -1,11 +1,10 @@
-"""Reward modelling: a Bradley–Terry model of which of two answers people prefer (Christiano et al. 2017, §2.2.3).
+"""Reward modelling: a Bradley–Terry model of which of two responses people prefer (Christiano et al. 2017, §2.2.3).
 
 Where it departs from the paper: the ensemble is K heads over one trunk instead of K networks, each with its own
 bootstrap of the pairs; the reward of a text is one number, not a sum over steps; L2 is the optimiser's weight decay.
 """
 
 import copy
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,19 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deep_rlhf.algorithms.supervised.checkpoints import fingerprint
 from deep_rlhf.algorithms.supervised.reward_config import RewardConfig
 from deep_rlhf.algorithms.supervised.reward_trainer import (
     Features,
     RewardTrainer,
     accuracy,
     by_length,
-    label_noise_of,
-    pair_metrics,
-    told_noise,
 )
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import DataError, ModelError
 from deep_rlhf.models.adapters import add_lora, merged
 from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer
 from deep_rlhf.models.pairs import common_prefix
@@ -46,27 +43,27 @@ __all__ = ["RewardConfig", "RewardResult", "RewardTrainer", "train_reward_model"
 logger = logging.getLogger(__name__)
 
 TEXTS_PER_CALL = 4096  # of the tokenizer
-NORMALISATION_PAIRS = 256  # 512 training answers
-OUT_OF_BAG_PAIRS = 1024  # of them a share 1/e is out of each member's bag
+NORMALISATION_PAIRS = 256  # 512 training responses
+OUT_OF_BAG_PAIRS = 1024  # a share 1/e of them is outside each member's bag
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardResult:
-    """What training gives: the model, and how it does on the N held-out pairs that were kept."""
+    """A trained reward model and its figures on the N held-out pairs that were kept."""
 
     model: RewardModel
-    metrics: dict[str, Any]  # loss, accuracy, accuracy_length_baseline; an ensemble's oob_accuracy, one per member
+    metrics: dict[str, Any]  # loss, accuracy, accuracy_length_baseline; for an ensemble oob_accuracy, one per member
     history: list[dict[str, float]]  # what the trainer logged
     train_rows: RowReport
     eval_rows: RowReport
-    rewards: Tensor  # [N, 2] of answers a and b, mean of the members, not normalised
+    rewards: Tensor  # [N, 2] of responses a and b, mean of the members, not normalised
     mu: Tensor  # [N]
 
 
 def train_reward_model(
     config: RewardConfig,
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | str,
+    tokenizer: PreTrainedTokenizerBase | str | None,
     train_preferences: Sequence[Preference],
     eval_preferences: Sequence[Preference],
     *,
@@ -75,18 +72,18 @@ def train_reward_model(
 ) -> RewardResult:
     """Fits a reward model to pairs and evaluates it on the held-out ones.
 
-    model: a sequence classifier, by name or as an object, which is changed in place; a checkpoint that is none yet gets
-    fresh heads. tokenizer: its own if None; a given object is copied. Pairs of which a side exceeds `max_length` tokens
-    are dropped and counted in the result's RowReports. run_flags: what else the run depends on, compared with the rest
-    when it is resumed. Raises UserError for what cannot be opened, when no pair is left, and as ResumableTrainer does.
+    model: a sequence classifier, by name or as an object, which is changed in place; a model of another kind gets fresh
+    heads. tokenizer: the model's own if None; a given object is copied. Pairs with a side longer than `max_length`
+    tokens are dropped and counted in the result's RowReports. run_flags: what else the run depends on; a resumed run
+    must have the same. Raises ModelError if the model cannot be opened or has another number of heads, DataError if no
+    pair is left, and as RewardTrainer.train does.
     """
-    set_seed(config.seed)
-    if tokenizer is None:
-        tokenizer = model if isinstance(model, str) else model.config.name_or_path
-    if isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    config.set_seeds()
+    if tokenizer is None or isinstance(tokenizer, str):
+        name = tokenizer or (model if isinstance(model, str) else model.config.name_or_path)
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     else:
-        tokenizer = copy.deepcopy(tokenizer)  # it gets a padding token, and another side to truncate
+        tokenizer = copy.deepcopy(tokenizer)  # its padding token and truncation side are changed
     if isinstance(model, str):
         model = load_sequence_classifier(model, num_labels=config.ensemble_size, trust_remote_code=trust_remote_code)
     _prepare(model, tokenizer, config)
@@ -97,7 +94,7 @@ def train_reward_model(
         if rows.dropped:
             logger.info("%s pairs: %s", name, rows)
         if not features:
-            raise UserError(f"No {name} pair is left ({rows}): give more data, or a larger --max_length.")
+            raise DataError(f"No {name} pair is left ({rows}): give more data, or a larger --max_length.")
 
     evaluated = _sample(held_out, config.eval_samples, config.seed)
     trainer = RewardTrainer(
@@ -106,47 +103,45 @@ def train_reward_model(
         pad_token_id=tokenizer.pad_token_id,
         train_dataset=train,
         eval_dataset=[evaluated[row] for row in by_length(evaluated)],
-        processing_class=tokenizer,
+        tokenizer=tokenizer,
     )
-    trainer.run_flags |= {"training pairs": _fingerprint(train), "held-out pairs": _fingerprint(held_out)}
+    trainer.run_flags |= {"training pairs": fingerprint(train), "held-out pairs": fingerprint(held_out)}
     trainer.run_flags |= run_flags or {}
-    trainer.train(resume_from_checkpoint=config.resume or config.resume_from_checkpoint)
+    trainer.train()
 
     rewards = trainer.rewards(held_out)
-    mu, longer = (torch.tensor([pair[name] for pair in held_out]) for name in ("labels", "longer"))
-    noise = label_noise_of(told_noise(held_out), config.label_noise)
-    metrics: dict[str, Any] = pair_metrics(rewards, mu, longer, label_noise=noise)
+    metrics: dict[str, Any] = trainer.metrics(rewards, held_out)
     trainer.log({f"eval_{name}": value for name, value in metrics.items()})
     sample = _sample(train, OUT_OF_BAG_PAIRS if config.ensemble_size > 1 else NORMALISATION_PAIRS, config.seed)
-    seen = trainer.rewards(sample)
-    answers = seen[:NORMALISATION_PAIRS].flatten(0, 1)  # [≤ 512, K]
+    sample_rewards = trainer.rewards(sample)
+    responses = sample_rewards[:NORMALISATION_PAIRS].flatten(0, 1)  # [≤ 512, K]
     if config.ensemble_size > 1:
-        metrics["oob_accuracy"] = out_of_bag_accuracy(seen, sample)
+        metrics["oob_accuracy"] = out_of_bag_accuracy(sample_rewards, sample)
     trained = trainer.widen()
     reward_model = RewardModel(
         merged(trained) if config.use_peft else trained,
         tokenizer,
         template=config.template,
         max_length=max_length,
-        mean=answers.mean(dim=0),
-        std=answers.std(dim=0, correction=0).clamp(min=1e-6),
+        mean=responses.mean(dim=0),
+        std=responses.std(dim=0, correction=0).clamp(min=1e-6),
         metrics=metrics,
     )
     return RewardResult(
         model=reward_model,
         metrics=metrics,
-        history=trainer.state.log_history,
+        history=trainer.history,
         train_rows=train_rows,
         eval_rows=eval_rows,
         rewards=rewards.mean(dim=2),
-        mu=mu,
+        mu=torch.tensor([pair["labels"] for pair in held_out]),
     )
 
 
 def pair_features(
     preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, config: RewardConfig, max_length: int
 ) -> tuple[list[Features], RowReport]:
-    """Each pair tokenised once; those of which a side exceeds `max_length` tokens are left out and counted.
+    """Tokenises each pair once; pairs with a side longer than `max_length` tokens are dropped and counted.
 
     `input_ids` and `lengths` are a row of models.pairs; `weight` is [K].
     """
@@ -155,7 +150,7 @@ def pair_features(
     features: list[Features] = []
     for start in range(0, len(preferences), TEXTS_PER_CALL // 2):
         pairs = preferences[start : start + TEXTS_PER_CALL // 2]
-        texts = [render(config.template, pair.prompt, answer) for pair in pairs for answer in (pair.a, pair.b)]
+        texts = [render(config.template, pair.prompt, response) for pair in pairs for response in (pair.a, pair.b)]
         sequences = tokenize(tokenizer, texts)
         for row, pair in enumerate(pairs):
             a, b = sequences[2 * row], sequences[2 * row + 1]
@@ -172,7 +167,7 @@ def pair_features(
                     "longer": 0.5 + 0.5 * ((len(pair.a) > len(pair.b)) - (len(pair.a) < len(pair.b))),
                 }
             )
-            if pair.label_noise is not None:  # no entry otherwise: runs from before there was one can be resumed
+            if pair.label_noise is not None:
                 features[-1]["label_noise"] = float(pair.label_noise)
     dropped = len(preferences) - len(features)
     return features, RowReport(len(preferences), len(features), {"too long": dropped} if dropped else {})
@@ -181,7 +176,7 @@ def pair_features(
 def out_of_bag_accuracy(rewards: Tensor, features: Sequence[Features]) -> list[float]:
     """Each member's accuracy on the pairs outside its bag (weight 0), from rewards [N, 2, K].
 
-    Its head never saw them; the shared trunk did, through other members, so the figure is optimistic.
+    Its head did not train on them, but the shared trunk did, through other members: the figure is optimistic.
     """
     mu = torch.tensor([pair["labels"] for pair in features])
     outside = torch.stack([pair["weight"] for pair in features]) == 0  # [N, K]
@@ -191,33 +186,23 @@ def out_of_bag_accuracy(rewards: Tensor, features: Sequence[Features]) -> list[f
 
 def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> None:
     if model.config.num_labels != config.ensemble_size:
-        raise UserError(
+        raise ModelError(
             f"The model has {model.config.num_labels} heads: --ensemble_size={config.ensemble_size} differs."
         )
     ensure_pad_token(model, tokenizer)
     if config.disable_dropout:
         disable_dropout(model)
     if getattr(model.config, "use_cache", False):
-        model.config.use_cache = False  # keys and values of a text that is never continued
+        model.config.use_cache = False  # texts are never continued
     if not has_reward_head(model.config):
         init_reward_head(model)
 
 
 def with_adapters(model: PreTrainedModel, config: RewardConfig) -> Any:
-    """LoRA on the trunk; what lies above it is new, and trained whole."""
+    """LoRA adapters on the trunk; the layers above it are new and all their weights are trained."""
     above = [(name, module) for name, module in model.named_children() if name != model.base_model_prefix]
     head = [name for name, module in above if next(module.parameters(), None) is not None]
     return add_lora(model, r=config.lora_r, alpha=config.lora_alpha, task_type="SEQ_CLS", modules_to_save=head)
-
-
-def _fingerprint(features: Sequence[Features]) -> str:
-    digest = hashlib.sha256()
-    for pair in features:
-        for name, value in sorted(pair.items()):
-            digest.update(
-                name.encode() + (value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
-            )
-    return f"{len(features)} with digest {digest.hexdigest()[:12]}"
 
 
 def _sample(features: list[Features], count: int, seed: int) -> list[Features]:

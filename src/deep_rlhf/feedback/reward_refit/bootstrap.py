@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from deep_rlhf.algorithms.supervised.reward_trainer import Features, accuracy, label_noise_of, told_noise
+from deep_rlhf.algorithms.supervised.reward_trainer import Features, accuracy, label_noise_of, stated_noise
 from deep_rlhf.ops.preference import bradley_terry_loss
 from deep_rlhf.types import Preference
 
@@ -42,7 +42,7 @@ def bag_losses(
     """
     a, b = rewards.unbind(1)
     mu = torch.tensor([pair["labels"] for pair in features])[:, None].expand_as(a)
-    noise = label_noise_of(told_noise(features)[:, None], label_noise)
+    noise = label_noise_of(stated_noise(features)[:, None], label_noise)
     loss = bradley_terry_loss(a, b, mu, label_noise=noise)
     bags = torch.stack([pair["weight"] for pair in features])
     held_out = (held_out_mask(features) * weights)[:, None].expand_as(loss)

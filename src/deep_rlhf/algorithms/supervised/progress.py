@@ -1,17 +1,12 @@
-"""The bar of supervised training: `transformers.Trainer`'s, made calm."""
+"""The progress bar of supervised training."""
 
 from typing import Any
 
-from transformers import ProgressCallback, trainer
-
-
-def show_training_bar() -> None:
-    """From now on every Trainer has a TrainingBar."""
-    trainer.DEFAULT_PROGRESS_CALLBACK = TrainingBar
+from transformers import ProgressCallback
 
 
 class TrainingBar(ProgressCallback):
-    """The Trainer's bar with the latest figures beside it, where transformers writes a line of them each time."""
+    """transformers' progress bar with the newest losses beside it, instead of a printed line for each log entry."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
