@@ -44,7 +44,7 @@ def watch() -> Iterator[dict[str, float]]:
 
 
 class StepLosses:
-    """A mixin for the Trainer of either side: records the loss of each step in `step_losses`."""
+    """A mixin for transformers.Trainer: records the loss of each step in `step_losses`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.step_losses: list[float] = []

@@ -2,13 +2,16 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from deep_rlhf.algorithms.ppo import PPOConfig, PPOTrainer
+from deep_rlhf.algorithms.supervised.batches import Batch
 from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardTrainer, pair_features
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.types import Preference
@@ -21,7 +24,7 @@ from side_by_side.jobs import (
     read_job,
     workplace_and_result,
 )
-from side_by_side.measure import StepLosses, watch
+from side_by_side.measure import watch
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -68,8 +71,17 @@ def ppo(job: PPOJob, folder: Path) -> dict[str, Any]:
     return {**measured, "precision": PRECISIONS[next(trainer.sampler.policy.parameters()).dtype], "work": work}
 
 
-class RecordedRewardTrainer(StepLosses, RewardTrainer):
-    """The trainer behind `train_reward_model`, which also evaluates before and after it."""
+class RecordedRewardTrainer(RewardTrainer):
+    """The trainer behind `train_reward_model`, which keeps the loss of each step in `step_losses`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.step_losses: list[float] = []
+
+    def gradients(self, batches: Sequence[Batch], count: Tensor) -> list[Tensor]:
+        losses = super().gradients(batches, count)
+        self.step_losses += map(float, losses)
+        return losses
 
 
 def reward(job: RewardJob, folder: Path) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from stopped_runs import Run, at_update, interrupt, kill, limit_files
 
-from deep_rlhf.algorithms.supervised import resumable
+from deep_rlhf.algorithms.supervised import checkpoints
 from deep_rlhf.models.reward import RewardModel
+from deep_rlhf.runtime import checkpoint
 
 # 12 updates in two epochs; the loss is summed over three of them, so a checkpoint falls between two logs.
 COMMAND = [
@@ -26,37 +27,37 @@ LORA = ["--use_peft=True", "--lora_r=2", *STEPS]
 
 
 def half_written(save: int) -> None:
-    """The process dies when half of the `save`-th checkpoint's optimizer.pt is on the disk."""
-    original, calls = torch.save, iter(range(1, 1000))
+    """The process dies when half of the tensors of the `save`-th checkpoint are on the disk."""
+    original, calls = checkpoint.save_file, iter(range(1, 1000))
 
-    def torn(content: Any, path: Any, *args: Any, **options: Any) -> None:
-        original(content, path, *args, **options)
-        if Path(path).name == "optimizer.pt" and next(calls) == save:
-            os.truncate(path, Path(path).stat().st_size // 2)
+    def torn(tensors: Any, path: Path) -> None:
+        original(tensors, path)
+        if next(calls) == save:
+            os.truncate(path, path.stat().st_size // 2)
             kill()
 
-    torch.save = torn
+    checkpoint.save_file = torn
 
 
 def before_rename(save: int) -> None:
-    """… when all but the last renaming of the `save`-th checkpoint is done."""
-    original, calls = os.replace, iter(range(1, 1000))
+    """… when the `save`-th checkpoint is complete, but does not yet have its name."""
+    original, calls = os.rename, iter(range(1, 1000))
 
     def stopped(source: Any, target: Any) -> None:
-        if Path(target).name == resumable.MANIFEST and next(calls) == save:
+        if Path(target).name.startswith("step-") and next(calls) == save:
             kill()
         original(source, target)
 
-    os.replace = stopped
+    os.rename = stopped
 
 
 def while_rotating(removal: int) -> None:
-    """… when one file of the `removal`-th folder to go is gone."""
+    """… when one file of the `removal`-th checkpoint to be removed is gone."""
     original, calls = shutil.rmtree, iter(range(1, 1000))
 
     def half(path: Any, *args: Any, **options: Any) -> None:
-        if Path(path, "trainer_state.json").exists() and next(calls) == removal:
-            Path(path, "trainer_state.json").unlink()
+        if Path(path, checkpoint.TREE).exists() and next(calls) == removal:
+            Path(path, checkpoint.TREE).unlink()
             kill()
         original(path, *args, **options)
 
@@ -65,7 +66,7 @@ def while_rotating(removal: int) -> None:
 
 def after_every_update() -> None:
     """Checkpoints as if ten minutes had passed each time."""
-    resumable.SECONDS_BETWEEN = -1.0
+    checkpoints.SECONDS_BETWEEN = -1.0
 
 
 def model_is_refused() -> None:
@@ -80,9 +81,9 @@ def model_is_refused() -> None:
 
 
 def tear(folder: Path) -> None:
-    """Cuts the weights of the newest checkpoint."""
-    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    os.truncate(newest / "model.safetensors", 1000)
+    """Cuts the tensors of the newest checkpoint."""
+    newest = max((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    os.truncate(newest / checkpoint.TENSORS, 1000)
 
 
 RUNS = {

@@ -78,7 +78,7 @@ def test_an_encoder_decoder_with_adapters(place: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--beta=-1"], "--beta must be above 0, not -1.0."),
+        (["--beta=-1"], "beta must be greater than 0.0, not -1.0."),
         (["--betta=1"], "Unknown argument --betta. Did you mean --beta?"),
         (["--model_name_or_path=./nowhere"], "There is no folder './nowhere'"),
         (["--model_name_or_path=t5-small"], "Cannot open the decoder-only language model 't5-small'"),

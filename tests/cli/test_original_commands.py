@@ -118,7 +118,7 @@ def test_ppo_writes_every_file_of_a_run(done: Workplace) -> None:
 def test_wandb_without_a_key_is_one_line(workplace: Workplace) -> None:
     said = [line for line in workplace.reward.stderr.splitlines() if "wandb" in line]
     assert len(said) == 1
-    assert "training goes on without it" in said[0]
+    assert "training continues without it" in said[0]
 
 
 def test_wandb_offline_leaves_a_run(workplace: Workplace) -> None:
@@ -140,4 +140,4 @@ def test_a_wandb_that_cannot_be_imported_stops_nothing(workplace: Workplace, tmp
     small = ("--batch_size=4", "--steps=4", "--max_new_tokens=4", "--output_dir=outputs/broken_wandb")
     result = run_script(workplace.folder, *PPO_COMMAND, *small, HF_HUB_OFFLINE="1", PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "training goes on without it" in result.stderr
+    assert "training continues without it" in result.stderr

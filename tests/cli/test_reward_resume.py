@@ -16,7 +16,7 @@ from stopped_runs import Runs
 from deep_rlhf.cli.reward import main
 from deep_rlhf.data.chat import HH
 from deep_rlhf.data.synthetic import sft_pairs
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import CheckpointError, ConfigError
 
 UNSTOPPED = {"epoch": "whole epoch", "ending": "whole ending", "model full": "whole ending", "lora": "whole lora"}
 EVERYDAY = ("update", "rotation", "interrupt")
@@ -51,7 +51,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def checkpoints(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("checkpoint-*") if (path / "manifest.json").exists())
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize("name", slow_but(EVERYDAY, RUNS))
@@ -76,8 +76,8 @@ def test_the_run_to_compare_with_learns_and_does_not_end_with_its_best(runs: Run
         EVERYDAY,
         [
             ("first update", []),
-            ("update", ["checkpoint-2", "checkpoint-4"]),
-            ("interrupt", ["checkpoint-4", "checkpoint-5"]),
+            ("update", ["step-2", "step-4"]),
+            ("interrupt", ["step-4", "step-5"]),
         ],
     ),
 )
@@ -90,18 +90,16 @@ def test_what_a_stopped_run_leaves(runs: Runs, name: str, left: list[str]) -> No
     slow_but(
         EVERYDAY,
         [
-            ("first update", "There is no whole checkpoint in first update: the run starts from the beginning."),
-            ("update", "Going on from update/checkpoint-4."),
-            ("file", "The checkpoint file/checkpoint-8 is skipped: it is torn (it has no manifest.json)."),
-            ("rename", "The checkpoint rename/checkpoint-6 is skipped: it is torn (it has no manifest.json)."),
-            (
-                "torn",
-                "The checkpoint torn/checkpoint-8 is skipped: it is torn (model.safetensors is not what was written).",
-            ),
-            ("interrupt", "Stopped after update 5: the same command with --resume goes on from there."),
-            ("interrupt", "Going on from interrupt/checkpoint-5."),
-            ("best", "Going on from best/checkpoint-11."),
-            ("ending", "Going on from ending/checkpoint-4."),
+            ("first update", "no complete checkpoint in first update/checkpoints: starting from the beginning."),
+            ("update", "Resuming from update/checkpoints/step-4."),
+            ("file", "Resuming from file/checkpoints/step-8."),  # the fifth, of step 10, is not complete
+            ("rename", "Resuming from rename/checkpoints/step-4."),
+            ("torn", "The checkpoint torn/checkpoints/step-8 is damaged and skipped (state.safetensors"),
+            ("torn", "Resuming from torn/checkpoints/step-6."),
+            ("interrupt", "Stopped after update 5: run the same command with --resume to continue."),
+            ("interrupt", "Resuming from interrupt/checkpoints/step-5."),
+            ("best", "Resuming from best/checkpoints/step-11."),
+            ("ending", "Resuming from ending/checkpoints/step-4."),
         ],
     ),
 )
@@ -112,22 +110,22 @@ def test_a_resumed_run_says_where_it_begins(runs: Runs, name: str, words: str) -
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("weights full", "File too large"), ("optimizer full", "the disk did not take a whole file")],
+    [("weights full", "File too large"), ("optimizer full", "File too large")],
 )
 def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(runs: Runs, name: str, why: str) -> None:
     (error,) = [line for line in runs.log(name).splitlines() if line.startswith("error: ")]
-    assert error.startswith(f"error: The checkpoint of update 8 could not be written to {name} (")
+    assert error.startswith(f"error: The checkpoint of step 8 could not be written to {name}/checkpoints (")
     assert why in error
-    assert f"the previous checkpoint {name}/checkpoint-6 is intact" in error
-    assert not list(runs.stopped(name).glob("checkpoint-8"))
-    assert f"Going on from {name}/checkpoint-6." in runs.log(name)
+    assert f"the previous checkpoint {name}/checkpoints/step-6 is intact" in error
+    assert not list((runs.stopped(name) / "checkpoints").glob("*step-8*"))
+    assert f"Resuming from {name}/checkpoints/step-6." in runs.log(name)
 
 
 @pytest.mark.slow
 def test_a_full_disk_at_the_end_is_told_and_the_model_can_still_be_had(runs: Runs) -> None:
     log = runs.log("model full")
     assert "error: The reward model could not be written to model full (" in log
-    assert "Going on from model full/checkpoint-4." in log
+    assert "Resuming from model full/checkpoints/step-4." in log
 
 
 def test_changed_flags_and_data_are_named(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +136,7 @@ def test_changed_flags_and_data_are_named(runs: Runs, tmp_path: Path, monkeypatc
         lines = (runs.folder / "pairs" / f"{split}.jsonl").read_text().splitlines(keepends=True)
         (runs.folder / "fewer" / f"{split}.jsonl").write_text("".join(lines[:-1] if split == "train" else lines))
     changed = ["--learning_rate=1e-3", "--dataset_name=fewer", "--run_name=other"]
-    with pytest.raises(UserError) as told:
+    with pytest.raises(CheckpointError) as told:
         main([*COMMAND[1:], *STEPS, f"--output_dir={tmp_path / 'moved'}", "--resume", *changed])
     assert "dataset_name ('pairs' when the run began, now 'fewer')" in str(told.value)
     assert "learning_rate (0.01 when the run began, now 0.001)" in str(told.value)
@@ -153,18 +151,18 @@ def test_a_new_run_removes_the_checkpoints_of_an_earlier_one(
 ) -> None:
     monkeypatch.chdir(runs.folder)
     shutil.copytree(runs.stopped("torn"), tmp_path / "again")
-    assert "checkpoint-8" in checkpoints(tmp_path / "again")
+    assert "step-8" in checkpoints(tmp_path / "again")
     command = [*COMMAND[1:], *STEPS, f"--output_dir={tmp_path / 'again'}", "--max_steps=2"]
     main(command)
-    assert checkpoints(tmp_path / "again") == ["checkpoint-2"]
+    assert checkpoints(tmp_path / "again") == ["step-2"]
     with caplog.at_level(logging.INFO, "deep_rlhf"):
         main([*command, "--resume"])  # a finished run, too
-    assert "Going on from" in caplog.text
-    assert checkpoints(tmp_path / "again") == ["checkpoint-2"]
+    assert "Resuming from" in caplog.text
+    assert checkpoints(tmp_path / "again") == ["step-2"]
 
 
-@pytest.mark.parametrize("flag", ["--save_only_model=True", "--resume_from_checkpoint=update/checkpoint-10"])
+@pytest.mark.parametrize("flag", ["--save_only_model=True", "--resume_from_checkpoint=update/checkpoints/step-10"])
 def test_flags_that_contradict_resume_are_told(runs: Runs, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
     monkeypatch.chdir(runs.folder)
-    with pytest.raises(UserError, match=f"--resume does not go with {flag.split('=')[0]}"):
+    with pytest.raises(ConfigError, match=f"--resume contradicts {flag.split('=')[0]}"):
         main([*COMMAND[1:], "--resume", flag])

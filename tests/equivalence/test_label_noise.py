@@ -60,7 +60,7 @@ def test_a_batch_of_many_annotators_is_the_mean_of_each(make_tokenizer, tmp_path
         trainer = RewardTrainer(
             classifier("GPT2"), config(tmp_path, label_noise=noise, eval_strategy="no"), pad_token_id=0
         )
-        batch = trainer.data_collator(rows)
-        losses.append(trainer.compute_loss(trainer.model, batch).item())
+        batch = trainer.collate(rows)
+        losses.append(trainer.loss(batch).item() / len(rows))
     assert losses[0] == pytest.approx(sum(losses[1:]) / 10, abs=1e-6)
     assert max(losses[1:]) - min(losses[1:]) > 0.05

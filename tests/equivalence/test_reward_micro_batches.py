@@ -45,18 +45,17 @@ def trainer_of(make_tokenizer, tmp_path, monkeypatch):
 
 
 def step(trainer, rows=8):
-    """The loss and the gradients of one batch, as Trainer would ask for them."""
-    batch = trainer.data_collator(trainer.train_dataset[:rows])
-    trainer.accelerator.gradient_state._set_sync_gradients(True)
-    loss = trainer.training_step(trainer.model, batch, torch.tensor(rows))
+    """The loss and the gradients of one batch."""
+    batch = trainer.collate(trainer.train_dataset[:rows])
+    (loss,) = trainer.gradients([batch], torch.tensor(float(rows)))
     return loss.item(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 def plain_step(trainer, rows=8):
-    """The same in one pass, with transformers' and PyTorch's own means."""
-    batch = trainer.data_collator(trainer.train_dataset[:rows])
+    """The same in one pass, with PyTorch's own means."""
+    batch = trainer.collate(trainer.train_dataset[:rows])
     trainer.tokens = 10**6
-    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(rows))
+    loss = trainer.loss(batch) / rows
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
@@ -129,12 +128,20 @@ def test_batches_that_were_accumulated_before_it_are_computed_again(trainer_of):
     expected = plain_step(trainer_of(classifier("GPT2"), 1))
     model = classifier("GPT2")
     trainer = trainer_of(model, 400)
-    features, count = trainer.train_dataset, torch.tensor(8)
-    trainer.accelerator.gradient_state._set_sync_gradients(False)
-    first = trainer.training_step(model, trainer.data_collator(features[:4]), count)
-    fails_in_backward(model, 70)
-    trainer.accelerator.gradient_state._set_sync_gradients(True)
-    second = trainer.training_step(model, trainer.data_collator(features[4:8]), count)
+    features = trainer.train_dataset
+    batches = [trainer.collate(features[:4]), trainer.collate(features[4:8])]
+    batches[1]["second"] = torch.ones(4)
+    loss, passes = trainer.loss, []
+
+    def fails_later(part):
+        if "second" in part and passes and not any("second" in earlier for earlier in passes):
+            fails_in_backward(model, 70)  # the gradients of the first batch have been added
+        passes.append(part)
+        return loss(part)
+
+    trainer.loss = fails_later
+    first, second = trainer.gradients(batches, torch.tensor(8.0))
+    assert "second" not in passes[0]
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert_same(((first + second).item(), gradients), expected)
     assert trainer.tokens < 400

@@ -17,10 +17,10 @@ import pytest
 import torch
 from grids import slow_but
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from deep_rlhf.algorithms.supervised.dpo import DPOConfig, dpo_metrics, train_dpo
-from deep_rlhf.errors import UserError
+from deep_rlhf.algorithms.supervised.dpo import DPOConfig, ResponsePolicy, dpo_metrics, train_dpo
+from deep_rlhf.errors import DataError, UserError
+from deep_rlhf.runtime.checkpoint import read_checkpoint
 from deep_rlhf.types import Preference
 
 ANSWERS = ["red", "green", "blue", "black sun", "white", "gold moon", "grey", "pink"]  # of one and two tokens
@@ -246,12 +246,15 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(
 ) -> None:
     flags = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "use_peft": use_peft}
     flags |= {"max_steps": 4, "per_device_train_batch_size": 2, "warmup_steps": 1}
-    whole, _ = weights_after(make_model("gpt2"), tokenizer, tmp_path, **flags)
-    checkpoint = tmp_path / "checkpoint-2"
-    if not use_peft:  # a checkpoint is a plain transformers folder
-        assert AutoModelForCausalLM.from_pretrained(checkpoint).config.model_type == "gpt2"
-    resumed, _ = weights_after(make_model("gpt2"), tokenizer, tmp_path, resume_from_checkpoint=str(checkpoint), **flags)
+    whole, losses = weights_after(make_model("gpt2"), tokenizer, tmp_path, **flags)
+    checkpoint = tmp_path / "checkpoints" / "step-2"
+    names = dict(ResponsePolicy(make_model("gpt2")).named_parameters())
+    if not use_peft:
+        assert read_checkpoint(checkpoint).state["weights"].keys() == names.keys()
+    options = {"resume_from_checkpoint": str(checkpoint), **flags}
+    resumed, resumed_losses = weights_after(make_model("gpt2"), tokenizer, tmp_path, **options)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    assert resumed_losses == losses
 
 
 @pytest.mark.parametrize("use_peft", [False, True])
@@ -276,9 +279,9 @@ def test_pairs_that_cannot_be_used_are_counted(make_model: Callable[..., Any], t
     assert str(result.eval_rows) == "4 of 5 rows kept; dropped: 1 too long"
     result = train_dpo(config(tmp_path, **FEW, max_length=12), make_model("gpt2"), tokenizer, pairs, PAIRS)
     assert result.train_rows.kept == 5
-    with pytest.raises(UserError, match="No held-out pair is left"):
+    with pytest.raises(DataError, match="No held-out pair is left"):
         train_dpo(config(tmp_path, **FEW), make_model("gpt2"), tokenizer, PAIRS, [])
-    with pytest.raises(UserError, match=r"No training pair is left .*: give more data, or a larger --max_length"):
+    with pytest.raises(DataError, match=r"No training pair is left .*: give more data, or a larger --max_length"):
         train_dpo(config(tmp_path, **FEW, max_length=3), make_model("gpt2"), tokenizer, PAIRS, PAIRS)
 
 
@@ -301,15 +304,17 @@ def test_metrics_of_ties_alone_and_of_equal_rewards() -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"beta": 0.0}, "--beta must be above 0, not 0.0"),
-        ({"beta": math.nan}, "--beta must be above 0"),
-        ({"label_noise": 1.0}, "--label_noise is a share"),
+        ({"beta": 0.0}, "beta must be greater than 0.0, not 0.0"),
+        ({"beta": math.nan}, "beta must be greater than 0"),
+        ({"label_noise": 1.0}, "label_noise must be at least 0.0 and less than 1.0"),
         ({"label_smoothing_factor": 0.1}, "use --label_noise"),
-        ({"max_length": 1}, "--max_length must be at least 2, not 1"),
-        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be at least 1"),
-        ({"resume_from_checkpoint": "nowhere"}, "'nowhere' is no checkpoint"),
+        ({"max_length": 1}, "max_length must be at least 2, not 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"resume_from_checkpoint": "nowhere"}, "'nowhere' is not a checkpoint"),
         ({"template": "tulu"}, "no template 'tulu'"),
-        ({"seed": -1}, "seed must be between 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"fsdp": "full_shard"}, "--fsdp=full_shard is not supported"),
+        ({"train_sampling_strategy": "group_by_length"}, "must be random or sequential"),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_sentence(flags: dict[str, Any], sentence: str, tmp_path: Path) -> None:

@@ -295,13 +295,13 @@ def test_all_pairs_of_a_ranking_are_in_the_same_batch(new_fit, monkeypatch):
         for i, j in itertools.combinations(range(3), 2)
     ]
     ranking_responses = {pair.id: groups[int(pair.id.split("-")[0])] for pair in pairs}
-    batches, loss = list[Counter](), RewardTrainer.compute_loss
+    batches, loss = list[Counter](), RewardTrainer.loss
 
-    def look(self, model, inputs, *rest, **options):
-        batches.append(Counter(inputs["margin"].tolist()))
-        return loss(self, model, inputs, *rest, **options)
+    def record(self, batch):
+        batches.append(Counter(batch["margin"].tolist()))
+        return loss(self, batch)
 
-    monkeypatch.setattr(RewardTrainer, "compute_loss", look)
+    monkeypatch.setattr(RewardTrainer, "loss", record)
     new_fit(batch_size=8).fit(pairs, ranking_responses=ranking_responses)
     trained = [batch for batch in batches if sum(batch.values()) == 6]
     assert len(trained) > 4

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deep_rlhf.algorithms.supervised.sft import SFTConfig, train_sft
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError, DataError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.rollout.generate import generate_text
 
@@ -69,10 +69,15 @@ def test_examples_that_are_too_long_are_left_out_and_counted(
         both = train_sft(config(tmp_path, **settings), model, tokenizer, [too_long, fitting])
     # Only this project's lines: earlier tests of the process may have let transformers' own through.
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("deep_rlhf")]
-    assert ours == ["1 of 2 examples have more than 5 tokens: left out."]
+    assert ours == ["1 of 2 examples have more than 5 tokens: dropped."]
     assert both["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-6)
 
 
 def test_examples_that_do_not_fit_are_refused(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="None of the 1 examples has at most 3 tokens"):
+    with pytest.raises(DataError, match="None of the 1 examples has at most 3 tokens"):
         train_sft(config(tmp_path, max_length=3), make_model("gpt2"), tokenizer, [("the cat", "sees two")])
+
+
+def test_an_evaluation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="eval_strategy"):
+        config(tmp_path, eval_strategy="steps")

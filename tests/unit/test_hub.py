@@ -126,7 +126,7 @@ def test_a_hub_that_refuses_is_a_line(served: Hub, folder: Path, caplog: pytest.
         push_folder(folder, repo_id="me/tuned", token="hf_secret")
     (message,) = caplog.messages
     assert message.startswith(f"{folder} was not pushed to 'me/tuned' (")
-    assert message.endswith("): training goes on.")
+    assert message.endswith("): training continues.")
     assert "403" in message
     assert "\n" not in message
     assert "hf_secret" not in message

@@ -262,8 +262,8 @@ def loss_of(tmp_path, *, mu=1.0, margin=0.0, weight=(1.0,), count=None, rows=1, 
     trainer = RewardTrainer(Table(len(weight)), config, pad_token_id=0)
     pair = {"input_ids": torch.tensor([3, 4]), "lengths": (0, 1, 1), "labels": mu, "margin": margin, "longer": 0.5}
     pair |= {} if told is None else {"label_noise": told}
-    batch = trainer.data_collator([pair | {"weight": torch.tensor(weight)}] * rows)
-    return trainer.compute_loss(trainer.model, batch, num_items_in_batch=count).item()
+    batch = trainer.collate([pair | {"weight": torch.tensor(weight)}] * rows)
+    return trainer.gradients([batch], torch.tensor(float(count or rows)))[0].item()
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_wandb_without_a_key_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog
     assert usable_trackers(["wandb"], run_name="x") == []
     assert fake.started == []
     assert len(caplog.messages) == 1
-    assert "no API key: training goes on without it" in caplog.messages[0]
+    assert "no API key: training continues without it" in caplog.messages[0]
 
 
 def test_wandb_offline_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_wandb_in_trouble_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: p
     use(monkeypatch, FakeWandb(trouble="no route\nto host"))
     with caplog.at_level(logging.WARNING):
         assert usable_trackers(["wandb"], run_name="x") == []
-    assert caplog.messages == ["wandb could not start (no route to host): training goes on without it."]
+    assert caplog.messages == ["wandb could not start (no route to host): training continues without it."]
 
 
 def test_only_the_main_process_starts_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,6 @@ class RunCheckpoints:
         trainer.state = TrainerState(**content["progress"])
         trainer.state.is_local_process_zero = trainer.config.local_process_index == 0
         trainer.state.is_world_process_zero = trainer.runtime.is_main
-        trainer.state.compute_steps(trainer.config, trainer.state.max_steps)
         process = content["processes"][trainer.runtime.rank % len(content["processes"])]
         trainer.loss_since_log.fill_(process["loss_since_log"])
         trainer.flops = process["flops"]

@@ -46,11 +46,11 @@ class SupervisedConfig(TrainingArguments):
         self._refuse_unsupported()
         check_settings(self)
         checkpoint = self.resume_from_checkpoint
-        if checkpoint and not is_checkpoint(Path(checkpoint)):
-            raise CheckpointError(f"--resume_from_checkpoint: '{checkpoint}' is not a checkpoint folder.")
         if self.resume and (checkpoint or self.save_only_model):
             other = "--resume_from_checkpoint" if checkpoint else "--save_only_model"
             raise ConfigError(f"--resume contradicts {other}: leave out one of them.")
+        if checkpoint and not is_checkpoint(Path(checkpoint)):
+            raise CheckpointError(f"--resume_from_checkpoint: '{checkpoint}' is not a checkpoint folder.")
         super().__post_init__()
         if self.accelerator_config != type(self.accelerator_config)():
             raise ConfigError("--accelerator_config is not supported: leave it out.")

@@ -143,7 +143,7 @@ class SupervisedTrainer:
         current update and raises KeyboardInterrupt. Raises DataError without enough data for a batch, and
         CheckpointError if a checkpoint cannot be written or belongs to a run with other flags.
         """
-        config, state = self.config, self.state
+        config = self.config
         per_epoch = len(self._batches(0))
         if not per_epoch:
             raise DataError(f"{len(self.train_dataset)} training examples are too few for one batch: give more data.")
@@ -151,8 +151,6 @@ class SupervisedTrainer:
         max_steps = (
             config.max_steps if config.max_steps >= 0 else math.ceil(config.num_train_epochs * updates_per_epoch)
         )
-        state.train_batch_size = config.per_device_train_batch_size
-        state.compute_steps(config, max_steps)
         if config.gradient_checkpointing or getattr(config, "activation_checkpointing", False):
             _enable_activation_checkpointing(self.model)
         self.optimizer = self.make_optimizer()
@@ -160,7 +158,10 @@ class SupervisedTrainer:
         self.callbacks.optimizer, self.callbacks.lr_scheduler = self.optimizer, self.scheduler
         checkpoints = RunCheckpoints(self)
         random = checkpoints.resume()
+        state = self.state
+        state.train_batch_size = config.per_device_train_batch_size
         state.max_steps, state.num_train_epochs = max_steps, -(-max_steps // updates_per_epoch)
+        state.compute_steps(config, max_steps)
         self.model.zero_grad()
         started, first_step = time.time(), state.global_step
         self._call("on_train_begin")

@@ -86,7 +86,7 @@ def train_reward_model(
         tokenizer = copy.deepcopy(tokenizer)  # its padding token and truncation side are changed
     if isinstance(model, str):
         model = load_sequence_classifier(model, num_labels=config.ensemble_size, trust_remote_code=trust_remote_code)
-    _prepare(model, tokenizer, config)
+    pad_token_id = _prepare(model, tokenizer, config)
     max_length = longest_input(model, tokenizer, config.max_length)
     train, train_rows = pair_features(train_preferences, tokenizer, config, max_length)
     held_out, eval_rows = pair_features(eval_preferences, tokenizer, config, max_length)
@@ -100,7 +100,7 @@ def train_reward_model(
     trainer = RewardTrainer(
         with_adapters(model, config) if config.use_peft else model,
         config,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad_token_id,
         train_dataset=train,
         eval_dataset=[evaluated[row] for row in by_length(evaluated)],
         tokenizer=tokenizer,
@@ -184,7 +184,8 @@ def out_of_bag_accuracy(rewards: Tensor, features: Sequence[Features]) -> list[f
     return [accuracy(advantage[rows, member], mu[rows]) for member, rows in enumerate(outside.unbind(1))]
 
 
-def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> None:
+def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> int:
+    """Gives the model a reward head and padding; returns the id of the padding token."""
     if model.config.num_labels != config.ensemble_size:
         raise ModelError(
             f"The model has {model.config.num_labels} heads: --ensemble_size={config.ensemble_size} differs."
@@ -196,6 +197,7 @@ def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config:
         model.config.use_cache = False  # texts are never continued
     if not has_reward_head(model.config):
         init_reward_head(model)
+    return tokenizer.pad_token_id
 
 
 def with_adapters(model: PreTrainedModel, config: RewardConfig) -> Any:
