@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from stopped_runs import Run, at_update, interrupt, kill, limit_files
 
 from deep_rlhf.algorithms.supervised import checkpoints
