@@ -25,7 +25,7 @@ UNSUPPORTED = (
     "torch_empty_cache_steps", "use_liger_kernel",
 )
 # fmt: on
-EMPTY: tuple[Any, ...] = (None, "", [], {})  # ways to give no value
+OFF: tuple[Any, ...] = (None, False, "", "no", [], {})  # ways to say that a feature is not wanted
 
 
 @dataclass
@@ -64,7 +64,7 @@ class SupervisedConfig(TrainingArguments):
                 continue
             default = field.default_factory() if field.default_factory is not MISSING else field.default
             value = getattr(self, name)
-            if value != default and not (value in EMPTY and default in EMPTY):
+            if value != default and not (value in OFF and default in OFF):
                 raise ConfigError(f"--{name}={value} is not supported by this project's training loop: leave it out.")
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ConfigError(
