@@ -1,4 +1,4 @@
-"""Runs of the reward command, and what stops each of them: `stopped_runs` runs them."""
+"""Runs of the reward and DPO commands, and what stops each of them: `stopped_runs` runs them."""
 
 import os
 import resource
@@ -23,6 +23,17 @@ STEPS = ["--save_strategy=steps", "--save_steps=2"]
 EPOCH = ["--logging_strategy=epoch", "--eval_strategy=epoch", "--load_best_model_at_end=False", *STEPS]
 SHORT = ["--max_steps=4", *STEPS]  # ends within an epoch
 LORA = ["--use_peft=True", "--lora_r=2", *STEPS]
+DPO = [  # with the dropout of the model's configuration
+    "dpo",
+    *("--model_name_or_path=gpt2", "--dataset_name=pairs", "--report_to=none", "--disable_tqdm=True", "--use_cpu=True"),
+    *(
+        "--per_device_train_batch_size=4",
+        "--gradient_accumulation_steps=2",
+        "--num_train_epochs=2",
+        "--logging_steps=3",
+    ),
+    *("--eval_steps=2", "--learning_rate=1e-3", "--load_best_model_at_end=True", *STEPS),
+]
 
 
 def half_written(save: int) -> None:
@@ -100,6 +111,7 @@ RUNS = {
     "epoch": Run([*COMMAND, *EPOCH], lambda: at_update(7)),
     "ending": Run([*COMMAND, *SHORT], lambda: setattr(RewardModel, "save", lambda *_: kill())),
     "lora": Run([*COMMAND, *LORA], lambda: at_update(6)),
+    "dpo": Run(DPO, lambda: at_update(6)),
 }
 
 WHOLE = {
@@ -107,4 +119,5 @@ WHOLE = {
     "whole epoch": [*COMMAND, *EPOCH],
     "whole ending": [*COMMAND, *SHORT],
     "whole lora": [*COMMAND, *LORA],
+    "whole dpo": DPO,
 }

@@ -140,7 +140,7 @@ def test_what_a_stopped_run_leaves(runs: Runs, name: str, left: list[str] | None
             ),
             ("update", "Going on after update 6 of 8, from 'update/checkpoints/step-6'."),
             ("file", "Going on after update 2 of 8, from 'file/checkpoints/step-2'."),
-            ("torn", "The checkpoint torn/checkpoints/step-6 is skipped: it is torn ("),
+            ("torn", "The checkpoint torn/checkpoints/step-6 is damaged and skipped ("),
             ("torn", "Going on after update 2 of 8, from 'torn/checkpoints/step-2'."),
             ("interrupt", "Stopping after this update; press Ctrl-C again to stop at once."),
             ("interrupt", "Stopped after update 5: the same command with --resume goes on from there."),
@@ -159,7 +159,10 @@ def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(runs: Run
     (error,) = [line for line in runs.log("disk full").splitlines() if line.startswith("error: ")]
     assert error.startswith("error: The checkpoint of step 6 could not be written to disk full/checkpoints (")
     assert "File too large" in error
-    assert "the previous checkpoint disk full/checkpoints/step-2 is intact; make room and go on with --resume." in error
+    assert (
+        "the previous checkpoint disk full/checkpoints/step-2 is intact; free disk space and continue with --resume."
+        in error
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The reward command, killed at any moment and resumed, ends as one that nothing stopped: to the last bit."""
+"""A supervised run that is killed at any moment and resumed ends as one that nothing stopped: to the last bit."""
 
 import json
 import logging
@@ -18,7 +18,13 @@ from deep_rlhf.data.chat import HH
 from deep_rlhf.data.synthetic import sft_pairs
 from deep_rlhf.errors import CheckpointError, ConfigError
 
-UNSTOPPED = {"epoch": "whole epoch", "ending": "whole ending", "model full": "whole ending", "lora": "whole lora"}
+UNSTOPPED = {
+    "epoch": "whole epoch",
+    "ending": "whole ending",
+    "model full": "whole ending",
+    "lora": "whole lora",
+    "dpo": "whole dpo",
+}
 EVERYDAY = ("update", "rotation", "interrupt")
 
 pytestmark = pytest.mark.processes
@@ -58,7 +64,7 @@ def checkpoints(folder: Path) -> list[str]:
 def test_a_stopped_run_goes_on_to_the_same_end(runs: Runs, name: str) -> None:
     resumed, unstopped = runs.resumed(name), runs.whole(UNSTOPPED.get(name, "whole"))
     assert metrics(resumed) == metrics(unstopped)
-    for file in ("model.safetensors", "reward_model.json"):
+    for file in ("model/model.safetensors",) if name == "dpo" else ("model.safetensors", "reward_model.json"):
         assert (resumed / file).read_bytes() == (unstopped / file).read_bytes()
 
 
