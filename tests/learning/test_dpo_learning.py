@@ -314,7 +314,7 @@ def test_metrics_of_ties_alone_and_of_equal_rewards() -> None:
         ({"template": "tulu"}, "no template 'tulu'"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"fsdp": "full_shard"}, "--fsdp=full_shard is not supported"),
-        ({"train_sampling_strategy": "group_by_length"}, "must be random or sequential"),
+        ({"train_sampling_strategy": "group_by_length"}, "must be one of random, sequential"),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_sentence(flags: dict[str, Any], sentence: str, tmp_path: Path) -> None:

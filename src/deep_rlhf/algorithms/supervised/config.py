@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments, enable_full_determinism, set_seed
 
@@ -16,7 +16,7 @@ from deep_rlhf.settings import check_settings, seed_setting, setting
 # fmt: off
 UNSUPPORTED = (
     "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "debug",
-    "deepspeed", "enable_jit_checkpoint", "fp16", "fp16_full_eval", "fsdp", "fsdp_config",
+    "deepspeed", "enable_jit_checkpoint", "fp16", "fp16_full_eval", "fsdp", "group_by_length",
     "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "ignore_data_skip",
     "include_for_metrics", "include_num_input_tokens_seen",
     "label_names", "label_smoothing_factor", "liger_kernel_config", "neftune_noise_alpha", "optim_target_modules",
@@ -40,6 +40,7 @@ class SupervisedConfig(TrainingArguments):
     per_device_eval_batch_size: int = setting(8, "Examples per device in one batch of an evaluation.", least=1)
     gradient_accumulation_steps: int = setting(1, "Batches per update.", least=1)
     seed: int = seed_setting(42, "Seed of fresh weights, dropout and the order of the data.")
+    train_sampling_strategy: Literal["random", "sequential"] = setting("random", "Order of the examples in an epoch.")
     resume: bool = setting(False, "Continue from the newest complete checkpoint in output_dir.")
 
     def __post_init__(self) -> None:
@@ -66,10 +67,6 @@ class SupervisedConfig(TrainingArguments):
             value = getattr(self, name)
             if value != default and not (value in OFF and default in OFF):
                 raise ConfigError(f"--{name}={value} is not supported by this project's training loop: leave it out.")
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ConfigError(
-                f"--train_sampling_strategy must be random or sequential, not {self.train_sampling_strategy}."
-            )
         if getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type) in ("reduce_lr_on_plateau", "greedy"):
             raise ConfigError(
                 f"--lr_scheduler_type={self.lr_scheduler_type} is not supported: choose one of the step alone."
