@@ -168,7 +168,11 @@ class SupervisedTrainer:
         if config.eval_on_start and not first_step:
             self.evaluate()
         with checkpoints.saved_on_interrupt():
-            for epoch in range(first_step // updates_per_epoch, state.num_train_epochs):
+            first_epoch = first_step // updates_per_epoch
+            last_epoch = (
+                state.num_train_epochs if first_step < max_steps else first_epoch
+            )  # a finished run has none left
+            for epoch in range(first_epoch, last_epoch):
                 done = max(0, first_step - epoch * updates_per_epoch) * config.gradient_accumulation_steps
                 self._epoch(epoch, done, random, checkpoints)
                 random = None
