@@ -53,14 +53,14 @@ def main() -> None:
 
 
 def package_imports() -> Imports:
-    """The direct imports between packages and modules on the top level, without imports for type checkers."""
+    """The direct imports between the packages on the top level, without imports for type checkers."""
     graph = grimp.build_graph(PACKAGE, cache_dir=None, exclude_type_checking_imports=True)
-    parts = sorted(module.split(".")[1] for module in graph.modules if module.count(".") == 1)
-    imports: dict[str, set[str]] = {part: set() for part in parts}
-    for module in graph.modules - {PACKAGE}:
-        for imported in graph.find_modules_directly_imported_by(module) - {PACKAGE}:
-            imports[module.split(".")[1]].add(imported.split(".")[1])
-    return {part: sorted(imports[part] - {part}) for part in parts}
+    imports: dict[str, list[str]] = {}
+    for package in sorted(path.parent.name for path in (ROOT / "src" / PACKAGE).glob("*/__init__.py")):
+        modules = graph.find_descendants(f"{PACKAGE}.{package}") | {f"{PACKAGE}.{package}"}
+        imported = {name for module in modules for name in graph.find_modules_directly_imported_by(module)}
+        imports[package] = sorted({f"{name}.".split(".")[1] for name in imported} - {package})
+    return {package: [part for part in imported if part in imports] for package, imported in imports.items()}
 
 
 def as_json(imports: Imports) -> str:
@@ -109,8 +109,7 @@ def drawing(layers: list[list[str]], imports: Imports) -> Figure:
     }
     for importer, importeds in imports.items():
         for imported in importeds:
-            if importer in places and imported in places:
-                draw_arrow(axes, places[importer], places[imported], grey=is_implied(imports, importer, imported))
+            draw_arrow(axes, places[importer], places[imported], grey=is_implied(imports, importer, imported))
     for part, place in places.items():
         draw_box(axes, place, part, first_sentence(part))
     draw_modules(axes, modules)
