@@ -136,17 +136,17 @@ def test_what_a_stopped_run_leaves(runs: Runs, name: str, left: list[str] | None
         [
             (
                 "first update",
-                "There is no whole checkpoint in 'first update/checkpoints': starting from the beginning.",
+                "There is no complete checkpoint in 'first update/checkpoints': starting from the beginning.",
             ),
-            ("update", "Going on after update 6 of 8, from 'update/checkpoints/step-6'."),
-            ("file", "Going on after update 2 of 8, from 'file/checkpoints/step-2'."),
+            ("update", "Resuming after update 6 of 8 from 'update/checkpoints/step-6'."),
+            ("file", "Resuming after update 2 of 8 from 'file/checkpoints/step-2'."),
             ("torn", "The checkpoint torn/checkpoints/step-6 is damaged and skipped ("),
-            ("torn", "Going on after update 2 of 8, from 'torn/checkpoints/step-2'."),
+            ("torn", "Resuming after update 2 of 8 from 'torn/checkpoints/step-2'."),
             ("interrupt", "Stopping after this update; press Ctrl-C again to stop at once."),
-            ("interrupt", "Stopped after update 5: the same command with --resume goes on from there."),
-            ("interrupt", "Going on after update 5 of 8, from 'interrupt/checkpoints/step-5'."),
-            ("interrupt twice", "Going on after update 2 of 8, from 'interrupt twice/checkpoints/step-2'."),
-            ("ending", "All 8 updates are done, says 'ending/checkpoints/step-8'."),
+            ("interrupt", "Stopped after update 5: the same command with --resume continues from there."),
+            ("interrupt", "Resuming after update 5 of 8 from 'interrupt/checkpoints/step-5'."),
+            ("interrupt twice", "Resuming after update 2 of 8 from 'interrupt twice/checkpoints/step-2'."),
+            ("ending", "All 8 updates are already done in 'ending/checkpoints/step-8'."),
         ],
     ),
 )
@@ -178,7 +178,7 @@ def test_changed_flags_are_named_and_nothing_is_touched(again: Callable[..., Any
     assert code == 2
     assert said.splitlines()[-1] == (
         f"error: This is not the run in '{tmp_path / 'run'}': learning_rate (0.001 when the run began, now 0.01),"
-        " steps (64 when the run began, now 32). Undo that, or start anew."
+        " steps (64 when the run began, now 32). Undo that, or start a new run."
     )
     assert contents(tmp_path / "run") == contents(runs.stopped("update"))
 
@@ -224,7 +224,7 @@ def test_an_unfinished_run_is_not_walked_over(again: Callable[..., Any], runs: R
     code, said = again(runs.stopped("update"))
     assert code == 2
     assert said.splitlines()[-1] == (
-        f"error: '{tmp_path / 'run'}' holds a run that stopped after 6 of 8 updates: add --resume to go on with it,"
+        f"error: '{tmp_path / 'run'}' holds a run that stopped after 6 of 8 updates: add --resume to continue it,"
         f" give another output_dir, or remove '{tmp_path / 'run' / 'checkpoints'}'."
     )
     assert contents(tmp_path / "run") == contents(runs.stopped("update"))
@@ -236,7 +236,7 @@ def test_a_finished_run_learns_no_more_and_writes_its_report(
     with caplog.at_level("INFO", "deep_rlhf"):
         code, said = again(runs.whole("whole ppo"), "--resume")
     assert code == 0, said
-    assert "All 8 updates are done" in caplog.text
+    assert "All 8 updates are already done" in caplog.text
     before, after = contents(runs.whole("whole ppo")), contents(tmp_path / "run")
     assert before.keys() == after.keys()
     assert "report.html" in after

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deep_rlhf import UserError
+from deep_rlhf import ConfigError
 from deep_rlhf.algorithms.grpo import GRPOConfig, GRPOTrainer
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlusConfig, ReinforcePlusPlusTrainer
@@ -253,5 +253,5 @@ def test_an_infinite_gradient_never_reaches_the_weights(kind: str, make_trainer:
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(config_class: Any, settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         config_class(**settings)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
-from deep_rlhf import PPOConfig, PPOTrainer, UserError
+from deep_rlhf import ConfigError, DataError, PPOConfig, PPOTrainer, RewardError
 from deep_rlhf.algorithms.online.prompts import PromptBatches
 from deep_rlhf.rollout import engine as engine_module
 from deep_rlhf.rollout import passes as passes_module
@@ -231,9 +231,9 @@ def test_unusable_prompts_are_counted(make_trainer: Callable[..., PPOTrainer]) -
     assert trainer.prompts == ["the cat"]
     assert trainer.prompt_report.read == 4
     assert trainer.prompt_report.dropped == {"too long": 1, "empty": 2}
-    with pytest.raises(UserError, match=r"None of the 1 prompts can be used.*1 have more than 4 tokens"):
+    with pytest.raises(DataError, match=r"None of the 1 prompts can be used.*1 have more than 4 tokens"):
         make_trainer(prompts=["red red red red red"], max_prompt_length=4)
-    with pytest.raises(UserError, match="None of the 0 prompts can be used"):
+    with pytest.raises(DataError, match="None of the 0 prompts can be used"):
         make_trainer(prompts=[])
 
 
@@ -241,7 +241,7 @@ def test_prompts_must_leave_room_for_the_response(make_trainer: Callable[..., PP
     trainer = make_trainer(prompts=["red " * 56, "red " * 57])  # 64 positions, 8 of them for the response
     assert trainer.prompt_report.dropped == {"too long": 1}
     assert len(make_trainer(prompts=["red " * 56], steps=6).train()) == 1
-    with pytest.raises(UserError, match="max_new_tokens=64 leaves no room for a prompt"):
+    with pytest.raises(ConfigError, match="max_new_tokens=64 leaves no room for a prompt"):
         make_trainer(max_new_tokens=64)
 
 
@@ -267,7 +267,7 @@ def test_a_bad_reward_function_is_a_users_mistake(
     def bad_reward(prompts: list[str], responses: list[str]) -> Any:
         return returned
 
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(RewardError, match=sentence):
         make_trainer(reward=bad_reward).train()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from deep_rlhf import PPOConfig, PPOTrainer, RewardModel, UserError
+from deep_rlhf import ConfigError, PPOConfig, PPOTrainer, RewardModel
 from deep_rlhf.models.critic import make_critic
 from deep_rlhf.types import Experience
 
@@ -242,7 +242,7 @@ def test_what_an_ensemble_says_together(settings: dict[str, Any], of_length: flo
 
 
 def test_an_ensembles_rule_needs_an_ensemble(make_trainer: Make) -> None:
-    with pytest.raises(UserError, match="ensemble_reward=min compares the members of an ensemble"):
+    with pytest.raises(ConfigError, match="ensemble_reward=min compares the members of an ensemble"):
         make_trainer(ensemble_reward="min").train()
 
 
@@ -255,7 +255,7 @@ def test_while_the_critic_warms_up_the_policy_stays(critic: str, make_trainer: M
     assert trainer.learner.critic.value_head.weight.any()
     trainer.train()
     assert not any(torch.equal(p, b) for p, b in zip(trainer._policy.parameters(), before, strict=True))
-    with pytest.raises(UserError, match="critic_warmup_updates=2 leaves none of the 2 updates to the policy"):
+    with pytest.raises(ConfigError, match="critic_warmup_updates=2 leaves none of the 2 updates to the policy"):
         make_trainer(critic_warmup_updates=2)
 
 
@@ -300,11 +300,11 @@ def test_a_critic_from_the_reward_model_begins_by_saying_what_it_says(
 def test_a_reward_model_that_cannot_be_a_critic_is_refused(
     make_trainer: Make, reward_model: RewardModel, make_tokenizer: Callable[..., Any]
 ) -> None:
-    with pytest.raises(UserError, match=r"critic=reward .*function"):
+    with pytest.raises(ConfigError, match=r"critic=reward .*function"):
         make_trainer(critic="reward")
-    with pytest.raises(UserError, match=r"critic=reward .*decoder as policy"):
+    with pytest.raises(ConfigError, match=r"critic=reward .*decoder as policy"):
         make_trainer("t5", critic="reward", reward=reward_model)
     trainer = make_trainer()
     reward_model.tokenizer = make_tokenizer(["another", "vocabulary"])
-    with pytest.raises(UserError, match="the policy's tokenizer"):
+    with pytest.raises(ConfigError, match="the policy's tokenizer"):
         make_critic("reward", trainer._policy, reward_model, trainer.tokenizer)

@@ -11,7 +11,7 @@ from optimum import BOUNDS, PROMPT, SCALES, SEEDS, WORDS, Optimum, reference_mod
 from torch import Tensor
 
 from deep_rlhf.algorithms.best_of_n import BestOfN, selection_probabilities
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError, RewardError
 from deep_rlhf.models.function_scorer import FunctionScorer
 
 DRAWS = {1: 1000, 3: 60}
@@ -131,7 +131,7 @@ def test_settings_that_cannot_work_are_refused(
     settings: dict[str, Any], make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]
 ) -> None:
     scorer = FunctionScorer(reward_for(1.0), "reward")
-    with pytest.raises(UserError):
+    with pytest.raises(ConfigError):
         BestOfN(reference_model(make_model, "gpt2", 1), make_tokenizer(WORDS), scorer, **settings)
 
 
@@ -140,5 +140,5 @@ def test_a_reward_that_is_no_number_is_refused(
 ) -> None:
     scorer = FunctionScorer(lambda prompts, responses: [math.nan] * len(responses), "broken")
     sampler = BestOfN(reference_model(make_model, "gpt2", 1), make_tokenizer(WORDS), scorer, n=2, max_new_tokens=1)
-    with pytest.raises(UserError, match="is nan, which cannot be compared"):
+    with pytest.raises(RewardError, match="is nan, which cannot be compared"):
         sampler.generate([PROMPT])

@@ -16,7 +16,7 @@ from deep_rlhf.algorithms.online.state import copied, trainable_tensors
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.algorithms.rloo import RLOOConfig, RLOOTrainer
 from deep_rlhf.algorithms.trpo import TRPOConfig, TRPOTrainer
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import RewardError
 from deep_rlhf.evaluation.report import write_report
 from deep_rlhf.runtime.checkpoint import latest_checkpoint
 from deep_rlhf.runtime.run_directory import write_summary
@@ -209,15 +209,15 @@ def test_a_stopped_run_names_the_last_good_checkpoint_and_goes_on_with_a_mended_
     whole = make().train()
     bad = dict.fromkeys((4, 5, 6), torch.full((2,), math.inf))
     trainer = make(bad, output_dir=str(tmp_path / "run"), max_bad_batches=3, save_freq=1)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(RewardError) as told:
         trainer.train()
     good = tmp_path / "run" / "checkpoints" / "step-3"
     assert str(told.value).startswith(
         "3 batches in a row could not be learned from, the last because the reward of sample 3 is inf (prompt "
     )
     assert str(told.value).endswith(
-        f"): mend the reward and go on with --resume from '{good}', the last good checkpoint, or begin again with a"
-        " lower learning rate."
+        f"): correct the reward and add --resume to continue from '{good}', the last good checkpoint, or start again"
+        " with a lower learning rate."
     )
     newest = latest_checkpoint(good.parent)
     assert newest is not None
@@ -232,7 +232,7 @@ def test_a_stopped_run_names_the_last_good_checkpoint_and_goes_on_with_a_mended_
 
 def test_weights_that_overflow_end_the_run(make: Callable[..., OnlineTrainer], tmp_path: Path) -> None:
     trainer = make(learning_rate=1e30, max_bad_batches=2, output_dir=str(tmp_path), save_freq=1)
-    with pytest.raises(UserError, match=r"2 batches in a row .* begin again with a lower learning rate\.$"):
+    with pytest.raises(RewardError, match=r"2 batches in a row .* start again with a lower learning rate\.$"):
         trainer.train()
     assert len(trainer.history) < 4
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ResourceError
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
 from deep_rlhf.runtime.optimisers.adamw import make_adamw
 from deep_rlhf.runtime.optimisers.master import MasterOptimizer
@@ -103,5 +103,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_last_bit(dtype: torch.dtype, tmp_pa
 
 def test_without_bitsandbytes_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r"optimizer=adamw_8bit needs bitsandbytes.*pip install bitsandbytes"):
+    with pytest.raises(
+        ResourceError, match=r"optimizer=adamw_8bit needs .* bitsandbytes.*pip install 'deep-rlhf\[8bit\]'"
+    ):
         make_adamw("adamw_8bit", weights(torch.float32))

@@ -29,7 +29,7 @@ from deep_rlhf.compat.trl import (
     respond_to_batch,
     set_seed,
 )
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError, RewardError, UserError
 from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.rollout.collect import collect
@@ -126,10 +126,10 @@ def test_batch_sizes_of_one_process_become_those_of_all() -> None:
     ("settings", "error", "sentence"),
     [
         ({"batch_size": 6, "mini_batch_size": 4}, ValueError, "`batch_size` must be a multiple"),
-        ({"use_score_norm": True}, UserError, "use_score_norm does nothing without use_score_scaling"),
-        ({"kl_penalty": "cosine"}, UserError, "kl_penalty must be one of kl, abs, mse, full"),
+        ({"use_score_norm": True}, ConfigError, "use_score_norm does nothing without use_score_scaling"),
+        ({"kl_penalty": "cosine"}, ConfigError, "kl_penalty must be one of kl, abs, mse, full"),
         ({"push_to_hub_if_best_kwargs": {"private": True}}, UserError, "needs a repo_id"),
-        ({"lam": 1.5}, UserError, "lam must be at least 0 and at most 1"),
+        ({"lam": 1.5}, ConfigError, "lam must be at least 0 and at most 1"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(settings: dict[str, Any], error: type, sentence: str) -> None:
@@ -482,7 +482,7 @@ def test_checkpointing_activations_changes_nothing(make_trainer: Callable[..., P
 def test_a_number_that_is_none_never_reaches_the_weights(make_trainer: Callable[..., PPOTrainer]) -> None:
     trainer = make_trainer()
     before = copy.deepcopy(trainer.model.state_dict())
-    with pytest.raises(UserError, match="cannot be learned from: the reward of sample 1 is nan"):
+    with pytest.raises(RewardError, match="cannot be learned from: the reward of sample 1 is nan"):
         trainer.step(tensors(QUERIES), tensors(RESPONSES), tensors([0.0, float("nan"), 0.0, 1.0]))
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
 

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 from deep_rlhf.algorithms.grpo import GRPOConfig
 from deep_rlhf.algorithms.ppo import PPOConfig
 from deep_rlhf.algorithms.supervised.reward import RewardConfig
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.planning import online
 from deep_rlhf.planning.memory_plan import (
@@ -94,7 +94,7 @@ def test_a_gpu_is_a_card_or_a_size(text: str, name: str | None, memory: float) -
 
 @pytest.mark.parametrize("text", ["", "T5", "24", "0GiB", "-1GB", "24 TiB"])
 def test_another_gpu_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="--gpu must be one of T4, L4, A100, H200, or a size"):
+    with pytest.raises(ConfigError, match="--gpu must be one of T4, L4, A100, H200, or a size"):
         gpu_of(text)
 
 
@@ -177,7 +177,7 @@ def test_other_architectures_and_algorithms(config: Any, settings: dict[str, Any
 
 
 def test_the_critic_of_a_function_cannot_be_its_reward_model() -> None:
-    with pytest.raises(UserError, match="critic=reward needs a reward model"):
+    with pytest.raises(ConfigError, match="critic=reward needs a reward model"):
         plan(critic="reward")
 
 

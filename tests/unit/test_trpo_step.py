@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deep_rlhf.algorithms.online.learner import NotFiniteError
 from deep_rlhf.algorithms.trpo import TRPOConfig, TRPOTrainer
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
 from deep_rlhf.types import Experience, Rollout
 
 WORDS = ["one", "two", "three", "a", "cat", "seventeen"]
@@ -232,5 +232,5 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     ],
 )
 def test_a_setting_that_cannot_work_is_one_sentence(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         TRPOConfig(**settings)

@@ -1,4 +1,4 @@
-"""`deep-rlhf ppo` and its relatives: prompts and a reward in; a tuned policy, its metrics and a report out."""
+"""`deep-rlhf ppo`, trpo, rloo, grpo and reinforce_plus_plus: train a policy against a reward, and write a report."""
 
 import dataclasses
 import logging
@@ -16,14 +16,14 @@ from deep_rlhf.algorithms.online.trainer import OnlineTrainer, Stopped
 from deep_rlhf.cli.commands import ALGORITHMS
 from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_config
 from deep_rlhf.data.prompts import load_prompts
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ResourceError, UserError
 from deep_rlhf.evaluation.comparison import build_samples
 from deep_rlhf.evaluation.report import write_report_if_installed
 from deep_rlhf.models.reward import RewardModel, load_scorer
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
 from deep_rlhf.types import RowReport, Scorer
 
-SHOWN_PROMPTS = 16  # answered before and after, for the report
+REPORT_PROMPTS = 16  # prompts whose responses before and after training are in the report
 SAMPLES_PER_UPDATE = 4  # lines in samples.jsonl
 
 console = Console()
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(command: str, argv: list[str] | None = None) -> None:
-    """Runs the algorithm `command` as the flags say. Ctrl-C leaves a checkpoint and the policy as it is then."""
+    """Trains with the algorithm `command`. After Ctrl-C a checkpoint and the policy as it is are saved."""
     config_class, trainer_class = algorithm(command)
     prog = "ppo.py" if command == "ppo" else f"deep-rlhf {command}"
     (config,) = parse_flags(argv, config_class, prog=prog, description=__doc__.split("\n")[0])
@@ -50,21 +50,21 @@ def main(command: str, argv: list[str] | None = None) -> None:
         num_proc=config.dataset_num_proc,
     )
     trainer = trainer_class(config, prompts=prompts, reward=scorer)
-    scorer = trainer.scorer  # the copy that rewards; the one on the disk's format need not stay
+    scorer = trainer.scorer  # a copy in the run's precision; the loaded one can be freed
     is_main = trainer.runtime.is_main
     if is_main:
         print_config(_public(config))
-        console.print(f"Prompts: {rows}.{_too_long(trainer.prompt_report)} Template: {template}.", highlight=False)
+        console.print(f"Prompts: {rows}.{_dropped(trainer.prompt_report)} Template: {template}.", highlight=False)
     run = RunDirectory(output_dir, resume_from=len(trainer.history) or None) if is_main else None
     if run:
         save_config(run.path / "config.yaml", _resolved(config, template, trainer))
-    shown = trainer.prompts[:SHOWN_PROMPTS]
-    before = trainer.generate(shown, seed=config.seed, reference=True)
+    asked = trainer.prompts[:REPORT_PROMPTS]
+    before = trainer.generate(asked, seed=config.seed, reference=True)
     _train(trainer, run, output_dir / "model")
-    after = trainer.generate(shown, seed=config.seed)
+    after = trainer.generate(asked, seed=config.seed)
     if run is None:
         return
-    scores_before, scores_after = (scorer.score(shown, texts).mean(1).tolist() for texts in (before, after))
+    scores_before, scores_after = (scorer.score(asked, responses).mean(1).tolist() for responses in (before, after))
     summary = {
         "seconds": time.perf_counter() - start,
         "updates": trainer.updates,
@@ -73,14 +73,16 @@ def main(command: str, argv: list[str] | None = None) -> None:
         "prompts": dataclasses.asdict(rows),
         "prompts_in_tokens": dataclasses.asdict(trainer.prompt_report),
     }
-    with _told(output_dir):
+    with _disk_errors(output_dir):
         write_summary(run.path / "summary.json", summary)
         report = write_report_if_installed(
             run.path / "report.html",
             title=f"{command}: {config.exp_name}",
             summary={"seconds": summary["seconds"]},
             history=trainer.history,
-            samples=build_samples(shown, after, before=before, scores_after=scores_after, scores_before=scores_before),
+            samples=build_samples(
+                prompts, after, before=before, scores_after=scores_after, scores_before=scores_before
+            ),
             score_name="reward",
             config=dataclasses.asdict(_public(config)),
         )
@@ -92,63 +94,63 @@ def main(command: str, argv: list[str] | None = None) -> None:
 
 
 def algorithm(command: str) -> tuple[type[OnlineConfig], type[OnlineTrainer]]:
-    """The settings and the trainer of a command."""
+    """The settings and trainer classes of a command."""
     module = import_module(f"deep_rlhf.algorithms.{command}")
     name = ALGORITHMS[command]
     return getattr(module, f"{name}Config"), getattr(module, f"{name}Trainer")
 
 
 def _train(trainer: OnlineTrainer, run: RunDirectory | None, folder: Path) -> None:
-    """Trains and saves the policy, as it is when an error or Ctrl-C ends the training; a second Ctrl-C is obeyed."""
+    """Trains and saves the policy, also when an error or one Ctrl-C ends the training."""
     try:
         trainer.train(on_update=_recorder(trainer, run))
     except Stopped:
         done = len(trainer.history)
-        logger.info("Stopped after update %d: the same command with --resume goes on from there.", done)
+        logger.info("Stopped after update %d: the same command with --resume continues from there.", done)
         trainer.save(folder)
         raise
     except Exception:
         try:
             trainer.save(folder)
-        except UserError as error:  # it must not hide what ended the training
+        except UserError as error:  # it must not hide the error that ended the training
             logger.warning("%s", error)
         raise
     trainer.save(folder)
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """A disk that refuses a file becomes one sentence."""
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Raises ResourceError where the block cannot write a file."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"The results could not be written to '{folder}' ({error.strerror}): make room and go on with --resume."
+        raise ResourceError(
+            f"The results could not be written to '{folder}' ({error.strerror}): make room and continue with --resume."
         ) from error
 
 
 def _public(config: OnlineConfig) -> OnlineConfig:
-    """The settings without what must stay secret."""
+    """The settings without the Hub token."""
     push = config.push_to_hub_if_best_kwargs or {}
     shown = {name: value for name, value in push.items() if name != "token"}
     return dataclasses.replace(config, push_to_hub_if_best_kwargs=shown or None)
 
 
 def _resolved(config: OnlineConfig, template: Any, trainer: OnlineTrainer) -> OnlineConfig:
-    """The settings as they turned out to be, to be run again."""
+    """The settings with `template` and `steps` resolved, to repeat the run."""
     steps = trainer.updates * config.batch_size
     return dataclasses.replace(_public(config), template=template, steps=steps, resume=False)
 
 
 def _template(config: OnlineConfig, scorer: Scorer) -> str:
-    """The prompts' template: as told, or the one the reward model was trained with, or none."""
+    """The prompts' template: as set, or the one that the reward model was trained with, or plain."""
     if config.template != "auto":
         return config.template
     known = scorer.template if isinstance(scorer, RewardModel) else None
     return known or "plain"
 
 
-def _too_long(report: RowReport) -> str:
+def _dropped(report: RowReport) -> str:
     return f" In tokens: {report}." if report.dropped else ""
 
 
@@ -162,7 +164,7 @@ def _recorder(trainer: OnlineTrainer, run: RunDirectory | None) -> Callable[[dic
             {"step": metrics["step"], "prompt": prompt, "response": response, "score": score}
             for prompt, response, score in texts
         ]
-        with _told(run.path):
+        with _disk_errors(run.path):
             run.add_metrics(metrics)
             run.add_samples(rows[:SAMPLES_PER_UPDATE])
 

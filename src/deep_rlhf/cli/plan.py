@@ -1,4 +1,4 @@
-"""`deep-rlhf plan COMMAND`: the memory that a command would take, before anything is loaded, and what makes it fit."""
+"""`deep-rlhf plan COMMAND`: the memory that a command needs, before anything is loaded, and flags that reduce it."""
 
 import shlex
 import sys
@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from deep_rlhf.cli.flags import parse_flags
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError, ModelError, UserError
 from deep_rlhf.models.load import no_configuration
 from deep_rlhf.planning.memory_plan import GIB, GPUS, Machine, MemoryPlan, gpu_of, this_machine
 from deep_rlhf.runtime.memory import resident_peak
@@ -22,21 +22,21 @@ CARDS = ", ".join(gpu.name for gpu in GPUS.values())
 USAGE = f"""usage: deep-rlhf plan COMMAND [--flags of COMMAND] [--gpu=CARD]
 
 COMMAND: {", ".join(PLANNED)}.
-CARD: {CARDS}, or a size such as 24GiB. Without --gpu it is this machine's CPU and main memory.
+CARD: {CARDS}, or a size such as 24GiB. Default: the CPU and main memory of this machine.
 
-Prints what each part of a run takes in memory, and which flags make it fit.
+Prints the memory of each part of a run, and the flags that make it fit.
 """
 
-# What a process holds on a CPU beyond its imports (tokenizers, data, threads, what the allocator does not give back),
-# measured on runs of docs/memory.md; and what CUDA takes on a GPU.
-LATER_ON_CPU, CUDA = 170 * 10**6, 600 * 10**6
+# Bytes of a process on a CPU beyond its imports (tokenizers, data, threads, freed memory that the allocator keeps),
+# measured on runs of docs/memory.md; and bytes of CUDA on a GPU.
+CPU_OVERHEAD, CUDA_OVERHEAD = 170 * 10**6, 600 * 10**6
 
 Flags = tuple[str, ...]
 Planner = Callable[[Flags], MemoryPlan]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the plan; raises UserError for a user's mistake."""
+    """Prints the plan, and flags that make the run fit. Raises ConfigError or ModelError for invalid input."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
@@ -55,19 +55,19 @@ def main(argv: list[str] | None = None) -> None:
         added = advice(planner, flags, ladders(command, machine), machine.memory)
     least = planner(flags + added).peak
     if least <= machine.memory:
-        console.print(f"It does not fit in {room}. With these flags it takes {_gib(least)} GiB and does:")
+        console.print(f"It does not fit in {room}. With these flags it needs {_gib(least)} GiB and fits:")
     else:
         console.print(
-            f"It does not fit in {room}, whatever is set: {_gib(least)} GiB is the least, with"
+            f"It does not fit in {room}: the smallest peak is {_gib(least)} GiB, with these flags:"
             if added
-            else f"It does not fit in {room}, and no setting makes it smaller: take a smaller model."
+            else f"It does not fit in {room}, and no setting makes it smaller: use a smaller model."
         )
     if added:
         console.print(shlex.join(added), soft_wrap=True)
 
 
 def ladders(command: str, machine: Machine) -> Iterator[list[str]]:
-    """What takes less memory, what costs least first; each as flags of growing effect, of which one is given."""
+    """The ways to save memory, cheapest first; each is a list of flags of growing effect, of which one is used."""
     if machine.has_bf16:
         yield ["--precision=bf16"]
     yield ["--gradient_checkpointing=True"]
@@ -91,7 +91,7 @@ def ladders(command: str, machine: Machine) -> Iterator[list[str]]:
 
 
 def advice(planner: Planner, flags: Flags, steps: Iterator[list[str]], memory: int) -> Flags:
-    """The flags to add so that a run fits in `memory` bytes, as few as do; those that help if it never fits."""
+    """The fewest flags with which a run fits in `memory` bytes; all that help if it never fits."""
     added: Flags = ()
     for ladder in steps:
         for flag in ladder:
@@ -110,7 +110,7 @@ def advice(planner: Planner, flags: Flags, steps: Iterator[list[str]], memory: i
 
 
 def _peak(planner: Planner, flags: Flags) -> float:
-    """Infinite for flags that contradict each other."""
+    """The peak of a plan in bytes; infinite for flags that contradict each other."""
     try:
         return planner(flags).peak
     except UserError:
@@ -120,7 +120,7 @@ def _peak(planner: Planner, flags: Flags) -> float:
 def _split(argv: list[str]) -> tuple[str, Machine, Flags]:
     command, *rest = argv
     if command not in PLANNED:
-        raise UserError(f"There is no plan for '{command}': give one of {', '.join(PLANNED)}.")
+        raise ConfigError(f"There is no plan for '{command}': give one of {', '.join(PLANNED)}.")
     machine, flags = this_machine(), []
     words = iter(rest)
     for word in words:
@@ -130,7 +130,7 @@ def _split(argv: list[str]) -> tuple[str, Machine, Flags]:
         elif given := value if equals else next(words, ""):
             machine = gpu_of(given)
         else:
-            raise UserError("--gpu needs a card or a size, such as --gpu=24GiB.")
+            raise ConfigError("--gpu needs a card or a size, such as --gpu=24GiB.")
     return command, machine, tuple(flags)
 
 
@@ -147,7 +147,7 @@ def _online_planner(command: str, machine: Machine) -> Planner:
         policy = _configuration("model_name", config.model_name, **trusted)
         is_function = config.reward_model.startswith("python:")
         reward = None if is_function else _configuration("reward_model", config.reward_model, **trusted)
-        return _told(config.model_name, lambda: plan_online(config, policy, reward, machine, baseline=baseline))
+        return _model_errors(config.model_name, lambda: plan_online(config, policy, reward, machine, baseline=baseline))
 
     return plan
 
@@ -164,33 +164,35 @@ def _reward_planner(machine: Machine) -> Planner:
         )
         name, trusted = arguments.model_name_or_path, {"trust_remote_code": arguments.trust_remote_code}
         model = _configuration("model_name_or_path", name, **trusted)
-        return _told(name, lambda: plan_reward(config, model, machine, baseline=baseline, **trusted))
+        return _model_errors(name, lambda: plan_reward(config, model, machine, baseline=baseline, **trusted))
 
     return plan
 
 
 def _baseline(module: str, machine: Machine) -> int:
-    """What a process takes that has imported the command, as this one has now; on a GPU, what CUDA takes."""
+    """The bytes of a process that has imported the command's module, as this one now has; on a GPU those of CUDA."""
     import_module(module)
-    return CUDA if machine.is_gpu else resident_peak() + LATER_ON_CPU
+    return CUDA_OVERHEAD if machine.is_gpu else resident_peak() + CPU_OVERHEAD
 
 
 def _configuration(flag: str, name: str, *, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(
+        raise ModelError(
             f"--{flag}: '{name}' {no_configuration(error)}: give a folder or Hub name of the model that it will be, or"
             " of the one that it is trained from."
         ) from error
 
 
-def _told(name: str, plan: Callable[[], MemoryPlan]) -> MemoryPlan:
-    """A configuration of the wrong kind becomes one sentence."""
+def _model_errors(name: str, plan: Callable[[], MemoryPlan]) -> MemoryPlan:
+    """Calls `plan`. Raises ModelError for an architecture that the command cannot train."""
     try:
         return plan()
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise UserError(f"The architecture of '{name}' is not one that this command trains: give another.") from error
+        raise ModelError(f"The architecture of '{name}' is not one that this command trains: give another.") from error
 
 
 def _table(plan: MemoryPlan, title: str) -> Table:
@@ -201,7 +203,7 @@ def _table(plan: MemoryPlan, title: str) -> Table:
     for part in plan.parts:
         table.add_row(part, *(_gib(phase.parts.get(part, 0)) for phase in plan.phases))
     table.add_section()
-    table.add_row("together", *(_gib(phase.total) for phase in plan.phases), style="bold")
+    table.add_row("total", *(_gib(phase.total) for phase in plan.phases), style="bold")
     return table
 
 

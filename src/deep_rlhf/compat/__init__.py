@@ -1,1 +1,1 @@
-"""Interfaces of other libraries, such as TRL 0.7 to 0.11."""
+"""Interfaces of other projects over this one."""

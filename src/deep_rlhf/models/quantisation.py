@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from deep_rlhf.runtime.precision import require_bitsandbytes
+from deep_rlhf.extras import optional_packages
 
 
 def four_bit_config() -> BitsAndBytesConfig:
     """The quantisation settings for from_pretrained. Raises ResourceError without bitsandbytes."""
-    require_bitsandbytes("load_in_4bit")
+    with optional_packages("load_in_4bit"):
+        import bitsandbytes  # noqa: F401
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 

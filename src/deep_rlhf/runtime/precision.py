@@ -1,14 +1,11 @@
 """Number formats: which dtype a model computes in, and casting its weights to it."""
 
 import copy
-import importlib.util
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-
-from deep_rlhf.errors import ResourceError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,9 +64,3 @@ def frozen_copy(module: M, dtype: torch.dtype, device: torch.device) -> M:
         for parameter in module.parameters()
     }
     return copy.deepcopy(module, memo).to(device)
-
-
-def require_bitsandbytes(option: str) -> None:
-    """Raises ResourceError if bitsandbytes, which `option` needs, is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ResourceError(f"{option} needs bitsandbytes, which is not installed: pip install bitsandbytes.")

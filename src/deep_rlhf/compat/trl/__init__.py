@@ -1,6 +1,6 @@
-"""The interface of TRL 0.7–0.11's PPO over this project's: a script runs after `trl` became `deep_rlhf.compat.trl`.
+"""The PPO interface of TRL 0.7–0.11 on top of `algorithms.ppo`: import `deep_rlhf.compat.trl` instead of `trl`.
 
-Names, argument order, defaults and the keys of what is returned are TRL's; what happens inside is `algorithms.ppo`.
+Names, argument order, defaults and the keys of returned statistics are TRL's.
 """
 
 from deep_rlhf.compat.trl.core import LengthSampler, respond_to_batch, set_seed

@@ -1,4 +1,4 @@
-"""Token tensors as TRL's scripts hold them, and the records of this project."""
+"""Converts the token tensors of TRL's scripts to the records of this project."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def checked(
 
 
 def _unmasked(response: Tensor, mask: Tensor) -> Tensor:
-    """The tokens before the mask ends. Raises ValueError for any other mask."""
+    """The tokens under the mask. Raises ValueError unless the mask is 1 for the first tokens and 0 after them."""
     real = int(mask.sum())
     if mask.shape != response.shape or real == 0 or not bool(mask[:real].all()):
         raise ValueError(
@@ -59,14 +59,14 @@ def _unmasked(response: Tensor, mask: Tensor) -> Tensor:
     return response[:real]
 
 
-def without_filling(response: Tensor, eos_ids: list[int], pad_id: int | None) -> Tensor:
-    """The response [R] up to its first EOS, if nothing but padding (or EOS again) follows it."""
+def without_padding(response: Tensor, eos_ids: list[int], pad_id: int | None) -> Tensor:
+    """The response [R] up to its first EOS, if only padding or further EOS tokens follow it."""
     ends = torch.isin(response, torch.tensor(eos_ids, device=response.device)).nonzero()
     if len(ends) == 0:
         return response
     end = int(ends[0]) + 1
-    filling = [*eos_ids, *([] if pad_id is None else [pad_id])]
-    rest = torch.isin(response[end:], torch.tensor(filling, device=response.device))
+    padding_ids = [*eos_ids, *([] if pad_id is None else [pad_id])]
+    rest = torch.isin(response[end:], torch.tensor(padding_ids, device=response.device))
     return response[:end] if bool(rest.all()) else response
 
 
@@ -77,7 +77,7 @@ def make_completions(
     tokenizer: PreTrainedTokenizerBase,
     eos_ids: list[int],
 ) -> Completions:
-    """Given token ids as Completions: the log-probabilities under which they were drawn are yet to be filled in."""
+    """Makes Completions from token ids; sampler_logprobs and entropy are zeros, to be filled in later."""
     prompt_ids, prompt_mask = padded(queries, policy.device, left=not policy.is_seq2seq)
     response_ids, response_mask = padded(responses, policy.device, left=False)
     last = torch.stack([response[-1] for response in responses]).to(policy.device)
@@ -97,10 +97,10 @@ def make_completions(
 
 @torch.no_grad()
 def policy_entropy(completions: Completions, policy: Policy, temperature: float, max_rows: int | None) -> Tensor:
-    """The entropy [N, R] in nats of the distributions that the tokens were drawn from."""
+    """The entropy [N, R] in nats of the policy's distribution before each token, without gradients."""
     entropy = torch.zeros_like(completions.entropy)
 
-    def look(parts: list[Tensor]) -> None:
+    def score_tokens(parts: list[Tensor]) -> None:
         for rows in parts:
             part = select(completions, rows)
             ids, mask = part.response_ids, part.response_mask
@@ -108,12 +108,12 @@ def policy_entropy(completions: Completions, policy: Policy, temperature: float,
             entropy[rows, : ids.shape[1]] = policy.logprobs_and_entropy(states, ids, mask, temperature)[1]
 
     passes = ForwardPasses(policy, training=False, max_rows=max_rows)
-    passes.run(completions, torch.arange(len(entropy), device=entropy.device), look)
+    passes.run(completions, torch.arange(len(entropy), device=entropy.device), score_tokens)
     return entropy
 
 
 def padded(rows: list[Tensor], device: torch.device, *, left: bool, fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows of ids as one tensor [n, L] and the mask of what is real, both on `device`."""
+    """Pads rows of ids to one tensor [n, L], and returns it with its mask, both on `device`."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), fill, dtype=torch.int64, device=device)
     mask = torch.zeros(len(rows), width, dtype=torch.bool, device=device)

@@ -1,4 +1,4 @@
-"""TRL's PPOConfig: a mutable dataclass that `HfArgumentParser` reads, and what it is in this project's terms."""
+"""TRL's PPOConfig, a mutable dataclass for `HfArgumentParser`, and its conversion to this project's."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from deep_rlhf.algorithms import ppo
 logger = logging.getLogger(__name__)
 
 _DICTS = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs")
-_SAME = (  # mean in this project what they mean in TRL
+_SAME = (  # settings with the same meaning in this project
     *("exp_name", "seed", "log_with", "tracker_project_name", "steps", "learning_rate", "adap_kl_ctrl", "init_kl_coef"),
     *("kl_penalty", "target", "horizon", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "ppo_epochs"),
     *("gradient_accumulation_steps", "max_grad_norm", "early_stopping", "target_kl", "compare_steps"),
@@ -30,7 +30,7 @@ def _script_name() -> str:
 class PPOConfig:
     """The fields of TRL 0.11, in its order and with its defaults; batch sizes are those of one process.
 
-    Raises ValueError where TRL does, and UserError for a value that this project's PPO refuses.
+    Raises ValueError where TRL does, and ConfigError (also a ValueError) for settings that this project refuses.
     """
 
     exp_name: str = field(default_factory=_script_name, metadata={"help": "the run's name"})
@@ -100,20 +100,20 @@ class PPOConfig:
                 raise ValueError("Both `optimize_device_cache` and `optimize_cuda_cache` were provided: leave one out.")
             self.optimize_device_cache = self.optimize_cuda_cache
         self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
-        self.native(1)  # refuses what cannot work, here and not when the models are loaded
+        self.native(1)  # refuses invalid settings before the models are loaded
         if self.batch_size % self.backward_batch_size:
             raise ValueError(
                 "`batch_size` must be a multiple of `mini_batch_size * gradient_accumulation_steps`, and"
-                f" {self.batch_size} is none of {self.backward_batch_size}."
+                f" {self.batch_size} is not a multiple of {self.backward_batch_size}."
             )
         self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting by its name; those inside a dict by "name/key"."""
+        """All settings by name; nested ones as "name/key"."""
         return _flat(vars(self))
 
     def native(self, processes: int) -> ppo.PPOConfig:
-        """This configuration for `processes` processes as this project knows it: batch sizes are over all of them."""
+        """This configuration as this project's PPOConfig, whose batch sizes are totals over `processes` processes."""
         same: dict[str, Any] = {name: getattr(self, name) for name in _SAME}
         dicts: dict[str, Any] = {name: getattr(self, name) or None for name in _DICTS}
         return ppo.PPOConfig(

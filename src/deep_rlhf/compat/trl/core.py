@@ -1,4 +1,4 @@
-"""What scripts import from `trl.core`."""
+"""Names that scripts import from `trl.core`."""
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ class LengthSampler:
 def respond_to_batch(
     model: nn.Module, queries: Tensor, txt_len: int = 20, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
-    """Exactly `txt_len` sampled tokens [n, txt_len] after queries [n, L] without padding; EOS ends nothing."""
+    """Samples exactly `txt_len` tokens [n, txt_len] after unpadded queries [n, L]; EOS does not end a response."""
     warpers = [TopKLogitsWarper(top_k)] if top_k > 0 else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1.0 else []
     ids = queries

@@ -1,4 +1,4 @@
-"""What scripts import from `trl.import_utils`."""
+"""Names that scripts import from `trl.import_utils`."""
 
 from transformers.utils import is_peft_available
 from transformers.utils import is_torch_npu_available as is_npu_available

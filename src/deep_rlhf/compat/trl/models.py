@@ -1,4 +1,4 @@
-"""TRL's language models with a value head; the head is the one that this project's critic trains."""
+"""TRL's language models with a value head, which is the head of this project's critic."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ class PreTrainedModelWrapper(nn.Module):
     """A transformers model, or one with peft adapters, and a value head beside it."""
 
     transformers_parent_class: ClassVar[Any]
-    states: ClassVar[str]  # where the model's output keeps the hidden states that its head reads
+    states: ClassVar[str]  # name of the model output with the hidden states that the value head reads
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class PreTrainedModelWrapper(nn.Module):
     ) -> None:
         """`pretrained_model` is a transformers.PreTrainedModel or a peft.PeftModel. Raises ValueError otherwise.
 
-        Nothing trains with dropout here, so `summary_dropout_prob` has no effect.
+        `summary_dropout_prob` has no effect: training is without dropout.
         """
         super().__init__()
         self.is_peft_model = _is_peft(pretrained_model)
@@ -141,11 +141,11 @@ class PreTrainedModelWrapper(nn.Module):
         return self.pretrained_model.generate(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """The model's own; a trainer made afterwards computes activations twice instead of keeping them."""
+        """Enables the model's activation checkpointing, also for trainers made afterwards."""
         self.pretrained_model.gradient_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """The model's own."""
+        """Disables the model's activation checkpointing."""
         self.pretrained_model.gradient_checkpointing_disable()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -154,13 +154,13 @@ class PreTrainedModelWrapper(nn.Module):
         return {**self.pretrained_model.state_dict(*args, **kwargs), **head}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """A folder that plain transformers opens (peft's, of adapters), with the head in a file of its own."""
+        """Writes a plain transformers folder (or peft's, for adapters), and the value head in a separate file."""
         self.pretrained_model.save_pretrained(save_directory, **kwargs)
         head = {_HEAD + name: tensor.detach().cpu().clone() for name, tensor in self.v_head.state_dict().items()}
         save_file(head, Path(save_directory) / HEAD_FILE)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
-        """Uploads what `save_pretrained` writes; options are those of `runtime.hub.push_folder`."""
+        """Uploads the folder of `save_pretrained`; options as in `runtime.hub.push_folder`."""
         push_saved(self.save_pretrained, repo_id=repo_id, **kwargs)
 
 
@@ -199,7 +199,7 @@ def create_reference_model(
 
 
 def push_saved(save: Callable[[str], None], **options: Any) -> None:
-    """Uploads what `save(folder)` writes."""
+    """Uploads the folder that `save(folder)` writes."""
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
         push_folder(folder, **options)
@@ -210,7 +210,7 @@ def _is_peft(model: Any) -> bool:
 
 
 def _file(name: str, file: str, where: dict[str, Any]) -> str | None:
-    """The path of a file of a folder or Hub repository, None if it has none."""
+    """The path of a file in a folder or Hub repository; None if it does not exist."""
     return cached_file(
         name,
         file,
@@ -222,7 +222,7 @@ def _file(name: str, file: str, where: dict[str, Any]) -> str | None:
 
 
 def _saved_head(name: str, where: dict[str, Any]) -> dict[str, Tensor]:
-    """The head's weights from its own file, or from among the model's, where TRL ≥ 0.8 put them; empty without any."""
+    """The value head's weights from its own file or from the model's files (TRL ≥ 0.8); empty if there are none."""
     candidates = [HEAD_FILE, "model.safetensors"]
     index = _file(name, "model.safetensors.index.json", where)
     if index is not None:

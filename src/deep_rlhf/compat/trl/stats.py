@@ -1,4 +1,4 @@
-"""What `PPOTrainer.step` returns, under TRL's keys (its logging guide): floats, and NumPy arrays of distributions."""
+"""The statistics of `PPOTrainer.step` under TRL's keys (TRL's logging guide): floats and NumPy arrays."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from deep_rlhf.ops.masked import masked_mean, masked_var
 from deep_rlhf.types import Experience
 
-_LEARNED = {  # TRL's key -> what the learner reports, a mean over its optimiser steps
+_LEARNED = {  # TRL's key -> metric of the learner, a mean over its optimiser steps
     "ppo/loss/policy": "policy_loss",
     "ppo/loss/value": "value_loss",
     "ppo/loss/total": "loss",
@@ -23,7 +23,7 @@ _LEARNED = {  # TRL's key -> what the learner reports, a mean over its optimiser
 
 
 def step_stats(experience: Experience, learned: dict[str, float], kl_coef: float) -> dict[str, Any]:
-    """The figures of one step; those of values and advantages are of the policy and critic that it began with."""
+    """The statistics of one step; values and advantages are those from before the update."""
     mask, values, returns = experience.response_mask, experience.values, experience.returns
     kl_per_response = torch.where(mask, experience.kl, 0.0).sum(1)
     figures = {
@@ -61,5 +61,5 @@ def step_stats(experience: Experience, learned: dict[str, float], kl_coef: float
 
 
 def _std(values: Tensor) -> Tensor:
-    """As TRL's, but 0 for a single value."""
+    """The standard deviation as in TRL, but 0 for a single value."""
     return values.std() if len(values) > 1 else torch.zeros(())

@@ -1,4 +1,4 @@
-"""TRL's PPOTrainer: a script's own loop over `generate` and `step`, where a step is an update of `algorithms.ppo`."""
+"""TRL's PPOTrainer: a script loops over `generate` and `step`; a step is one update of `algorithms.ppo`."""
 
 import dataclasses
 import inspect
@@ -24,7 +24,7 @@ from deep_rlhf.compat.trl.config import PPOConfig
 from deep_rlhf.compat.trl.core import set_seed
 from deep_rlhf.compat.trl.models import PreTrainedModelWrapper, create_reference_model, push_saved
 from deep_rlhf.compat.trl.stats import step_stats
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import RewardError
 from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.ops.kl import adapted_kl_coef
@@ -39,7 +39,7 @@ __all__ = ["AdaptiveKLController", "FixedKLController", "PPOConfig", "PPOTrainer
 
 
 class AdaptiveKLController:
-    """A KL coefficient that moves towards a target KL (Ziegler et al. 2019, §2.2)."""
+    """A KL coefficient adapted towards a target KL (Ziegler et al. 2019, §2.2)."""
 
     def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
         self.value = init_kl_coef
@@ -54,13 +54,13 @@ class AdaptiveKLController:
 
 
 class FixedKLController:
-    """A KL coefficient that stays."""
+    """A constant KL coefficient."""
 
     def __init__(self, kl_coef: float) -> None:
         self.value = kl_coef
 
     def update(self, current: float, n_steps: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class PPOTrainer:
@@ -79,11 +79,11 @@ class PPOTrainer:
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         training_data_collator: Any = None,
     ) -> None:
-        """The settings are read here: a later change of `config` has no effect.
+        """Later changes of `config` have no effect.
 
         Without `ref_model` the reference is a copy of the model as it is now, or its base with the adapters off.
-        `optimizer` and `lr_scheduler` replace this project's AdamW at a constant rate; `training_data_collator` has
-        no effect, for minibatches need none here. Raises ValueError for what is not of its type.
+        `optimizer` and `lr_scheduler` replace this project's AdamW with a constant learning rate;
+        `training_data_collator` has no effect. Raises ValueError for an argument of another type.
         """
         if not isinstance(config, PPOConfig):
             raise ValueError(f"config must be a PPOConfig, got {type(config)}")
@@ -124,9 +124,10 @@ class PPOTrainer:
         self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
 
     def prepare_dataloader(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None) -> DataLoader:
-        """Shuffled whole batches of `config.batch_size` rows, on the trainer's device, for each process its own.
+        """A DataLoader of shuffled full batches of `config.batch_size` rows, different ones for each process.
 
-        With `config.remove_unused_columns` a datasets.Dataset keeps what the model reads, and label, query, response.
+        With `config.remove_unused_columns` a datasets.Dataset keeps the columns that the model's forward takes, and
+        label, query and response.
         """
         if isinstance(dataset, datasets.Dataset) and self.config.remove_unused_columns:
             used = {*inspect.signature(self.model.forward).parameters, "label", "query", "response"}
@@ -144,12 +145,13 @@ class PPOTrainer:
         generate_ref_response: bool = False,
         **generation_kwargs: Any,
     ) -> Any:
-        """Responses by transformers' `generate`, whose options `generation_kwargs` are.
+        """Generates responses by transformers' `generate` with `generation_kwargs`.
 
-        For a list of queries [length] a list of token ids without padding, EOS included, generated `batch_size` at a
-        time; for one query what `generate` returns, [1, length]. `return_prompt` puts the query before the response
-        (not for an encoder-decoder, whose response begins with its start token). `length_sampler` draws
-        max_new_tokens for each batch. With `generate_ref_response` a pair: the model's, and the reference's.
+        For a list of queries [length] it returns a list of token ids without padding, EOS included, generated in
+        batches of `batch_size`; for one query the result of `generate`, [1, length]. `return_prompt` puts the query
+        before the response (not for an encoder-decoder, whose response begins with its start token).
+        `length_sampler` draws max_new_tokens for each batch. With `generate_ref_response` it returns a pair: the
+        model's responses, and the reference's.
         """
 
         def respond(model: Any) -> Any:
@@ -174,11 +176,11 @@ class PPOTrainer:
         scores: list[Tensor],
         response_masks: list[Tensor] | None = None,
     ) -> dict[str, Any]:
-        """One PPO update from `config.batch_size` queries [length], responses [length] and scores (one number each).
+        """Makes one PPO update from `config.batch_size` queries [length], responses [length] and scores [1].
 
-        `response_masks` are 1 for a response's first tokens and 0 for what follows. Returns statistics under TRL's
-        keys. Raises ValueError for input of another form, and UserError for a batch with a number that is not finite,
-        at which the update ends.
+        `response_masks` are 1 for a response's first tokens and 0 after them. Returns statistics under TRL's keys.
+        Raises ValueError for input of another form, and RewardError for a number that is not finite, at which the
+        update ends.
         """
         times = [time.perf_counter()]
         responses, member_scores = batches.checked(self.config.batch_size, queries, responses, scores, response_masks)
@@ -198,7 +200,9 @@ class PPOTrainer:
             learned = self._learner.learn(rollout, kl_coef=kl_coef, update=self.current_step)
         except NotFiniteError as error:
             self._shaping.moments = moments
-            raise UserError(f"This batch cannot be learned from: {error}. Mend the reward, or leave it out.") from error
+            raise RewardError(
+                f"This batch cannot be learned from: {error}. Correct the reward, or leave the batch out."
+            ) from error
         times.append(time.perf_counter())
         stats = step_stats(experience, learned, kl_coef)
         if stats["objective/kl"] < -1.0:
@@ -223,7 +227,7 @@ class PPOTrainer:
         rewards: list[Tensor] | Tensor,
         columns_to_log: Iterable[str] = ("query", "response"),
     ) -> None:
-        """Sends the statistics, and with wandb a table of the batch, to the tracker of `config.log_with`."""
+        """Sends statistics, and with wandb a table of the batch, to the tracker of `config.log_with`."""
         columns = list(columns_to_log)
         missing = [name for name in columns if name not in batch]
         if self.config.log_with == "wandb" and missing:
@@ -247,13 +251,13 @@ class PPOTrainer:
         self.accelerator.log(logs, step=None if self.config.log_with == "wandb" else self.current_step)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Writes the model with its head (`PreTrainedModelWrapper.save_pretrained`), and the tokenizer."""
+        """Writes the model with its value head, and the tokenizer."""
         if self._runtime.is_main:
             self.model.save_pretrained(save_directory)
             self.tokenizer.save_pretrained(save_directory)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> None:
-        """Uploads what `save_pretrained` writes; options are those of `runtime.hub.push_folder`."""
+        """Uploads the folder of `save_pretrained`; `options` as in `runtime.hub.push_folder`."""
         if self._runtime.is_main:
             push_saved(self.save_pretrained, repo_id=repo_id, **options)
 
@@ -335,7 +339,7 @@ class PPOTrainer:
         length_sampler: Callable[[], int] | None,
         options: dict[str, Any],
     ) -> Tensor:
-        """What the model's own `generate` makes of one batch, padded on the left (on the right for an encoder)."""
+        """The model's `generate` on one batch, padded on the left (on the right for an encoder-decoder)."""
         for query in queries:
             if not isinstance(query, Tensor) or query.dim() != 1:
                 shape = tuple(query.shape) if isinstance(query, Tensor) else type(query)
@@ -361,7 +365,7 @@ class PPOTrainer:
             start = int(policy.start_ids(1))
             responses = [row[1:] if len(row) > 1 and int(row[0]) == start else row for row in responses]
         pad_id = self.tokenizer.pad_token_id
-        responses = [batches.without_filling(row, self._eos_ids, pad_id) for row in responses]
+        responses = [batches.without_padding(row, self._eos_ids, pad_id) for row in responses]
         return batches.make_completions(queries, responses, policy, self.tokenizer, self._eos_ids)
 
     def _rollout(self, completions: Completions, scores: Tensor, shaped_scores: Tensor) -> Rollout:

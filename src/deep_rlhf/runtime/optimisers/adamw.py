@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import torch
 
+from deep_rlhf.extras import optional_packages
 from deep_rlhf.runtime.optimisers.master import MasterOptimizer
-from deep_rlhf.runtime.precision import require_bitsandbytes
 
 OptimizerName = Literal["adamw", "adamw_8bit"]
 
@@ -22,7 +22,6 @@ def make_adamw(name: OptimizerName, params: Iterable[Any], **options: Any) -> Ma
     """AdamW with moments in float32 or 8 bits and PyTorch's `options`. Raises ResourceError without bitsandbytes."""
     if name == "adamw":
         return MasterAdamW(params, **options)
-    require_bitsandbytes(f"optimizer={name}")
-    from deep_rlhf.runtime.optimisers.adamw_8bit import MasterAdamW8bit
-
+    with optional_packages(f"optimizer={name}"):
+        from deep_rlhf.runtime.optimisers.adamw_8bit import MasterAdamW8bit
     return MasterAdamW8bit(params, **options)
