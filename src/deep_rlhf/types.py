@@ -11,19 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from deep_rlhf.errors import ConfigError
-
 if TYPE_CHECKING:  # the page and --help start without torch, in a second instead of several
     from torch import Tensor
 
 CriticKind = Literal["shared", "separate", "reward"]
-
-
-def check_seed(seed: int) -> None:
-    """Raises ConfigError for a seed that some generator would refuse."""
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed must be between 0 and {2**32 - 1}, not {seed}.")
-
 
 # The metadata of a field with shape [N, P] or [N, R].
 AXIS = "axis"

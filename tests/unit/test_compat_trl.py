@@ -29,7 +29,7 @@ from deep_rlhf.compat.trl import (
     respond_to_batch,
     set_seed,
 )
-from deep_rlhf.errors import ConfigError, RewardError, UserError
+from deep_rlhf.errors import ConfigError, RewardError
 from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.rollout.collect import collect
@@ -128,7 +128,7 @@ def test_batch_sizes_of_one_process_become_those_of_all() -> None:
         ({"batch_size": 6, "mini_batch_size": 4}, ValueError, "`batch_size` must be a multiple"),
         ({"use_score_norm": True}, ConfigError, "use_score_norm does nothing without use_score_scaling"),
         ({"kl_penalty": "cosine"}, ConfigError, "kl_penalty must be one of kl, abs, mse, full"),
-        ({"push_to_hub_if_best_kwargs": {"private": True}}, UserError, "needs a repo_id"),
+        ({"push_to_hub_if_best_kwargs": {"private": True}}, ConfigError, "needs a repo_id"),
         ({"lam": 1.5}, ConfigError, "lam must be at least 0 and at most 1"),
     ],
 )
@@ -654,7 +654,7 @@ def test_the_best_policy_so_far_is_pushed(
     assert pushed[0][1] == {"repo_id": "me/best"}
     trainer.model.push_to_hub("me/model", private=True)
     assert pushed[2][1] == {"repo_id": "me/model", "private": True}
-    with pytest.raises(UserError, match="A push to the Hub takes no colour"):
+    with pytest.raises(ConfigError, match="A push to the Hub takes no colour"):
         make_trainer(push_to_hub_if_best_kwargs={"repo_id": "me/best", "colour": "red"})
 
 

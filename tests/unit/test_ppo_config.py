@@ -11,7 +11,7 @@ import yaml
 
 from deep_rlhf import PPOConfig
 from deep_rlhf.cli.flags import parse_flags
-from deep_rlhf.errors import ConfigError, UserError
+from deep_rlhf.errors import ConfigError
 
 GREATER_THAN_0 = [
     *("temperature", "learning_rate", "score_clip", "max_grad_norm", "target", "horizon", "cliprange", "target_kl"),
@@ -112,7 +112,7 @@ def test_a_configuration_of_trl_is_understood(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_contradict_each_other_are_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(ConfigError) as refused:
         PPOConfig(**settings)
     assert words in str(refused.value)
 
