@@ -16,7 +16,7 @@ teach: $(VENV)/.installed
 # Workers take whole files, so that what a file's tests share is built once.
 WORKERS ?= 2
 QUICK = not (slow or browser or postgres or processes or learning or timing)
-IN_PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile --durations=10
+IN_PARALLEL = --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=10
 
 # While programming: unit tests, the store on SQLite, the page without a browser.
 quick: $(VENV)/.installed
