@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from grids import slow_but
 from torch import Tensor
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -64,7 +65,7 @@ def assert_same_run(one: PPOTrainer, two: PPOTrainer, *, but: Sequence[str] = ()
             assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5), name
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+@pytest.mark.parametrize("kind", slow_but(["gpt2"], ["gpt2", "t5"]))
 @pytest.mark.parametrize(
     ("settings", "same_as"),
     [
