@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from deep_rlhf.errors import ResourceError
+from deep_rlhf.evaluation.report import write_report, write_report_if_installed
 from deep_rlhf.extras import EXTRAS, install_command, optional_packages
+from deep_rlhf.models.quantisation import four_bit_settings
+from deep_rlhf.runtime.trackers import usable_trackers
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where the module's name is not the package's.
@@ -60,14 +63,42 @@ def command(*argv: str) -> str:
         ("uvicorn", ("teach", "--port=0")),
         ("sqlalchemy", ("store", "show", "labels.db")),
         ("sqlalchemy", ("loop",)),
+        ("psycopg", ("store", "show", "postgresql://localhost/labels")),
     ],
 )
 def test_a_command_without_its_extra_is_one_sentence(module: str, argv: tuple[str, ...], tmp_path: Path) -> None:
     finished = without(module, command(*argv), tmp_path)
     assert finished.returncode == 2, finished.stderr
     (line,) = finished.stderr.splitlines()
-    assert line.startswith(f"error: deep-rlhf {argv[0]} needs the package {module}")
-    assert "pip install 'deep-rlhf[people]'" in line
+    assert line.startswith("error: ")
+    assert f"needs the package {module}" in line
+    assert install_command(module) in line
+
+
+def test_a_report_without_its_extra_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ResourceError, match=r"matplotlib.*pip install 'deep-rlhf\[report\]'"):
+        write_report(tmp_path / "report.html", title="A run")
+    assert write_report_if_installed(tmp_path / "report.html", title="A run") is None
+    assert "pip install 'deep-rlhf[report]'" in caplog.text
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_8_bit_without_its_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ResourceError, match=r"load_in_4bit.*pip install 'deep-rlhf\[8bit\]'"):
+        FOURBIT
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "trackio", "mlflow"])
+def test_a_tracker_without_its_extra_is_left_out(
+    tracker: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, tracker, None)
+    assert usable_trackers([tracker], run_name="run") == []
+    assert f"pip install 'deep-rlhf[{tracker}]'" in caplog.text
 
 
 @pytest.mark.processes

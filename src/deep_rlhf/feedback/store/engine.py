@@ -26,6 +26,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql import column
 
 from deep_rlhf.errors import StoreError, StoreUnavailable
+from deep_rlhf.extras import optional_packages
 from deep_rlhf.feedback.store.group_commit import GroupCommitWriter
 from deep_rlhf.feedback.store.schema import REVISION
 
@@ -56,7 +57,8 @@ class Database:
         self.name = display_name(self.url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         try:
-            self.engine = create_engine(self.url, hide_parameters=True, **self._options())
+            with optional_packages("A store in PostgreSQL"):
+                self.engine = create_engine(self.url, hide_parameters=True, **self._options())
         except (ImportError, TypeError, ValueError, ArgumentError) as error:
             raise StoreError(f"{self.name} cannot be opened: {self._reason(error)}.") from None
         if self.is_sqlite:
