@@ -3,10 +3,12 @@
 import ast
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-import grimp
 import networkx
 import pytest
+
+grimp = pytest.importorskip("grimp", reason="comes with import-linter, of the extra dev")
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 MOST_MODULES = 13  # in a package, not counting those of its sub-packages
@@ -21,12 +23,12 @@ FILES = {path.relative_to(SOURCE).as_posix(): path.read_text() for path in sorte
 
 
 @pytest.fixture(scope="module")
-def graph() -> grimp.ImportGraph:
+def graph() -> Any:
     """All imports, also those inside functions, but for those that only type checkers see."""
     return grimp.build_graph("deep_rlhf", exclude_type_checking_imports=True, cache_dir=None)
 
 
-def test_no_two_modules_import_each_other(graph: grimp.ImportGraph) -> None:
+def test_no_two_modules_import_each_other(graph: Any) -> None:
     imports = networkx.DiGraph(
         (importer, imported)
         for importer in graph.modules
@@ -35,7 +37,7 @@ def test_no_two_modules_import_each_other(graph: grimp.ImportGraph) -> None:
     assert [sorted(cycle) for cycle in networkx.strongly_connected_components(imports) if len(cycle) > 1] == []
 
 
-def test_no_package_has_more_than_about_a_dozen_modules(graph: grimp.ImportGraph) -> None:
+def test_no_package_has_more_than_about_a_dozen_modules(graph: Any) -> None:
     modules = Counter(name.rpartition(".")[0] for name in graph.modules if not graph.find_children(name))
     too_many = {name: count for name, count in modules.items() if count > LARGE_PACKAGES.get(name, MOST_MODULES)}
     assert too_many == {}
