@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from deep_rlhf.data.batching import token_budget_batches
+from deep_rlhf.runtime.memory import token_budget_batches
 
 
 def test_longest_first_and_cut_where_the_padded_size_would_exceed_the_budget() -> None:

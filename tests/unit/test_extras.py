@@ -11,7 +11,7 @@ import pytest
 from deep_rlhf.errors import ResourceError
 from deep_rlhf.evaluation.report import write_report, write_report_if_installed
 from deep_rlhf.extras import EXTRAS, install_command, optional_packages
-from deep_rlhf.models.quantisation import four_bit_settings
+from deep_rlhf.models.quantisation import four_bit_config
 from deep_rlhf.runtime.trackers import usable_trackers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def test_a_report_without_its_extra_is_one_sentence(
 def test_8_bit_without_its_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ResourceError, match=r"load_in_4bit.*pip install 'deep-rlhf\[8bit\]'"):
-        FOURBIT
+        four_bit_config()
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "trackio", "mlflow"])

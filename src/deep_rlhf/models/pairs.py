@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deep_rlhf.data.batching import token_budget_batches
 from deep_rlhf.models.reward import reward_head
+from deep_rlhf.runtime.memory import token_budget_batches
 
 logger = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from transformers.utils import cached_file
 
 from deep_rlhf.accel.cpu.kernels import use_fast_kernels
-from deep_rlhf.data.batching import token_budget_batches
 from deep_rlhf.data.chat import TEMPLATES, get_template
 from deep_rlhf.errors import ModelError
 from deep_rlhf.models.function_scorer import import_function
 from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer, no_configuration
+from deep_rlhf.runtime.memory import token_budget_batches
 from deep_rlhf.types import Scorer
 
 logger = logging.getLogger(__name__)

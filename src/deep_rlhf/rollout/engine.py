@@ -8,12 +8,11 @@ from torch import Tensor
 
 from deep_rlhf.accel.cpu.attention import fast_attention
 from deep_rlhf.accel.cpu.packed import packed_weights
-from deep_rlhf.data.batching import token_budget_batches
 from deep_rlhf.errors import ResourceError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.rollout.decoding import Decoding, bytes_per_token
 from deep_rlhf.rollout.sampler import Sampled, draw_tokens
-from deep_rlhf.runtime.memory import is_out_of_memory
+from deep_rlhf.runtime.memory import is_out_of_memory, token_budget_batches
 from deep_rlhf.types import PromptBatch
 
 logger = logging.getLogger(__name__)

@@ -1,9 +1,10 @@
-"""Main memory: how much there is, how much this process has taken, and how running out of it is recognised."""
+"""Memory: how much there is, how much this process has used, signs of its end, and batches that fit a budget."""
 
 import os
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,3 +42,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _FAILED_ALLOCATION)
+
+
+def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Cuts the indices of `lengths`, longest first, into batches with count × longest ≤ `budget`, each at least one.
+
+    Batches of similar lengths waste little on padding, and the one that needs the most memory comes first.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

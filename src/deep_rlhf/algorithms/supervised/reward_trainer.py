@@ -23,11 +23,10 @@ from deep_rlhf.algorithms.supervised.batches import Batch
 from deep_rlhf.algorithms.supervised.loop import SupervisedTrainer
 from deep_rlhf.algorithms.supervised.optimiser import make_optimizer
 from deep_rlhf.algorithms.supervised.reward_config import RewardConfig
-from deep_rlhf.data.batching import token_budget_batches
 from deep_rlhf.errors import ResourceError
 from deep_rlhf.models.pairs import PairScorer
 from deep_rlhf.ops.preference import bradley_terry_loss
-from deep_rlhf.runtime.memory import is_out_of_memory
+from deep_rlhf.runtime.memory import is_out_of_memory, token_budget_batches
 from deep_rlhf.runtime.optimisers.adamw import MasterAdamW
 from deep_rlhf.runtime.precision import (
     cast_around_embeddings,
