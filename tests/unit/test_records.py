@@ -1,9 +1,12 @@
 """Selected and concatenated records: values stay with their tokens, whatever the padding."""
 
+import dataclasses
+
+import pytest
 import torch
 
 from deep_rlhf.rollout.records import concatenate, select, to_device
-from deep_rlhf.types import Completions
+from deep_rlhf.types import AXIS, Completions, Experience, Rollout
 
 
 def completions(prompts: list[list[int]], responses: list[list[int]], *, left: bool = True) -> Completions:
@@ -64,6 +67,31 @@ def test_to_device_moves_every_tensor() -> None:
     assert {
         getattr(there, name).device.type for name in Completions.__slots__ if name not in ("prompts", "responses")
     } == {"meta"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Judged(Completions):
+    """A record with one field more: neither its name nor its second dimension makes it a field of prompt tokens."""
+
+    prompt_scores: torch.Tensor  # [N, K]
+
+
+def test_only_a_declared_token_axis_is_cut_or_padded() -> None:
+    scores = torch.arange(12.0).view(4, 3)
+    judged = Judged(**{name: getattr(FOUR, name) for name in Completions.__slots__}, prompt_scores=scores)
+    parts = [select(judged, torch.tensor(rows)) for rows in ([1], [0, 3])]
+    assert torch.equal(parts[0].prompt_scores, scores[[1]])
+    assert torch.equal(concatenate(parts).prompt_scores, scores[[1, 0, 3]])
+
+
+@pytest.mark.parametrize("record", [Completions, Rollout, Experience])
+def test_every_field_of_tokens_declares_its_axis(record: type) -> None:
+    """The names of the fields say it, too, but only the metadata is used."""
+    axes = {field.name: field.metadata.get(AXIS) for field in dataclasses.fields(record)}
+    per_sample = {"prompts", "responses", "finished", "group", "scores", "score_std", "shaped_scores"}
+    of_prompt = {"prompt_ids", "prompt_mask"}
+    for name, axis in axes.items():
+        assert axis == (None if name in per_sample else "prompt" if name in of_prompt else "response"), name
 
 
 def assert_equal(one: Completions, two: Completions) -> None:

@@ -55,7 +55,7 @@ class TRPOConfig(OnlineConfig):
 
     exp_name: str = setting("trpo", "name of the run")
     precision: Precision = setting(
-        "fp32", "format of the trained models; only fp32: bf16 is too coarse for products with the Fisher matrix"
+        "fp32", "dtype of the trained models; only fp32: bf16 is too coarse for products with the Fisher matrix"
     )
     learning_rate: float = setting(1.41e-5, "initial learning rate of AdamW for the critic", above=0)
     max_kl: float = setting(

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from deep_rlhf.algorithms.online.config import OnlineConfig
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer, Stopped
-from deep_rlhf.cli.commands import ALGORITHMS
+from deep_rlhf.cli.commands import ALGORITHMS, COMMANDS
 from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_config
 from deep_rlhf.data.prompts import load_prompts
 from deep_rlhf.errors import ResourceError, UserError
@@ -34,7 +34,7 @@ def main(command: str, argv: list[str] | None = None) -> None:
     """Trains with the algorithm `command`. After Ctrl-C a checkpoint and the policy as it is are saved."""
     config_class, trainer_class = algorithm(command)
     prog = "ppo.py" if command == "ppo" else f"deep-rlhf {command}"
-    (config,) = parse_flags(argv, config_class, prog=prog, description=__doc__.split("\n")[0])
+    (config,) = parse_flags(argv, config_class, prog=prog, description=COMMANDS[command])
     start = time.perf_counter()
     output_dir = output_folder(config.output_dir or f"outputs/{config.exp_name}")
     config = dataclasses.replace(config, output_dir=str(output_dir))

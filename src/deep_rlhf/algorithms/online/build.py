@@ -89,7 +89,7 @@ def open_policy(model: PreTrainedModel, device: torch.device, config: OnlineConf
 def open_reference(policy: Policy, config: OnlineConfig) -> Reference:
     """Returns the frozen reference model: a copy of the policy as it is now, or its base with the adapters off.
 
-    A copy has the precision and device of `config.frozen_precision` and `config.frozen_device`.
+    A copy has the dtype and device of `config.frozen_precision` and `config.frozen_device`.
     """
     if policy.is_adapted:
         if (config.frozen_precision, config.frozen_device) != ("auto", "auto"):
@@ -98,7 +98,7 @@ def open_reference(policy: Policy, config: OnlineConfig) -> Reference:
                 " reward model only."
             )
         return Reference(policy)
-    return Reference(policy, frozen=frozen_copy(policy, *_frozen_format(policy.language_model, policy.device, config)))
+    return Reference(policy, frozen=frozen_copy(policy, *_frozen_placement(policy.language_model, policy.device, config)))
 
 
 def open_scorer(reward: Any, device: torch.device, config: OnlineConfig) -> Scorer:
@@ -109,7 +109,7 @@ def open_scorer(reward: Any, device: torch.device, config: OnlineConfig) -> Scor
     if isinstance(reward, str):
         reward = load_scorer(reward, trust_remote_code=config.trust_remote_code)
     if isinstance(reward, RewardModel):
-        dtype, device = _frozen_format(reward.model, device, config)
+        dtype, device = _frozen_placement(reward.model, device, config)
         if any(weight.dtype != dtype or weight.device != device for weight in reward.model.parameters()):
             reward = copy.copy(reward)
             reward.model = frozen_copy(reward.model, dtype, device)
@@ -140,7 +140,7 @@ def save_policy(
             raise ModelError(f"The policy saved in '{folder}' differs from the trained one in '{name}': save it again.")
 
 
-def _frozen_format(
+def _frozen_placement(
     model: PreTrainedModel, device: torch.device, config: OnlineConfig
 ) -> tuple[torch.dtype, torch.device]:
     """The dtype and device of a model that is not trained, in a run on `device`."""

@@ -100,9 +100,9 @@ class OnlineConfig(ScriptArguments):
     max_grad_norm: float | None = setting(1.0, "gradients with a larger norm are scaled down to it", above=0)
     precision: Precision = setting(
         "auto",
-        "format of the trained models; bf16 keeps fp32 master weights; auto: bf16 for wide models on bf16 hardware",
+        "dtype of the trained models; bf16 keeps fp32 master weights; auto: bf16 for wide models on bf16 hardware",
     )
-    frozen_precision: Precision = setting("auto", "format of reference and reward model; auto: the same as precision")
+    frozen_precision: Precision = setting("auto", "dtype of reference and reward model; auto: the same as precision")
     frozen_device: Literal["auto", "cpu"] = setting(
         "auto", "device of reference and reward model; cpu: both stay and compute in main memory"
     )
