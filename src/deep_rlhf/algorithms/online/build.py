@@ -98,7 +98,8 @@ def open_reference(policy: Policy, config: OnlineConfig) -> Reference:
                 " reward model only."
             )
         return Reference(policy)
-    return Reference(policy, frozen=frozen_copy(policy, *_frozen_placement(policy.language_model, policy.device, config)))
+    dtype, device = _frozen_placement(policy.language_model, policy.device, config)
+    return Reference(policy, frozen=frozen_copy(policy, dtype, device))
 
 
 def open_scorer(reward: Any, device: torch.device, config: OnlineConfig) -> Scorer:
