@@ -54,7 +54,6 @@ class _Parser(HfArgumentParser):
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """As argparse's, but a % in the help is a per cent sign, and a dict is given as JSON."""
-        options.pop("bounds", None)  # check_settings uses them
         options["help"] = (options.get("help") or "").replace("%%", "%").replace("%", "%%")
         if get_origin(options.get("type")) is dict:
             options["type"] = _mapping
