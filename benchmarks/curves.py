@@ -159,7 +159,7 @@ def offline(way: str, seed: int, scale: Scale) -> list[Point]:
         points = [look(trainer, scale, seed, 0, {})]
         start = trainer.snapshot()
         session.begin()
-        refits = Refits(session.job, session.rewards, session.store, policy=session.start_model)
+        refits = Refits(session.refit_job, session.rewards, session.store, policy=session.start_policy)
         rewards: dict[int, Any] = {}
         for labels in scale.refits:
             session.collect_labels(labels - session.store.label_count())
@@ -210,7 +210,6 @@ def make_session(
     return Session(
         config,
         store=Store(folder / "labels.db", seed=seed),
-        store_url=str(folder / "labels.db"),
         output_dir=folder,
         model=str(world_policy(scale)),
         prompts=[HH.prompt(text) for text in generate_prompts(1, "train")],
@@ -223,9 +222,9 @@ def make_session(
 
 def world_policy(scale: Scale) -> Path:
     """The policy that everything starts from."""
-    from deep_rlhf.cli.world_policy import PolicyScale, cached_world_policy
+    from deep_rlhf.cli.synthetic_policy import PolicyScale, cached_policy
 
-    return cached_world_policy(1, PolicyScale(**scale.policy))
+    return cached_policy(1, PolicyScale(**scale.policy))
 
 
 # ---- the figures

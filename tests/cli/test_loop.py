@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback
 
-from deep_rlhf.cli import loop, loop_progress
+from deep_rlhf.cli import loop, status_line
 from deep_rlhf.cli.loop_config import STORE_VARIABLE, TASTES, LoopConfig, mean_taste, open_labeler, open_prompts
-from deep_rlhf.cli.loop_progress import Progress, progress_line
-from deep_rlhf.cli.world_policy import PolicyScale, cached_world_policy, world_policy_folder
+from deep_rlhf.cli.status_line import StatusLine
+from deep_rlhf.cli.synthetic_policy import PolicyScale, cached_policy, cached_policy_folder
 from deep_rlhf.data.chat import HH
 from deep_rlhf.data.synthetic import generate_prompts
 from deep_rlhf.errors import UserError
@@ -97,11 +97,11 @@ def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["--labeler=nobody"], "labeler is web, simulated or replay:FILE"),
-        (["--labeler=replay:"], "labeler is web, simulated or replay:FILE"),
+        (["--labeler=nobody"], "labeler must be web, simulated or replay:FILE"),
+        (["--labeler=replay:"], "labeler must be web, simulated or replay:FILE"),
         (["--labeler=replay:nothing.jsonl"], "There is no file 'nothing.jsonl' to replay"),
         (["--labeler=simulated", "--prompts=mine.txt"], "leave out --prompts"),
-        (["--taste=sweet"], "taste must be one of judge, short, polite"),
+        (["--taste=sweet"], "--taste"),
         (["--model=./nothing"], "There is no folder './nothing'"),
         (["--updats=3"], "Did you mean --updates?"),
         (["--initial_labels=0"], "initial_labels must be at least 1"),
@@ -117,16 +117,16 @@ def test_a_mistake_is_one_sentence(argv: list[str], told: str, tmp_path: Path, m
 
 def test_the_line_on_the_terminal() -> None:
     status = Status(state="waiting for labels", text="3 of the 20 answers are there.")
-    assert progress_line(status, {}, 3) == "waiting for labels · 3 answers · 3 of the 20 answers are there."
-    assert progress_line(Status(state="starting"), {}, 49) == "starting · 49 answers"
+    assert status_line.format_status(status, {}, 3) == "waiting for labels · 3 labels · 3 of the 20 answers are there."
+    assert status_line.format_status(Status(state="starting"), {}, 49) == "starting · 49 labels"
     row = {"step": 7, "reward": 0.5, "kl": 1.25, "policy_version": 2, "reward_version": 3}
-    line = progress_line(Status(state="training"), row, 25)
-    assert line == "training · 25 answers · update 7 · reward +0.50 · KL 1.2 · policy 2 · reward model 3"
-    line = progress_line(Status(state="training"), row | {"reward": None, "kl": None}, 25)  # what was no finite number
+    line = status_line.format_status(Status(state="training"), row, 25)
+    assert line == "training · 25 labels · update 7 · reward +0.50 · KL 1.2 · policy 2 · reward model 3"
+    line = status_line.format_status(Status(state="training"), row | {"reward": None, "kl": None}, 25)  # not finite
     assert "update 7 · reward – · KL – · policy 2" in line
 
 
-def test_the_red_button_stops_the_making_of_the_worlds_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_red_button_stops_pretraining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     address, steps = str(tmp_path / "store.db"), list[int]()
 
@@ -147,29 +147,29 @@ def test_the_red_button_stops_the_making_of_the_worlds_policy(tmp_path: Path, mo
 def test_the_status_of_an_earlier_run_is_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loop_progress, "LOOK_EVERY", 600.0)  # it is this thread that looks
+    monkeypatch.setattr(status_line, "POLL_SECONDS", 600.0)  # this thread updates the line
     with Store(tmp_path / "labels.db") as store:
         report_status(store, "stopped", step=9, text="The loop was interrupted.")
-        progress = Progress(store)
-        with progress:
-            progress._show()
+        line = StatusLine(store)
+        with line:
+            line.update()
             report_status(store, "training", step=9, text="Update 10 is under way.")
-            progress._show()
-    assert capsys.readouterr().err == "starting · 0 answers\ntraining · 0 answers · Update 10 is under way.\n"
+            line.update()
+    assert capsys.readouterr().err == "starting · 0 labels\ntraining · 0 labels · Update 10 is under way.\n"
 
 
-def test_the_worlds_policy_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_synthetic_policy_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     small = PolicyScale(layers=1, width=32, corpus_texts=32, sft_pairs=64)
-    folder = cached_world_policy(1, small)
-    assert folder == world_policy_folder(1, small)
+    folder = cached_policy(1, small)
+    assert folder == cached_policy_folder(1, small)
     assert folder.parent == tmp_path / "cache" / "deep-rlhf"
     made = (folder / "model.safetensors").stat()
-    assert cached_world_policy(1, small) == folder
+    assert cached_policy(1, small) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == made.st_mtime_ns
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    assert world_policy_folder(2, small) != folder != world_policy_folder(1)
+    assert cached_policy_folder(2, small) != folder != cached_policy_folder(1)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
-        cached_world_policy(1, small)
+        cached_policy(1, small)

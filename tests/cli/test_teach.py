@@ -75,8 +75,8 @@ def waited(condition: Callable[[], Any], process: subprocess.Popen[bytes], folde
 
 def test_it_says_what_to_do_and_how_to_go_on(workplace: Path) -> None:
     words = " ".join(said(workplace).split())
-    assert "and compare answers" in words
-    assert "To go on: deep-rlhf teach --config=run/config.yaml" in words
+    assert "compare responses" in words
+    assert "deep-rlhf teach --config=run/config.yaml" in words
     assert "The policy: run/model" in words
     assert words.endswith("stopped")
     assert "Traceback" not in words
@@ -117,18 +117,18 @@ def test_a_trainer_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:
     with (tmp_path / teach.LOG).open("wb") as log:
         trainer = subprocess.Popen([sys.executable, "-c", words], stderr=log)
     with pytest.raises(UserError, match=r"The trainer ended: There is no folder\..*loop\.log"):
-        teach._watch(trainer, tmp_path)
+        teach._wait(trainer, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("number", "told"),
-    [(signal.SIGKILL, r"signal 9 \(is there too little memory\?\)\. The"), (signal.SIGTERM, r"signal 15\. The")],
+    [(signal.SIGKILL, r"signal 9 \(out of memory\?\)\. The"), (signal.SIGTERM, r"signal 15\. The")],
 )
 def test_a_trainer_that_was_killed_had_no_last_words(number: int, told: str, tmp_path: Path) -> None:
     (tmp_path / teach.LOG).write_text("a warning of long ago\n")
     trainer = subprocess.Popen([sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(number)})"])
-    with pytest.raises(UserError, match=rf"The trainer was killed by {told} same command goes on.*loop\.log") as error:
-        teach._watch(trainer, tmp_path)
+    with pytest.raises(UserError, match=rf"The trainer was killed by {told} same command .*loop\.log") as error:
+        teach._wait(trainer, tmp_path)
     assert "long ago" not in str(error.value)
 
 

@@ -21,11 +21,12 @@ SETTINGS: dict[str, Any] = {
     **{"batch_size": 32, "mini_batch_size": 32, "ppo_epochs": 4, "learning_rate": 3e-3, "init_kl_coef": 0.005},
     **{"max_new_tokens": TOKENS, "max_prompt_length": 40, "template": "plain", "reward_learning_rate": 3e-3},
     **{"members": 3, "held_out_members": 0, "fixed_prompts": 2, "batched_updates": 3, "refit_after": 12},
+    **{"pace": 0.0, "threads": 1},
 }
 
 
 def brevity(prompt: str, answer: str) -> float:
-    """How much of the room an answer leaves unused: about 0.1 of a policy that nobody has taught."""
+    """The share of the longest response that is left unused: about 0.1 for an untrained policy."""
     return 1 - len(answer.split()) / TOKENS
 
 
@@ -35,7 +36,7 @@ def judge(prompts: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def policy_folder(make_model: Callable[..., Any], tokenizer: Any, folder: Path) -> str:
-    """A plain transformers folder of a policy that nobody has taught."""
+    """A plain transformers folder of an untrained policy."""
     make_model("gpt2").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -44,11 +45,10 @@ def policy_folder(make_model: Callable[..., Any], tokenizer: Any, folder: Path) 
 def make_session(model: str, folder: Path, store: Store, **settings: Any) -> Session:
     """A session with three simulated annotators, unless `labeler` says otherwise."""
     STOP.write(store, None)
-    others = {name: settings.pop(name) for name in ("labeler", "pace", "on_update") if name in settings}
+    others = {name: settings.pop(name) for name in ("labeler", "on_update") if name in settings}
     return Session(
         SessionConfig(**(SETTINGS | settings)),
         store=store,
-        store_url=str(folder / "store.db"),
         output_dir=folder,
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(model),

@@ -10,7 +10,7 @@ import torch
 from session_world import make_session, policy_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import CheckpointError
 from deep_rlhf.feedback.annotators.base import People
 from deep_rlhf.feedback.questions.schedule import LabelSchedule
 from deep_rlhf.feedback.state import (
@@ -120,7 +120,7 @@ def test_the_same_seed_is_the_same_session_and_it_can_be_stopped(
 
         def press(row: dict[str, Any]) -> None:
             if row["step"] == 4:
-                session.halter.halt()  # as the red button does, which is looked at twice a second
+                session.stop_signal.stop()  # as the red button does, which is looked at twice a second
 
         session = make_session(policy, tmp_path, store, held_out_members=2, on_update=press)
         assert session.run() == "stopped"
@@ -135,7 +135,7 @@ def test_the_asynchronous_loop_learns_while_people_answer_and_another_process_re
 
         def enough(row: dict[str, Any]) -> None:
             if row["reward_version"] >= 2 and row["step"] >= 8:
-                session.halter.halt()
+                session.stop_signal.stop()
 
         settings = {"mode": "async", "labels": None, "updates": 100_000, "version_every": 50}
         session = make_session(policy, tmp_path, store, pace=0.05, on_update=enough, **settings)
@@ -147,8 +147,8 @@ def test_the_asynchronous_loop_learns_while_people_answer_and_another_process_re
         assert versions[-1].labels > versions[0].labels
         assert HEARTBEAT.read(store)
     assert "started again" not in caplog.text
-    assert session.process is not None
-    assert session.process._process is None  # and it is gone
+    assert session.refit_process is not None
+    assert session.refit_process._process is None  # and it is gone
 
 
 @pytest.mark.slow
@@ -167,7 +167,7 @@ def test_the_red_button_stops_a_session_and_the_next_one_goes_on(policy: str, tm
         def press(row: dict[str, Any]) -> None:
             if row["step"] == 2:
                 STOP.write(store, StopRequest(by="ann"))
-                session.halter.wait(60)
+                session.stop_signal.wait(60)
 
         session = make_session(policy, tmp_path, store, on_update=press)
         assert session.run() == "stopped"
@@ -219,7 +219,7 @@ def test_a_store_of_another_policy_is_refused(
         make_session(policy, tmp_path, store)
         make_model("gpt2", seed=5).save_pretrained(tmp_path / "other")
         tokenizer.save_pretrained(tmp_path / "other")
-        with pytest.raises(UserError, match=r"^The store .* holds answers about another policy"):
+        with pytest.raises(CheckpointError, match=r"^The store .* another policy"):
             make_session(str(tmp_path / "other"), tmp_path / "run", store)
 
 
@@ -232,7 +232,7 @@ def test_an_alarm_rolls_back_to_the_best_version_that_is_no_reason_for_it(policy
 
         def watch(row: dict[str, Any]) -> None:
             if store.alarms() and row["step"] >= store.alarms()[0].step + 10:
-                session.halter.halt()
+                session.stop_signal.stop()
 
         def restore(number: int) -> None:
             restored.append(number)

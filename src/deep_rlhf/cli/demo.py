@@ -28,7 +28,7 @@ from transformers import (
 from deep_rlhf.algorithms.ppo import PPOConfig, PPOTrainer
 from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardResult, train_reward_model
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
-from deep_rlhf.cli.world_policy import QUIET, PolicyScale, build_tokenizer, pretrain
+from deep_rlhf.cli.synthetic_policy import QUIET, PolicyScale, build_tokenizer, pretrain
 from deep_rlhf.data.chat import HH
 from deep_rlhf.data.synthetic import generate_prompts, judge
 from deep_rlhf.evaluation.comparison import build_samples, win_rate

@@ -1,93 +1,79 @@
-"""The flags that `deep-rlhf loop` and `deep-rlhf teach` share, and what they name: store, policy, prompts, labeler."""
+"""The flags that `deep-rlhf loop` and `deep-rlhf teach` share, and the prompts and labelers that they name."""
 
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from deep_rlhf.data.chat import get_template
 from deep_rlhf.data.prompts import load_prompts
 from deep_rlhf.data.synthetic import generate_prompts, judge
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ConfigError
 from deep_rlhf.feedback.annotators.base import Labeler, People
 from deep_rlhf.feedback.annotators.replay import Replay, read_votes
 from deep_rlhf.feedback.annotators.simulated import SimulatedLabeler, Utility
 from deep_rlhf.feedback.loop.config import SessionConfig
+from deep_rlhf.settings import setting
 
-STORE_VARIABLE = "DEEP_RLHF_STORE"  # a password in an address is neither for the command line nor for a file
-GUARDED = "DEEP_RLHF_GUARDED"  # set by `teach`: the end of standard input is the end of the loop
+STORE_VARIABLE = "DEEP_RLHF_STORE"  # an address may contain a password, which belongs in no command line or file
+GUARDED = "DEEP_RLHF_GUARDED"  # set by `teach`: the loop ends when its standard input closes
 MOST_HELD_OUT = 64
-ROOM = 50  # words
+SHORT_WORDS = 50  # the taste "short" gives 0 from this length on
+
+Taste = Literal["judge", "short", "polite"]
 
 
-def _shortness(prompt: str, answer: str) -> float:
-    return 1 - min(len(answer.split()), ROOM) / ROOM
+def _shortness(prompt: str, response: str) -> float:
+    return 1 - min(len(response.split()), SHORT_WORDS) / SHORT_WORDS
 
 
-def _politeness(prompt: str, answer: str) -> float:
-    return judge.assess(prompt, answer).courtesy
+def _politeness(prompt: str, response: str) -> float:
+    return judge.assess(prompt, response).courtesy
 
 
-TASTES: dict[str, Utility] = {"judge": judge.score, "short": _shortness, "polite": _politeness}
+TASTES: dict[Taste, Utility] = {"judge": judge.score, "short": _shortness, "polite": _politeness}
 
 
 @dataclass(frozen=True)
 class LoopConfig(SessionConfig):
-    """What is taught, by whom, and where it is kept. Raises UserError for a value that cannot work."""
+    """The settings of a session, its models and data, and who labels.
 
-    model: str | None = field(
-        default=None, metadata={"help": "the policy: a folder or Hub name; default: the embedded world's, made once"}
+    Raises ConfigError for a value out of bounds and for settings that contradict each other.
+    """
+
+    model: str | None = setting(
+        None, "start policy: a folder or Hub name; default: the small policy of the synthetic task, trained once"
     )
-    prompts: str | None = field(
-        default=None, metadata={"help": "a Hub name, file or folder of prompts; default: the embedded world's"}
+    prompts: str | None = setting(None, "Hub name, file or folder of prompts; default: those of the synthetic task")
+    prompts_split: str = setting("train", "split of --prompts")
+    prompts_column: str | None = setting(None, "column of --prompts; default: the first known name")
+    store: str | None = setting(
+        None,
+        f"store of labels: a file or PostgreSQL address; default: ${STORE_VARIABLE}, or labels.db in the output folder",
     )
-    prompts_split: str = field(default="train", metadata={"help": "split of --prompts"})
-    prompts_column: str | None = field(default=None, metadata={"help": "column of --prompts; default: the first known"})
-    store: str | None = field(
-        default=None,
-        metadata={
-            "help": f"a file or a PostgreSQL address; default: ${STORE_VARIABLE}, or labels.db in the output folder"
-        },
-    )
-    output_dir: str = field(default="outputs/teach", metadata={"help": "folder of the policy, reward model and state"})
-    labeler: str = field(
-        default="web", metadata={"help": "who answers: web (people on the page), simulated, or replay:FILE"}
-    )
-    annotators: int = field(default=3, metadata={"help": "simulated annotators"})
-    taste: str = field(default="judge", metadata={"help": "of simulated annotators: judge, short or polite"})
-    pace: float = field(default=3.0, metadata={"help": "seconds an answer that simulated and replayed annotators take"})
-    threads: int | None = field(
-        default=None, metadata={"help": "of the policy's process and of the refits'; default: half of the cores each"}
-    )
+    output_dir: str = setting("outputs/teach", "folder of the run: policy, reward model and checkpoints")
+    labeler: str = setting("web", "who labels: web (people on the page), simulated, or replay:FILE")
+    annotators: int = setting(3, "number of simulated annotators", least=1)
+    taste: Taste = setting("judge", "what simulated annotators prefer")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.taste not in TASTES:
-            raise UserError(f"taste must be one of {', '.join(TASTES)}, not {self.taste}.")
-        known = self.labeler in ("web", "simulated") or self.labeler.removeprefix("replay:") not in ("", self.labeler)
-        if not known:
-            raise UserError(f"labeler is web, simulated or replay:FILE, not {self.labeler}.")
+        is_replay = self.labeler.startswith("replay:") and self.labeler != "replay:"
+        if self.labeler not in ("web", "simulated") and not is_replay:
+            raise ConfigError(f"labeler must be web, simulated or replay:FILE, not {self.labeler}.")
         if self.labeler == "simulated" and self.prompts is not None:
-            raise UserError("Simulated annotators know the embedded world's questions only: leave out --prompts.")
-        if self.annotators < 1 or (self.threads is not None and self.threads < 1):
-            raise UserError("annotators and threads must be at least 1.")
-        if not 0 <= self.pace < 3600:
-            raise UserError(f"pace is in seconds, 0 or more, not {self.pace}.")
+            raise ConfigError("Simulated annotators know the prompts of the synthetic task only: leave out --prompts.")
 
     @property
     def store_address(self) -> str:
-        """Where the store is."""
+        """The file or database address of the store."""
         return self.store or os.environ.get(STORE_VARIABLE) or str(Path(self.output_dir) / "labels.db")
-
-    @property
-    def threads_each(self) -> int:
-        """Of each of the two processes that compute."""
-        return self.threads or max(1, (os.cpu_count() or 1) // 2)
 
 
 def open_prompts(config: LoopConfig, labeler: Labeler) -> tuple[list[str], list[str]]:
-    """Prompts to learn on and held-out ones to measure with. Raises UserError as `load_prompts`."""
+    """The training prompts and the held-out prompts. Raises DataError as `load_prompts` does."""
     template = get_template(config.template)
     if config.prompts is None and not isinstance(labeler, Replay):
         train, held_out = (generate_prompts(config.seed, split) for split in ("train", "test"))
@@ -103,7 +89,7 @@ def open_prompts(config: LoopConfig, labeler: Labeler) -> tuple[list[str], list[
 
 
 def open_labeler(config: LoopConfig) -> Labeler:
-    """Who answers. Raises UserError for a file that cannot be replayed."""
+    """Opens the labeler that `config` names. Raises DataError for a file that cannot be replayed."""
     if config.labeler == "web":
         return People()
     if config.labeler == "simulated":
@@ -111,13 +97,13 @@ def open_labeler(config: LoopConfig) -> Labeler:
     return Replay(read_votes(config.labeler.removeprefix("replay:"), template=config.template), seed=config.seed)
 
 
-def mean_taste(config: LoopConfig, prompts: Sequence[str], answers: Sequence[str]) -> float:
-    """What simulated annotators think of answers, without their noise."""
+def mean_taste(config: LoopConfig, prompts: Sequence[str], responses: Sequence[str]) -> float:
+    """The mean utility of responses to simulated annotators, without label noise."""
     taste = TASTES[config.taste]
-    return sum(taste(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)) / len(answers)
+    return sum(taste(prompt, response) for prompt, response in zip(prompts, responses, strict=True)) / len(responses)
 
 
 def _split(prompts: list[str], seed: int) -> tuple[list[str], list[str]]:
-    """A tenth of the prompts, at most 64, is held out; of fewer than ten none is."""
+    """Holds out a tenth of the prompts, at most 64; none of fewer than ten."""
     held_out = set(random.Random(seed).sample(prompts, min(MOST_HELD_OUT, len(prompts) // 10)))
     return [prompt for prompt in prompts if prompt not in held_out], [p for p in prompts if p in held_out]

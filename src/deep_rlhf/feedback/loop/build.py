@@ -1,15 +1,14 @@
-"""What a session is made of, from its settings: the trainer of the policy, the refits, the schedule of labels."""
+"""Builds the parts of a session from its settings: the trainer, the job of the refits, and the reward models."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online.build import open_scorer
 from deep_rlhf.algorithms.ppo import PPOConfig, PPOTrainer
 from deep_rlhf.feedback.loop.config import SessionConfig
-from deep_rlhf.feedback.questions.schedule import LabelSchedule
 from deep_rlhf.feedback.records import Version
 from deep_rlhf.feedback.reward_refit.versions import (
     HELD_OUT,
@@ -24,23 +23,15 @@ from deep_rlhf.models.load import load_language_model
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.runtime.run_directory import replace_folder
 
-START_RESPONSES = 128  # by which the scale of the reward is set
-
-
-class Schedule(Protocol):
-    """How many labels are wanted by when; `LabelSchedule` is one."""
-
-    def due(self, step: float, steps: float) -> int:
-        """When `step` of `steps` updates are done."""
-        ...
+START_RESPONSES = 128  # on which rewards are normalised
 
 
 class NoReward:
-    """Stands where the first reward model will."""
+    """A placeholder for the scorer before the first reward model is fitted."""
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Any:
-        """Nobody asks it: the policy does not learn before there is a reward model."""
-        raise AssertionError("the policy cannot learn before there is a reward model")
+        """Raises AssertionError: the session trains the policy only once there is a reward model."""
+        raise AssertionError("the policy cannot be trained before there is a reward model")
 
 
 def make_trainer(
@@ -49,7 +40,10 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[str],
 ) -> PPOTrainer:
-    """PPO as a session runs it; what is not set here is its default. Raises UserError as PPOTrainer."""
+    """The PPO trainer of a session, which has PPO's defaults for everything that is not set here.
+
+    Raises what PPOTrainer raises.
+    """
     opened = load_language_model(model) if isinstance(model, str) else model
     settings = PPOConfig(
         exp_name="session",
@@ -61,17 +55,17 @@ def make_trainer(
         batch_size=config.batch_size,
         mini_batch_size=config.mini_batch_size,
         ppo_epochs=config.ppo_epochs,
-        learning_rate=config.learning_rates(weights_of(opened))[0],
-        lam=1.0,  # a critic as young as this is worth less than the plain sum of rewards
+        learning_rate=config.learning_rates(weight_count(opened))[0],
+        lam=1.0,  # so young a critic would add more bias than it removes variance
         init_kl_coef=config.init_kl_coef,
         adap_kl_ctrl=False,
     )
-    words = tokenizer if tokenizer is not None else model if isinstance(model, str) else None
-    return PPOTrainer(settings, model=opened, tokenizer=words, prompts=prompts, reward=NoReward())
+    named = tokenizer if tokenizer is not None else model if isinstance(model, str) else None
+    return PPOTrainer(settings, model=opened, tokenizer=named, prompts=prompts, reward=NoReward())
 
 
 def refit_job(config: SessionConfig, model: PreTrainedModel | str, weights: int) -> RefitJob:
-    """What the refits are told."""
+    """The job of the refits. `weights`: the number of weights of the policy."""
     return RefitJob(
         policy=model if isinstance(model, str) else "",
         initial_labels=config.initial_labels,
@@ -91,7 +85,7 @@ def refit_job(config: SessionConfig, model: PreTrainedModel | str, weights: int)
 
 
 def open_rewards(refitted: Refitted, trainer: PPOTrainer) -> tuple[RewardModel, RewardModel | None]:
-    """A version of the reward model and the ensemble that watches, where and how the trainer computes."""
+    """A version of the reward model and its held-out ensemble, on the trainer's device and in its precision."""
     found: list[RewardModel] = []
     for folder in (refitted.path, refitted.path / HELD_OUT):
         if folder.is_dir():
@@ -102,15 +96,15 @@ def open_rewards(refitted: Refitted, trainer: PPOTrainer) -> tuple[RewardModel, 
 
 
 def ensure_start_responses(rewards: Path, trainer: PPOTrainer) -> None:
-    """Makes the answers of the start policy that the reward is scaled on, if they are not there yet."""
+    """Samples the start policy's responses on which rewards are normalised, unless they are there already."""
     if start_responses(rewards) is None:
         prompts = [trainer.prompts[i % len(trainer.prompts)] for i in range(START_RESPONSES)]
-        texts = trainer.generate(prompts, seed=trainer.config.seed, reference=True)
-        write_start_responses(rewards, list(zip(prompts, texts, strict=True)))
+        responses = trainer.generate(prompts, seed=trainer.config.seed, reference=True)
+        write_start_responses(rewards, list(zip(prompts, responses, strict=True)))
 
 
 def save_models(folder: Path, rewards: Path, trainer: PPOTrainer) -> None:
-    """The policy as it is and the newest reward model of `rewards`, in folders that transformers opens."""
+    """Saves the policy to `model` and the newest reward model to `reward_model`, as plain transformers folders."""
     replace_folder(folder / "model", trainer.save)
     newest = newest_version(rewards)
     if newest is not None:
@@ -118,7 +112,7 @@ def save_models(folder: Path, rewards: Path, trainer: PPOTrainer) -> None:
 
 
 def version_of(refitted: Refitted, step: int) -> Version:
-    """What the store keeps of a reward model that is used from `step` on."""
+    """The store's record of a reward model that is used from update `step` on."""
     return Version(
         kind="reward",
         number=refitted.number,
@@ -130,20 +124,13 @@ def version_of(refitted: Refitted, step: int) -> Version:
 
 
 def known_reward(store: Store, number: int) -> Refitted | None:
-    """What the store says of a reward model that may not be on the disk any more."""
+    """What the store records of a reward model, whose folder may have been removed."""
     for version in store.versions("reward"):
         if version.number == number:
             return Refitted(number=number, labels=version.labels, last_event=version.last_event)
     return None
 
 
-def label_schedule(config: SessionConfig) -> LabelSchedule | None:
-    """When how many labels are wanted; None for as many as people give."""
-    if config.labels is None:
-        return None
-    return LabelSchedule(initial=config.initial_labels, total=config.labels, decay=config.label_decay)
-
-
-def weights_of(model: PreTrainedModel) -> int:
-    """How many numbers it has learned."""
+def weight_count(model: PreTrainedModel) -> int:
+    """The number of weights of a model."""
     return sum(parameter.numel() for parameter in model.parameters())

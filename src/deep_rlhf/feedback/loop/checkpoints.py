@@ -1,4 +1,4 @@
-"""What a session leaves on the disk, and how it finds it again."""
+"""Checkpoints of a session, and the lock that keeps two loops from sharing a run folder or a store."""
 
 import fcntl
 import hashlib
@@ -12,64 +12,63 @@ from typing import Any
 
 from deep_rlhf.algorithms.online.state import trainable_tensors
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
-from deep_rlhf.errors import StoreError, UserError
+from deep_rlhf.errors import CheckpointError, StoreError
 from deep_rlhf.feedback.state import ACTIVE_LOOP, HEARTBEAT, START_POLICY
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
 
 LOCK = ".lock"
-SILENCE = timedelta(seconds=15)  # after which a loop that does not answer for itself is taken to be gone
+SILENCE = timedelta(seconds=15)  # without a heartbeat for this long, a loop counts as dead
 
 
 @dataclass(slots=True)
-class Progress:
-    """What a checkpoint says of the session beside what the trainer learned."""
+class SessionProgress:
+    """The counters of a session, saved in its checkpoints."""
 
-    step: int = 0
+    step: int = 0  # policy updates that are done
     policy_version: int = -1
-    version_step: int = 0  # at which the newest version was made
+    version_step: int = 0  # at which the newest version of the policy was made
     reward_version: int = 0
-    rolled_back: int = 0  # times
+    rolled_back: int = 0  # number of roll-backs
 
 
-class Saved:
-    """The checkpoints of a session in `<folder>/checkpoints`; the store says which policy it belongs to."""
+class SessionCheckpoints:
+    """The checkpoints in `<folder>/checkpoints`. Each folder and each store belongs to one start policy."""
 
     def __init__(self, folder: Path, store: Store, policy: str) -> None:
-        """`policy`: fingerprint of the start. Raises UserError if store or folder belong to another policy."""
+        """`policy`: fingerprint of the start policy. Raises CheckpointError if folder or store belong to another."""
         self._folder, self._store, self._policy = folder / "checkpoints", store, policy
         self._folder.mkdir(parents=True, exist_ok=True)
         known = START_POLICY.read(store)
         if known not in (None, policy):
-            raise UserError(
-                f"{store!r} holds answers about another policy than this one: give another --store, or the model that"
-                " it began with."
+            raise CheckpointError(
+                f"{store!r} holds labels about another policy: give another --store, or the --model that it began with."
             )
         found = latest_checkpoint(self._folder)
         if found is not None and found.state["policy"] != policy:
-            raise UserError(f"'{folder}' holds the run of another policy: give another --output_dir.")
+            raise CheckpointError(f"'{folder}' holds the run of another policy: give another --output_dir.")
         START_POLICY.write(store, policy)
         self._found = found.state if found is not None else None
 
     def newest(self) -> dict[str, Any] | None:
-        """What was saved last, None in a new folder."""
+        """The state that was saved last when the session began; None in a new folder."""
         return self._found
 
     def next_version(self) -> int:
-        """The number of the next version of the policy, where only the store remembers earlier ones.
+        """The number of the first version of the policy in a new folder, after those that the store knows.
 
-        One that has not learned anything is made again under its number.
+        The store's newest version is replaced if it was made before the first update.
         """
         versions = self._store.versions("policy")
         return versions[-1].number + (versions[-1].step > 0) if versions else 0
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes a checkpoint; raises UserError when the disk refuses it."""
+        """Writes a checkpoint. Raises CheckpointError if it cannot be written."""
         save_checkpoint(self._folder, step, {**state, "policy": self._policy})
 
 
-def fingerprint(trainer: OnlineTrainer) -> str:
-    """Of the weights that a trainer starts with."""
+def policy_fingerprint(trainer: OnlineTrainer) -> str:
+    """A digest of the weights that the trainer has now."""
     digest = hashlib.sha256()
     for name, tensor in trainable_tensors(trainer.sampler.policy).items():
         digest.update(name.encode())
@@ -78,24 +77,24 @@ def fingerprint(trainer: OnlineTrainer) -> str:
 
 
 @contextmanager
-def only_here(folder: Path, store: Store) -> Iterator[None]:
-    """While it lasts nobody else can enter for the same folder or store. Raises UserError if somebody has."""
+def exclusive_run(folder: Path, store: Store) -> Iterator[None]:
+    """Holds an exclusive lock on the run folder and the store. Raises CheckpointError if another loop holds either."""
     with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(
+            raise CheckpointError(
                 f"Another loop is running in '{folder}': stop it first, or give another --output_dir."
             ) from error
-        here = f"{folder.resolve()} on {socket.gethostname()}"
+        name = f"{folder.resolve()} on {socket.gethostname()}"
         other, beat = ACTIVE_LOOP.read(store), HEARTBEAT.read(store)
-        if other not in (None, here) and beat is not None and datetime.now(UTC) - beat < SILENCE:
-            raise UserError(
-                f"{store!r} is worked on by another loop, in {other}: stop it first, or give another --store."
+        if other not in (None, name) and beat is not None and datetime.now(UTC) - beat < SILENCE:
+            raise CheckpointError(
+                f"{store!r} is used by another loop, in {other}: stop it first, or give another --store."
             )
-        ACTIVE_LOOP.write(store, here)
+        ACTIVE_LOOP.write(store, name)
         try:
             yield
         finally:
-            with suppress(StoreError):  # the database may be away; then others wait until the heartbeat is old
+            with suppress(StoreError):  # if the database is unavailable, others wait until the heartbeat is old
                 ACTIVE_LOOP.write(store, None)

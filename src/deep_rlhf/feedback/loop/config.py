@@ -1,5 +1,6 @@
 """The settings of a training loop with people in it, shared by `deep-rlhf loop` and `deep-rlhf teach`."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +78,10 @@ class SessionConfig:
         "async", "async: labelling, refits and updates run at the same time; batched: in turn, reproducible"
     )
     batched_updates: int = setting(4, "with --mode=batched: policy updates between two refits", least=1)
+    pace: float = setting(3.0, "seconds per label of simulated and replayed annotators", least=0, below=3600)
+    threads: int | None = setting(
+        None, "threads of the policy's process and of the refits' process; default: half of the cores each", least=1
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -101,6 +106,11 @@ class SessionConfig:
         """The learning rates of the policy and of the reward model, for a policy with this number of weights."""
         policy, reward = (3e-4, 5e-4) if weights <= SMALL_POLICY else (1e-5, 1e-5)
         return self.learning_rate or policy, self.reward_learning_rate or reward
+
+    @property
+    def threads_each(self) -> int:
+        """Threads of each of the two processes that compute."""
+        return self.threads or max(1, (os.cpu_count() or 1) // 2)
 
     @property
     def limits(self) -> Limits:

@@ -1,7 +1,7 @@
-"""The versions of the policy: what each answers to the fixed prompts, and which one was the best so far.
+"""Versions of the policy: snapshots on disk, their responses to the fixed prompts, the best one, and roll-back.
 
-A version is a snapshot on the disk. Kept are the start, the newest few and the best; the others live on as figures in
-the store.
+The snapshots of the start policy, of the newest versions and of the best one are kept; of the others only the figures
+in the store remain.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import CheckpointError
 from deep_rlhf.feedback.monitoring.win_rate import won_by_newer
 from deep_rlhf.feedback.records import Label, Version
 from deep_rlhf.feedback.store import Store
@@ -25,23 +25,23 @@ logger = logging.getLogger(__name__)
 
 Figures = Mapping[str, float | None]
 
-KEPT = 3  # of the newest versions
-ENOUGH = 10  # blind answers about a version from which on people's word counts more than the reward's
-ANSWERS = "answers.json"
-SHOWN_SEED = 7  # the same random numbers for every version: what changes between two is the policy
+KEPT = 3  # newest versions
+LEAST_WINS = 10  # labels of blind pairs from which on the win rate counts, and not the reward
+RESPONSES = "responses.json"
+SAMPLING_SEED = 7  # the same for all versions, so that only the policy differs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merit:
-    """What speaks for a version: how often people liked it better than the start, and the reward of its answers."""
+    """How good a version is: its results in blind pairs against the start policy, and its mean reward."""
 
     number: int
-    wins: tuple[float, ...]  # 1, ½ or 0 of each blind answer
+    wins: tuple[float, ...]  # 1, ½ or 0 for each label
     score: float
 
 
 class PolicyVersions:
-    """Makes versions of a trainer's policy and finds the best one again."""
+    """Saves versions of a trainer's policy, and restores the best one."""
 
     def __init__(
         self,
@@ -53,24 +53,24 @@ class PolicyVersions:
         judged: Sequence[str],
         is_restorable: Callable[[Figures], bool] = lambda figures: True,
     ) -> None:
-        """`shown`: prompts whose answers people see; `judged`: more, by whose answers versions are compared.
+        """`shown`: prompts whose responses the page shows; `judged`: prompts whose responses compare versions.
 
-        `is_restorable` says whether a version of such figures is one to go back to; the start always is.
+        `is_restorable` decides by its figures whether a version may be restored; the start policy always may.
         """
         self.trainer, self.store, self.folder = trainer, store, folder
         self.shown, self.judged, self._is_restorable = list(shown), list(judged), is_restorable
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, version: Version, scorer: Scorer | None, labels: Sequence[Label], figures: Figures) -> None:
-        """Keeps the policy as it is as `version`, and forgets snapshots that are neither new nor the best.
+        """Saves the current policy as `version`, and removes snapshots that are neither among the newest nor the best.
 
-        `figures`: those that alarms watch, as they are now.
+        `figures`: the current ones of the alarms.
         """
         folder = self.folder / str(version.number)
-        answers = self.trainer.generate([*self.shown, *self.judged], seed=SHOWN_SEED)
+        responses = self.trainer.generate([*self.shown, *self.judged], seed=SAMPLING_SEED)
         save_checkpoint(folder, version.number, self.trainer.snapshot(), keep=1)
-        write_summary(folder / ANSWERS, {"answers": answers[len(self.shown) :], "figures": figures})
-        self.store.add_samples(version.number, list(zip(self.shown, answers, strict=False)))
+        write_summary(folder / RESPONSES, {"responses": responses[len(self.shown) :], "figures": figures})
+        self.store.add_samples(version.number, list(zip(self.shown, responses, strict=False)))
         self.store.add_version(version)
         if scorer is None:
             return
@@ -79,7 +79,7 @@ class PolicyVersions:
             shutil.rmtree(self.folder / str(number), ignore_errors=True)
 
     def best(self, scorer: Scorer, labels: Sequence[Label]) -> int:
-        """The number of the best version whose snapshot is kept, and in which no figure was near a limit."""
+        """The number of the best version that has a snapshot and may be restored."""
         wins: dict[int, list[float]] = {}
         for label in labels:
             won = won_by_newer(label)
@@ -93,39 +93,45 @@ class PolicyVersions:
         return best_of(merits).number
 
     def figures(self, number: int) -> dict[str, float]:
-        """Those that alarms watch, as they were when the version was made."""
-        found: dict[str, float] = _read(self.folder / str(number) / ANSWERS)["figures"]
+        """The alarms' figures when the version was made."""
+        found: dict[str, float] = _read(self.folder / str(number) / RESPONSES)["figures"]
         return found
 
     def restore(self, number: int) -> None:
-        """Puts the policy back to a version that is kept. Raises UserError if its snapshot cannot be read."""
+        """Restores the policy to a version that has a snapshot. Raises CheckpointError if that cannot be read."""
         found = latest_checkpoint(self.folder / str(number))
         if found is None:
-            raise UserError(f"The snapshot of version {number} in '{self.folder}' cannot be read.")
+            raise CheckpointError(f"The snapshot of version {number} in '{self.folder}' cannot be read.")
         self.trainer.restore(found.state)
 
+    def roll_back(self, scorer: Scorer, labels: Sequence[Label]) -> int:
+        """Restores the policy to the best version, and returns its number."""
+        number = self.best(scorer, labels)
+        self.restore(number)
+        return number
+
     def _score(self, number: int, scorer: Scorer) -> float:
-        answers = _read(self.folder / str(number) / ANSWERS)["answers"]
-        return float(scorer.score(self.judged, answers).mean()) if self.judged else float(number)
+        responses = _read(self.folder / str(number) / RESPONSES)["responses"]
+        return float(scorer.score(self.judged, responses).mean()) if self.judged else float(number)
 
     def _numbers(self) -> list[int]:
-        """The versions that are kept whole."""
-        folders = [path for path in self.folder.iterdir() if path.name.isdigit() and (path / ANSWERS).exists()]
+        """The versions that have a complete snapshot."""
+        folders = [path for path in self.folder.iterdir() if path.name.isdigit() and (path / RESPONSES).exists()]
         return sorted(int(path.name) for path in folders)
 
 
 def best_of(merits: Sequence[Merit]) -> Merit:
-    """The version that won most against the start, if people have said enough of any; else the highest reward.
+    """The version with the highest win rate if any has enough labels, otherwise the highest reward.
 
-    The start itself wins half of the time. Of equals the newest.
+    The start policy counts with a win rate of ½. Among equals the newest is best.
     """
-    known = [merit for merit in merits if len(merit.wins) >= ENOUGH or merit.number == 0]
+    known = [merit for merit in merits if len(merit.wins) >= LEAST_WINS or merit.number == 0]
     if any(merit.number for merit in known):
-        return max(known, key=lambda merit: (_rate(merit), merit.number))
+        return max(known, key=lambda merit: (_win_rate(merit), merit.number))
     return max(merits, key=lambda merit: (merit.score, merit.number))
 
 
-def _rate(merit: Merit) -> float:
+def _win_rate(merit: Merit) -> float:
     return 0.5 if merit.number == 0 else sum(merit.wins) / len(merit.wins)
 
 

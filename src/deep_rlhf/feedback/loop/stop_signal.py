@@ -1,4 +1,4 @@
-"""How a loop is stopped: by the red button on the page, or by Ctrl-C; seconds later, wherever it is."""
+"""Stops the training loop within seconds, from the web page or by Ctrl-C."""
 
 import logging
 import signal
@@ -17,48 +17,49 @@ from deep_rlhf.feedback.store import Store
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY = 0.5  # seconds between two looks at the button
-BEAT_EVERY = 5.0  # seconds between two signs of life in the store
+POLL_SECONDS = 0.5  # between two reads of the stop button
+HEARTBEAT_SECONDS = 5.0
 
 
-class Halted(Exception):
-    """The loop ends here, with everything that it has learned."""
+class StopRequested(Exception):
+    """Ends the loop, which then saves everything that it has learned."""
 
     def __init__(self, ending: Literal["stopped", "interrupted"]) -> None:
         super().__init__(ending)
         self.ending = ending
 
 
-class Halter:
-    """While it is entered, `check` and `wait` raise Halted once somebody has stopped the loop.
+class StopSignal:
+    """Within its context, `check` and `wait` raise StopRequested once the loop is to stop, and a heartbeat is stored.
 
-    So does the policy while it writes, token by token; an optimiser step is never cut in two. The first Ctrl-C is a
-    wish like the button, the second one interrupts. `check` and `wait` belong to the thread that entered.
+    Sampling raises it too, token by token, but only in the thread that entered; an optimiser step always completes.
+    The first Ctrl-C requests a stop, the second one raises KeyboardInterrupt.
     """
 
     def __init__(self, store: Store, trunk: nn.Module) -> None:
+        """`trunk`: the policy's, whose forward passes without gradients check for a stop."""
         self._store, self._trunk = store, trunk
         self._ending: Literal["stopped", "interrupted"] | None = None
-        self._asked = threading.Event()
+        self._stop_event = threading.Event()
         self._left = threading.Event()
-        self._before: Any = None
+        self._previous_handler: Any = None
         self._hook: Any = None
 
     def __enter__(self) -> Self:
         self._left.clear()
-        self._thread = threading.Thread(target=self._look, name="red button", daemon=True)
+        self._thread = threading.Thread(target=self._poll, name="stop signal", daemon=True)
         self._thread.start()
-        own = threading.get_ident()
+        owner = threading.get_ident()
 
-        def writing(*_: Any) -> None:
-            if threading.get_ident() == own and not torch.is_grad_enabled():
+        def check_while_sampling(*_: Any) -> None:
+            if threading.get_ident() == owner and not torch.is_grad_enabled():
                 self.check()
 
-        self._hook = self._trunk.register_forward_pre_hook(writing)
+        self._hook = self._trunk.register_forward_pre_hook(check_while_sampling)
         if threading.current_thread() is threading.main_thread():
             handler = signal.getsignal(signal.SIGINT)
-            if handler not in (None, signal.SIG_IGN):  # else Ctrl-C is for other programs of the terminal
-                self._before = handler
+            if handler not in (None, signal.SIG_IGN):  # a background process leaves Ctrl-C to the foreground
+                self._previous_handler = handler
                 signal.signal(signal.SIGINT, self._interrupt)
         return self
 
@@ -66,40 +67,40 @@ class Halter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._hook.remove()
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
+            self._previous_handler = None
         self._left.set()
         self._thread.join()
 
     def check(self) -> None:
-        """Raises Halted once the loop was stopped."""
+        """Raises StopRequested if the loop is to stop."""
         if self._ending is not None:
-            raise Halted(self._ending)
+            raise StopRequested(self._ending)
 
     def wait(self, seconds: float) -> None:
-        """Waits, but not when the loop was stopped: then it raises Halted."""
-        self._asked.wait(seconds)
+        """Sleeps, and raises StopRequested as soon as the loop is to stop."""
+        self._stop_event.wait(seconds)
         self.check()
 
-    def halt(self, ending: Literal["stopped", "interrupted"] = "stopped") -> None:
-        """Stops the loop, from any thread."""
+    def stop(self, ending: Literal["stopped", "interrupted"] = "stopped") -> None:
+        """Requests a stop, from any thread."""
         self._ending = self._ending or ending
-        self._asked.set()
+        self._stop_event.set()
 
     def _interrupt(self, *_: Any) -> None:
         logger.warning("Stopping and saving; press Ctrl-C again to stop at once.")
-        signal.signal(signal.SIGINT, self._before)
-        self.halt("interrupted")
+        signal.signal(signal.SIGINT, self._previous_handler)
+        self.stop("interrupted")
 
-    def _look(self) -> None:
-        beat = 0.0
-        while not self._left.wait(LOOK_EVERY):
+    def _poll(self) -> None:
+        last_beat = 0.0
+        while not self._left.wait(POLL_SECONDS):
             try:
                 if stop_requested(self._store):
-                    self.halt("stopped")
-                if time.monotonic() - beat > BEAT_EVERY:
-                    beat = time.monotonic()
+                    self.stop("stopped")
+                if time.monotonic() - last_beat > HEARTBEAT_SECONDS:
+                    last_beat = time.monotonic()
                     HEARTBEAT.write(self._store, datetime.now(UTC))
-            except StoreError as error:  # the database is away for a moment; the button is looked at again
+            except StoreError as error:  # the database is unavailable; try again
                 logger.debug("%s", error)

@@ -2,8 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from deep_rlhf.errors import ConfigError
+
+
+class Schedule(Protocol):
+    """The number of labels that are wanted at each point of a run."""
+
+    def due(self, step: float, steps: float) -> int:
+        """The number of labels wanted by `step` of `steps`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +34,7 @@ class LabelSchedule:
             raise ConfigError(f"The decay of the label rate must be above 0 steps, not {self.decay}.")
 
     def due(self, step: float, steps: float) -> int:
-        """The number of labels wanted by `step` of `steps`: initial + (total − initial) · ln(1 + t/c) / ln(1 + T/c)."""
+        """As in Schedule: initial + (total − initial) · ln(1 + t/c) / ln(1 + T/c)."""
         if step >= steps:
             return self.total
         share = math.log1p(max(step, 0) / self.decay) / math.log1p(steps / self.decay)

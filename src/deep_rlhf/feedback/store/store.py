@@ -37,6 +37,7 @@ class Store:
         must_exist: bool = False,
     ) -> None:
         self.lease = timedelta(seconds=lease_seconds)
+        self.url = str(url)  # may contain a password
         self._seed, self._clock = seed, clock
         self._database = Database(url, must_exist=must_exist)
 

@@ -1,7 +1,7 @@
-"""The small policy of the embedded world, from random weights: what the demo begins with and `teach` lets people teach.
+"""The small policy of the synthetic task, pretrained from random weights: where the demo and `teach` start.
 
-It speaks the world's English and answers well or badly, for nobody has told it yet what people like. Made in a minute
-or two on two cores; `cached_world_policy` makes it once and keeps it.
+It writes the task's English, in responses of mixed quality. Pretraining takes a minute or two on two cores;
+`cached_policy` does it once and keeps the result.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, s
 from deep_rlhf.algorithms.supervised.sft import SFTConfig, train_sft
 from deep_rlhf.data.chat import HH
 from deep_rlhf.data.synthetic import corpus, sft_pairs
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import ResourceError
 
 QUIET: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
-RECIPE = 1  # to be raised whenever the same texts and sizes would give another policy
+RECIPE = 1  # raise it whenever the same texts and sizes would give another policy
 
 
 @dataclass(frozen=True)
 class PolicyScale:
-    """How large the policy is, and how much it reads."""
+    """The size of the policy and of its training data."""
 
     layers: int = 4
     width: int = 128
@@ -38,7 +38,7 @@ class PolicyScale:
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE vocabulary of the world's English, with padding distinct from EOS."""
+    """Trains a byte-level BPE tokenizer on the task's texts, with a padding token distinct from EOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,7 +62,10 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 def pretrain(
     seed: int, scale: PolicyScale, tokenizer: PreTrainedTokenizerFast, on_step: Callable[[], None] | None = None
 ) -> GPT2LMHeadModel:
-    """A GPT-2 from random weights: first plain text, then answers of mixed quality. What `on_step` raises ends it."""
+    """Trains a GPT-2 from random weights on plain text, then on responses of mixed quality.
+
+    `on_step` is called after every update; what it raises ends the training.
+    """
     set_seed(seed)
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -103,24 +106,22 @@ def pretrain(
     return model
 
 
-def cached_world_policy(
-    seed: int = 1, scale: PolicyScale | None = None, on_step: Callable[[], None] | None = None
-) -> Path:
-    """The folder of the world's policy and tokenizer, as plain transformers opens it; made if it is not there yet.
+def cached_policy(seed: int = 1, scale: PolicyScale | None = None, on_step: Callable[[], None] | None = None) -> Path:
+    """The folder of the policy and its tokenizer, as plain transformers opens it; pretrained if it does not exist.
 
-    It lies under $XDG_CACHE_HOME (~/.cache) in deep-rlhf/, in a name that tells what it was made from, and appears only
-    when it is whole. Raises UserError if the folder cannot be written, and what `on_step` raises after an update.
+    It is in $XDG_CACHE_HOME (~/.cache) under deep-rlhf/, its name contains a fingerprint of the data and sizes, and it
+    appears only when it is complete. Raises ResourceError if the folder cannot be written, and what `on_step` raises.
     """
     scale = scale or PolicyScale()
-    folder = world_policy_folder(seed, scale)
+    folder = cached_policy_folder(seed, scale)
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise UserError(
-            f"The policy cannot be kept in '{folder.parent}' ({error.strerror}): set XDG_CACHE_HOME to a folder that"
+        raise ResourceError(
+            f"The policy cannot be saved in '{folder.parent}' ({error.strerror}): set XDG_CACHE_HOME to a folder that"
             " can be written, or give --model."
         ) from error
     try:
@@ -129,15 +130,17 @@ def cached_world_policy(
         tokenizer.save_pretrained(temporary)
         os.rename(temporary, folder)
     except OSError as error:
-        if not folder.is_dir():  # else another process was faster, and its policy is the same
-            raise UserError(f"The policy cannot be kept in '{folder.parent}' ({error.strerror}): make room.") from error
+        if not folder.is_dir():  # otherwise another process has just saved the same policy
+            raise ResourceError(
+                f"The policy cannot be saved in '{folder.parent}' ({error.strerror}): free some disk space."
+            ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def world_policy_folder(seed: int = 1, scale: PolicyScale | None = None) -> Path:
-    """Where `cached_world_policy` keeps it, whether it is there or not."""
+def cached_policy_folder(seed: int = 1, scale: PolicyScale | None = None) -> Path:
+    """The folder that `cached_policy` returns, whether it exists or not."""
     scale = scale or PolicyScale()
     cache = os.environ.get("XDG_CACHE_HOME")
     root = Path(cache) if cache else Path.home() / ".cache"
@@ -148,4 +151,4 @@ def world_policy_folder(seed: int = 1, scale: PolicyScale | None = None) -> Path
         "texts": [corpus(scale.corpus_texts, seed), sft_pairs(scale.sft_pairs, seed)],
     }
     fingerprint = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
-    return root / "deep-rlhf" / f"world-policy-{fingerprint}"
+    return root / "deep-rlhf" / f"synthetic-policy-{fingerprint}"

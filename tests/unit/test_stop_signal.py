@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from deep_rlhf.errors import UserError
-from deep_rlhf.feedback.loop.checkpoints import only_here
-from deep_rlhf.feedback.loop.stop_signal import Halted, Halter
+from deep_rlhf.errors import CheckpointError
+from deep_rlhf.feedback.loop.checkpoints import exclusive_run
+from deep_rlhf.feedback.loop.stop_signal import StopRequested, StopSignal
 from deep_rlhf.feedback.state import HEARTBEAT, STOP, StopRequest
 from deep_rlhf.feedback.store import Store
 
@@ -24,22 +24,22 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def test_the_red_button_ends_a_wait(store: Store) -> None:
-    with Halter(store, nn.Identity()) as halter:
-        halter.check()
+    with StopSignal(store, nn.Identity()) as stop_signal:
+        stop_signal.check()
         threading.Timer(0.1, STOP.write, (store, StopRequest(by="ann"))).start()
-        with pytest.raises(Halted) as halted:
-            halter.wait(60)
-        assert halted.value.ending == "stopped"
-        with pytest.raises(Halted):
-            halter.check()
+        with pytest.raises(StopRequested) as request:
+            stop_signal.wait(60)
+        assert request.value.ending == "stopped"
+        with pytest.raises(StopRequested):
+            stop_signal.check()
 
 
 def test_writing_ends_but_a_step_is_never_cut_in_two(store: Store) -> None:
     trunk = nn.Linear(2, 2)
-    with Halter(store, trunk) as halter:
-        halter.halt()
+    with StopSignal(store, trunk) as stop_signal:
+        stop_signal.stop()
         trunk(torch.zeros(1, 2)).sum().backward()  # learning goes on
-        with torch.no_grad(), pytest.raises(Halted):
+        with torch.no_grad(), pytest.raises(StopRequested):
             trunk(torch.zeros(1, 2))
         other = threading.Thread(target=torch.no_grad()(trunk), args=(torch.zeros(1, 2),))
         other.start()
@@ -50,18 +50,18 @@ def test_writing_ends_but_a_step_is_never_cut_in_two(store: Store) -> None:
 
 def test_the_first_ctrl_c_is_a_wish_and_the_second_interrupts(store: Store) -> None:
     before = signal.getsignal(signal.SIGINT)
-    with Halter(store, nn.Identity()) as halter:
+    with StopSignal(store, nn.Identity()) as stop_signal:
         signal.raise_signal(signal.SIGINT)
-        with pytest.raises(Halted) as halted:
-            halter.check()
-        assert halted.value.ending == "interrupted"
+        with pytest.raises(StopRequested) as request:
+            stop_signal.check()
+        assert request.value.ending == "interrupted"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_sign_of_life_is_in_the_store(store: Store) -> None:
-    with Halter(store, nn.Identity()):
+    with StopSignal(store, nn.Identity()):
         for _ in range(200):
             if HEARTBEAT.read(store):
                 break
@@ -74,15 +74,15 @@ def test_two_loops_do_not_run_in_one_folder_or_on_one_store(tmp_path: Path) -> N
     here.mkdir()
     there.mkdir()
     with Store(tmp_path / "labels.db") as store, Store(tmp_path / "other.db") as other:
-        with only_here(here, store):
-            with pytest.raises(UserError, match="Another loop is running"), only_here(here, other):
+        with exclusive_run(here, store):
+            with pytest.raises(CheckpointError, match=r"Another loop .*here'"), exclusive_run(here, other):
                 pass
             HEARTBEAT.write(store, datetime.now(UTC))
-            with pytest.raises(UserError, match=r"^The store .*labels\.db' is worked on by another loop, in .*here on"):
-                only_here(there, store).__enter__()
+            with pytest.raises(CheckpointError, match=r"^The store .*labels\.db' .* another loop, in .*here on"):
+                exclusive_run(there, store).__enter__()
             HEARTBEAT.write(store, datetime.now(UTC) - timedelta(minutes=1))
-            with only_here(there, store):  # the other one was killed long ago
+            with exclusive_run(there, store):  # the other one was killed long ago
                 pass
         HEARTBEAT.write(store, datetime.now(UTC))
-        with only_here(there, store):  # the other one has ended
+        with exclusive_run(there, store):  # the other one has ended
             pass

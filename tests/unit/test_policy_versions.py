@@ -1,6 +1,6 @@
 """Which version is the best one, and what is kept of them."""
 
-from deep_rlhf.feedback.loop.policy_versions import ENOUGH, Merit, best_of
+from deep_rlhf.feedback.loop.policy_versions import LEAST_WINS, Merit, best_of
 
 
 def merit(number: int, score: float, wins: str = "") -> Merit:
@@ -15,14 +15,14 @@ def test_without_peoples_word_the_reward_decides() -> None:
 
 
 def test_peoples_word_counts_more_than_the_reward() -> None:
-    liked, rewarded = merit(3, 0.5, "w" * ENOUGH), merit(4, 9.0, "l" * ENOUGH)
+    liked, rewarded = merit(3, 0.5, "w" * LEAST_WINS), merit(4, 9.0, "l" * LEAST_WINS)
     assert best_of([merit(0, 0.0), liked, rewarded]).number == 3
     assert best_of([merit(0, 0.0), liked, merit(5, 9.0)]).number == 3  # nobody has said anything of the newest
 
 
 def test_a_policy_that_people_like_less_than_the_start_is_not_the_best() -> None:
-    assert best_of([merit(0, 0.0), merit(3, 5.0, "l" * ENOUGH + "w")]).number == 0
+    assert best_of([merit(0, 0.0), merit(3, 5.0, "l" * LEAST_WINS + "w")]).number == 0
 
 
 def test_a_few_answers_are_not_enough() -> None:
-    assert best_of([merit(0, 0.0), merit(3, 1.0, "w" * (ENOUGH - 1)), merit(4, 2.0)]).number == 4
+    assert best_of([merit(0, 0.0), merit(3, 1.0, "w" * (LEAST_WINS - 1)), merit(4, 2.0)]).number == 4
