@@ -92,7 +92,7 @@ def main() -> None:
         write(given.parts / part(name, seed), one_run(name, seed, scale))
         return
     given.parts.mkdir(parents=True, exist_ok=True)
-    world_policy(scale)  # made once, before two processes want it
+    start_policy(scale)  # made once, before two processes want it
     missing = [(name, seed) for seed in scale.seeds for name in RUNS if not (given.parts / part(name, seed)).exists()]
     options = [f"--parts={given.parts}", *(["--quick"] if given.quick else [])]
     with ThreadPoolExecutor(given.jobs) as pool:
@@ -211,7 +211,7 @@ def make_session(
         config,
         store=Store(folder / "labels.db", seed=seed),
         output_dir=folder,
-        model=str(world_policy(scale)),
+        model=str(start_policy(scale)),
         prompts=[HH.prompt(text) for text in generate_prompts(1, "train")],
         held_out_prompts=[HH.prompt(text) for text in generate_prompts(1, "test")][:2],
         labeler=SimulatedLabeler(judge.score, seed=seed),
@@ -220,7 +220,7 @@ def make_session(
     )
 
 
-def world_policy(scale: Scale) -> Path:
+def start_policy(scale: Scale) -> Path:
     """The policy that everything starts from."""
     from deep_rlhf.cli.synthetic_policy import PolicyScale, cached_policy
 

@@ -54,7 +54,7 @@ def test_a_stopped_benchmark_goes_on_and_draws_what_it_found(tmp_path: Path, mon
 
     monkeypatch.setattr(curves, "QUICK", TINY)
     monkeypatch.setattr(curves, "in_a_process", one)
-    monkeypatch.setattr(curves, "world_policy", lambda scale: tmp_path)
+    monkeypatch.setattr(curves, "start_policy", lambda scale: tmp_path)
     done = points(curves.RUNS[1], 2)
     curves.write(tmp_path / "parts" / curves.part(curves.RUNS[1], 2), done)
     flags = ["--quick", f"--parts={tmp_path / 'parts'}", f"--results={tmp_path / 'r.json'}"]

@@ -125,7 +125,7 @@ for module in {blocked!r}:
     sys.modules[module] = None
 from pathlib import Path
 from transformers import GPT2Config, GPT2LMHeadModel
-from deep_rlhf.cli.world_policy import build_tokenizer
+from deep_rlhf.cli.synthetic_policy import build_tokenizer
 from deep_rlhf.cli.main import run
 
 tokenizer = build_tokenizer(1)
