@@ -1,4 +1,4 @@
-"""A store with a few questions, the page on it without a network, and one browser for all tests of a worker."""
+"""A store, the page on it with or without a network, and one browser for all tests of a worker."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from deep_rlhf.web.progress import events
 from deep_rlhf.web.server import Server
 
 CHROMIUM = Path("/usr/bin/chromium")
-# What Chromium and htmx write while the server is away, or refuses an answer.
+# What Chromium and htmx log while the server is away or refuses a request.
 FAILED = ("Failed to load resource: ", "htmx:sendError, ", "htmx:responseError, ", "htmx:afterRequest, ")
 CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
@@ -52,7 +52,7 @@ def store(empty_store: Path, tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def add(store: Store) -> Callable[..., list[int]]:
-    """add(3): so many questions, asked in this order; add("text", "a", "b"): that one."""
+    """add(3) adds three questions, asked in this order; add("prompt", "a", "b") adds one."""
 
     def add(*what: Any, **fields: Any) -> list[int]:
         if isinstance(what[0], int):
@@ -90,7 +90,7 @@ def server(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def visit(browser: Any, server: Server) -> Iterator[Visit]:
-    """visit("anna"): her page in a browser of her own. Nothing may go wrong in any tab of it, unless it `may_fail`."""
+    """visit("anna") opens the page in a new browser context; no tab of it may log an error, unless it `may_fail`."""
     problems: list[str] = []
     contexts = []
 

@@ -9,7 +9,7 @@ HH = "\n\nHuman: {}\n\nAssistant:"
 
 
 class Client(TestClient):
-    """A browser without scripts, at this machine."""
+    """A browser without scripts, on this machine."""
 
     def __init__(self, app: Any, **options: Any) -> None:
         options = {"base_url": "http://127.0.0.1:8000", "client": ("127.0.0.1", 50000), **options}
@@ -17,18 +17,18 @@ class Client(TestClient):
         self._csrf: dict[str, str] = {}  # by cookies: one page load per login
 
     def csrf(self, path: str = "/login") -> str:
-        """The token in the forms of a page."""
+        """The CSRF token in the forms of a page."""
         return self.csrf_in(self.get(path).text)
 
     @staticmethod
     def csrf_in(page: str) -> str:
-        """The token in the forms of a page's HTML."""
+        """The CSRF token in a page's HTML."""
         found = re.search(r'name="csrf" value="(\w+)"', page)
         assert found
         return found[1]
 
     def submit(self, path: str, *, as_json: bool = True, **fields: Any) -> Any:
-        """Posts a form with the token of this browser and the store that it shows."""
+        """Posts a form with the CSRF token of this browser and the id of the store."""
         accept = "application/json" if as_json else "text/html"
         cookies = str(self.cookies)
         if cookies not in self._csrf:

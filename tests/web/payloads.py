@@ -1,4 +1,4 @@
-"""What a model or a person might write in order to get out of the page; none of it may do anything."""
+"""Hostile texts that try to inject markup or scripts into the page; none may have an effect."""
 
 PAYLOADS = [
     "<script>document.title='pwned'</script>",

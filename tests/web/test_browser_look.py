@@ -1,4 +1,4 @@
-"""The second tab in a real browser; and both tabs on a phone, with contrast and names, and with hostile text."""
+"""The model tab in a real browser; both tabs on a phone, their contrast and names, and hostile text."""
 
 from contextlib import suppress
 
@@ -54,7 +54,7 @@ def test_the_model_tab_shows_the_loop_and_changes_by_itself(visit: Visit, store:
     assert not page.get_by_text("response of version 0").is_visible()
 
 
-def test_state_and_alarms_change_while_somebody_reads_the_figures_with_the_keyboard(visit: Visit, store: Store) -> None:
+def test_status_and_alarms_change_while_the_figures_have_the_focus(visit: Visit, store: Store) -> None:
     store.add_metrics([{"step": i, "reward": i / 10} for i in range(3)])
     page = visit("anna")
     open_model(page)

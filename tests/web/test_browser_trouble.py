@@ -1,4 +1,4 @@
-"""What may go wrong while people label in a real browser: nothing is lost, nothing counts twice or for another."""
+"""Failures while people label in a real browser: no label is lost, counted twice or given to another user."""
 
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ def test_an_answer_never_gets_into_another_store(
     assert [label.comparison_id for label in store.labels()] == [1, 2]
 
 
-def test_a_name_that_begins_like_another_one_does_not_send_his_answers(visit: Visit, store: Store, add: Add) -> None:
+def test_a_name_that_begins_like_another_one_does_not_send_their_labels(visit: Visit, store: Store, add: Add) -> None:
     add(4)
     page = visit("anna b", may_fail=True)
     address = page.url
@@ -243,8 +243,8 @@ def test_an_answer_waits_for_the_next_login(visit: Visit, store: Store, add: Add
     assert [label.comparison_id for label in store.labels()] == [1, 2]
 
 
-def test_whoever_answers_and_leaves_at_once_has_answered(visit: Visit, add: Add) -> None:
-    """The browser goes on sending after the page is gone, if it is asked to."""
+def test_a_label_is_saved_even_if_the_page_is_closed_at_once(visit: Visit, add: Add) -> None:
+    """The browser sends the request even after the page is closed."""
     add(2)
     page = visit("anna")
     page.evaluate("""() => {
@@ -258,7 +258,7 @@ def test_whoever_answers_and_leaves_at_once_has_answered(visit: Visit, add: Add)
 
 
 def test_more_tabs_can_be_open_than_a_browser_has_connections(visit: Visit, store: Store, add: Add) -> None:
-    """Chromium opens six to one host; a tab that nobody sees keeps none."""
+    """Chromium opens six to one host; a hidden tab keeps none."""
     page = visit("anna")
     tabs = [page]
     for _ in range(6):

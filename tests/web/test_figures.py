@@ -1,4 +1,4 @@
-"""Charts from numbers, the tables of the second tab, and the ranks in a form."""
+"""Charts, the tables of the model tab, and the ranks in a form."""
 
 import math
 from datetime import UTC, datetime
@@ -117,7 +117,7 @@ def test_each_answer_is_traced_to_the_update_that_used_it_first() -> None:
     assert label_uses([version("reward", 1, 30)], policies)[0].policy is None
 
 
-def test_answers_are_told_by_what_was_preferred() -> None:
+def test_labels_are_summarised_by_the_preferred_response() -> None:
     assert label_summary(label(1)) == "first"
     assert label_summary(label(1, choice="b")) == "second"
     assert label_summary(label(1, choice="tie")) == "(tie)"

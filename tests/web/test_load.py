@@ -1,6 +1,6 @@
-"""Many people at once on a real server, while it is killed; and how long an answer takes. Loopback only.
+"""Many annotators on a real server that is killed again and again, and the latency of a label. Loopback only.
 
-Numbers of people, answers and requests are fixed, and everything ends by a deadline.
+The numbers of annotators, labels and requests are fixed, and everything ends by a deadline.
 """
 
 import math
@@ -25,12 +25,12 @@ from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
 
 pytestmark = pytest.mark.timing
-SECONDS = 60.0  # after which something hangs
+SECONDS = 60.0  # after which the test fails
 MOST_REQUESTS = 150  # of one person
 
 
 class Page:
-    """A server process that can be killed, always on the same port."""
+    """A server process that can be killed and restarted on the same port."""
 
     def __init__(self, address: str) -> None:
         self.address, self.port = address, free_port()
@@ -39,7 +39,7 @@ class Page:
         self.start()
 
     def start(self) -> None:
-        """Starts a process and waits until it answers."""
+        """Starts a process and waits until it responds."""
         self._process = processes.fork_server().Process(
             target=page_process.serve_page, args=(self.address, self.port), daemon=True
         )
@@ -51,7 +51,7 @@ class Page:
                 break
             except httpx.TransportError:
                 assert self._process.is_alive(), "the page did not start"
-                assert time.monotonic() < deadline, "the page does not answer"
+                assert time.monotonic() < deadline, "the page does not respond"
                 threading.Event().wait(0.01)
         self.is_up.set()
 
@@ -63,43 +63,43 @@ class Page:
 
 
 class Annotator(threading.Thread):
-    """Does what the page's script does: sends again, with the same token, what got no reply.
+    """Does what the page's script does: repeats, with the same token, each request that got no reply.
 
-    `wavers` is how likely it skips a question, and takes an answer back.
+    `wavers` is the probability of skipping a question and of undoing a label.
     """
 
     def __init__(
         self,
         page: Page,
         name: str,
-        told: threading.Condition,
+        changed: threading.Condition,
         until: Callable[["Annotator"], bool],
         *,
         wavers: float = 0.0,
         think: Callable[[], float] | None = None,
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self.page, self.told, self.until, self.wavers, self.think = page, told, until, wavers, think
+        self.page, self.changed, self.until, self.wavers, self.think = page, changed, until, wavers, think
         self.rng = random.Random(name)
-        self.heard: list[tuple[str, int, int | None]] = []  # kind, question, event (which an undo is not told)
-        self.acknowledged: dict[int, int] = {}  # question -> event, of what counts
+        self.history: list[tuple[str, int, int | None]] = []  # kind, question, event (None for an undo)
+        self.acknowledged: dict[int, int] = {}  # question -> event, of labels that are not undone
         self.hidden: dict[str, str] = {}  # fields of each form
         self.refused: list[str] = []
         self.seconds: list[float] = []
-        self.requests = self.looks = 0
+        self.requests = self.progress_reads = 0
         self.error: BaseException | None = None
         self.client = httpx.Client(base_url=page.url, timeout=10, headers={"accept": "application/json"})
-        self.listener = httpx.Client(base_url=page.url, timeout=SECONDS)  # made before time counts, for it takes long
+        self.listener = httpx.Client(base_url=page.url, timeout=SECONDS)  # slow to make
 
     def run(self) -> None:
-        """Until there is enough."""
+        """Labels until `until` says that it is enough."""
         try:
             with self.client:
                 csrf = Client.csrf_in(self.send("GET", "/login", headers={"accept": "text/html"}).text)
                 self.send("POST", "/name", data={"csrf": csrf, "name": self.name})
                 shown = self.send("GET", "/", headers={"accept": "text/html"}).text
                 self.hidden = dict(re.findall(r'name="(csrf|store_id)" value="([\w-]+)"', shown))
-                if self.think is not None:  # a person, whose page listens as soon as it is there
+                if self.think is not None:  # a person, whose page listens once it is open
                     threading.Thread(target=self.listen, daemon=True).start()
                 ahead: list[Any] = []
                 while not self.until(self):
@@ -107,63 +107,63 @@ class Annotator(threading.Thread):
                     if ahead:
                         ahead = self.decide(ahead)
                     else:
-                        threading.Event().wait(0.2)  # somebody may give one back
+                        threading.Event().wait(0.2)  # another annotator may release one
         except BaseException as error:
             self.error = error
         finally:
-            with self.told:
-                self.told.notify_all()
+            with self.changed:
+                self.changed.notify_all()
 
     def decide(self, ahead: list[Any]) -> list[Any]:
         """Answers or skips the first question, and perhaps takes the answer back; returns what comes then."""
         number, ahead = ahead[0]["id"], ahead[1:]
         # Never what it answered once: everybody else may have gone by then.
-        if self.rng.random() < self.wavers and all(number != other for _, other, _ in self.heard):
-            return ahead + self.say("skip", ahead, question=number)
+        if self.rng.random() < self.wavers and all(number != other for _, other, _ in self.history):
+            return ahead + self.send_event("skip", ahead, question=number)
         if self.think is not None:
             threading.Event().wait(self.think())
         choice = "a" if number % 3 else "tie"
         began = time.perf_counter()
-        ahead = ahead + self.say("answer", ahead, question=number, choice=choice, seconds=1)
+        ahead = ahead + self.send_event("answer", ahead, question=number, choice=choice, seconds=1)
         self.seconds.append(time.perf_counter() - began)
         if self.rng.random() < self.wavers and number in self.acknowledged:
-            ahead = self.say("undo", ahead, want=len(ahead) + 1) + ahead
+            ahead = self.send_event("undo", ahead, want=len(ahead) + 1) + ahead
         return ahead
 
-    def say(self, kind: str, ahead: list[Any], **fields: Any) -> list[Any]:
-        """Sends it, notes what it is told, and returns the questions that come back beside those it has."""
-        token = f"{self.name}/{len(self.heard)}"
+    def send_event(self, kind: str, ahead: list[Any], **fields: Any) -> list[Any]:
+        """Posts a label, a skip or an undo, records the reply, and returns the new questions."""
+        token = f"{self.name}/{len(self.history)}"
         have = ",".join(str(question["id"]) for question in ahead)
         reply = self.send("POST", f"/{kind}", data={**self.hidden, "token": token, "have": have, **fields})
         if reply.status_code == 409:
             self.refused.append(reply.json()["error"])
             return []
         assert reply.status_code == 200, reply.text
-        said = reply.json()
-        with self.told:
-            number = said["undone"] if kind == "undo" else fields["question"]
-            self.heard.append((kind, number, said.get("event")))
+        result = reply.json()
+        with self.changed:
+            number = result["undone"] if kind == "undo" else fields["question"]
+            self.history.append((kind, number, result.get("event")))
             if kind == "answer":
-                self.acknowledged[number] = said["event"]
+                self.acknowledged[number] = result["event"]
             elif kind == "undo":
                 del self.acknowledged[number]
-            self.told.notify_all()
-        return list(said["questions"])
+            self.changed.notify_all()
+        return list(result["questions"])
 
     def listen(self) -> None:
-        """Listens until the server ends, and looks how it is getting on soon after somebody answered."""
+        """Listens until the server ends, and reads the progress after each label of anybody."""
         self.listener.cookies = self.client.cookies
         try:
             with self.listener, self.listener.stream("GET", "/events") as stream:
                 for line in stream.iter_lines():
                     if line == "event: people":
                         threading.Event().wait(self.rng.uniform(0.5, 2))
-                        self.looks += self.listener.get("/progress").status_code == 200
+                        self.progress_reads += self.listener.get("/progress").status_code == 200
         except httpx.TransportError:
             pass
 
     def send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """Sends until there is a reply."""
+        """Repeats a request until there is a reply."""
         while True:
             assert self.page.is_up.wait(SECONDS)
             self.requests += 1
@@ -192,9 +192,9 @@ def page(address: str) -> Iterator[Page]:
 
 
 def test_nothing_is_lost_or_doubled_while_the_server_is_killed(page: Page) -> None:
-    """Fifty people, who also skip and undo, three hundred questions, five times kill -9."""
+    """Fifty annotators, who also skip and undo, three hundred questions, five kills by SIGKILL."""
     rng = random.Random(11)
-    told = threading.Condition()
+    changed = threading.Condition()
     with Store(page.address) as store:
         ids = store.add([Comparison(prompt=f"Question {i}", responses=("x", "y")) for i in range(300)])
     people: list[Annotator] = []
@@ -202,13 +202,13 @@ def test_nothing_is_lost_or_doubled_while_the_server_is_killed(page: Page) -> No
     def is_over(_: Annotator) -> bool:
         return sum(len(person.acknowledged) for person in people) == len(ids)
 
-    people += [Annotator(page, f"p{i}", told, is_over, wavers=0.12) for i in range(50)]
+    people += [Annotator(page, f"p{i}", changed, is_over, wavers=0.12) for i in range(50)]
     for person in people:
         person.start()
     for kill in range(5):
-        with told:
+        with changed:
             wanted = 55 * kill + rng.randrange(5, 55)
-            assert told.wait_for(lambda wanted=wanted: sum(len(p.acknowledged) for p in people) >= wanted, SECONDS)
+            assert changed.wait_for(lambda wanted=wanted: sum(len(p.acknowledged) for p in people) >= wanted, SECONDS)
         page.kill()
         page.start()
     for person in people:
@@ -225,7 +225,7 @@ def test_nothing_is_lost_or_doubled_while_the_server_is_killed(page: Page) -> No
     for person in people:
         own = [event for event in events if event.annotator == person.name]
         kept = [(event.kind, event.comparison_id, None if event.kind == "undo" else event.id) for event in own]
-        assert kept == person.heard
+        assert kept == person.history
         counting: list[int] = []
         for event in own:
             if event.kind == "answer":
@@ -236,26 +236,26 @@ def test_nothing_is_lost_or_doubled_while_the_server_is_killed(page: Page) -> No
         assert sorted(counting) == sorted(person.acknowledged.values())
 
 
-def test_an_answer_takes_less_than_a_tenth_of_a_second_with_twenty_people(page: Page) -> None:
-    """The 95th percentile, where people are, whose pages listen and look: with the next question in the reply."""
+def test_a_label_takes_less_than_a_tenth_of_a_second_with_twenty_people(page: Page) -> None:
+    """The 95th percentile of a reply with the next question, while all pages listen and read the progress."""
     each, people = 12, 20
     with Store(page.address) as store:
         store.add(
             [Comparison(prompt=f"Question {i}", responses=("*x*", "y\n\n- z")) for i in range(people * (each + 2))]
         )
-    told = threading.Condition()
+    changed = threading.Condition()
     annotators = []
     for i in range(people):
         rng = random.Random(i)
         think = lambda rng=rng: rng.uniform(0.4, 1.6)  # noqa: E731
-        annotators.append(Annotator(page, f"p{i}", told, lambda one: len(one.acknowledged) >= each, think=think))
+        annotators.append(Annotator(page, f"p{i}", changed, lambda one: len(one.acknowledged) >= each, think=think))
     for one in annotators:
         one.start()
     for one in annotators:
         one.join(SECONDS)
         assert one.error is None
         assert len(one.acknowledged) == each
-        assert one.looks > 1
+        assert one.progress_reads > 1
     seconds = sorted(second for one in annotators for second in one.seconds[1:])  # the first ones warm the server
     p95 = seconds[math.ceil(0.95 * len(seconds)) - 1]
     print(f"p50 {statistics.median(seconds) * 1000:.0f} ms, p95 {p95 * 1000:.0f} ms of {len(seconds)} answers")  # noqa: T201

@@ -21,7 +21,7 @@ SHOWN_LATER = "shown after the first use"
 
 @pytest.fixture
 def answered(store: Store) -> Callable[..., None]:
-    """answered(1, 2): the answers to these of three questions; the third is a gold question."""
+    """answered(1, 2) labels these of three questions; the third is a gold question."""
     gold = Comparison(prompt=HH.format("Gold?"), responses=("right", "wrong"), why_selected="gold", expected="a")
     store.add([Comparison(prompt=HH.format(f"Question {i}?"), responses=("first", "second")) for i in (1, 2)] + [gold])
 
@@ -102,7 +102,7 @@ def test_an_annotator_sees_no_answer_before_a_reward_model_learned_from_it(
         assert page.count("only for measurement") == 1  # no reward model learns from the gold question
 
 
-def test_without_accounts_reasons_are_told_once_the_answer_is_used(
+def test_without_accounts_reasons_are_shown_once_the_label_is_used(
     client: Client, store: Store, answered: Callable[..., None]
 ) -> None:
     client.enter()
@@ -118,7 +118,7 @@ def test_without_accounts_reasons_are_told_once_the_answer_is_used(
 
 
 @pytest.mark.parametrize(
-    ("state", "beat", "told", "silent"),
+    ("state", "beat", "reported", "silent"),
     [
         ("training", 61, 90, 61),
         ("training", 59, 90, None),
@@ -131,19 +131,19 @@ def test_without_accounts_reasons_are_told_once_the_answer_is_used(
         ("training", None, 300, None),
     ],
 )
-def test_a_trainer_is_missed_after_a_minute(
-    state: str | None, beat: int | None, told: int | None, silent: int | None
+def test_a_trainer_without_heartbeat_is_reported_after_a_minute(
+    state: str | None, beat: int | None, reported: int | None, silent: int | None
 ) -> None:
     def ago(seconds: int | None) -> datetime | None:
         return None if seconds is None else NOW - timedelta(seconds=seconds)
 
-    status = Status() if state is None else Status(state=state, at=ago(told))
+    status = Status() if state is None else Status(state=state, at=ago(reported))
     found = silent_since(status, ago(beat), NOW)
     assert found == (None if silent is None else NOW - timedelta(seconds=silent))
     assert silent_since(status, None, NOW) is None
 
 
-def test_a_stop_is_only_asked_for_until_the_trainer_says_that_it_stopped(client: Client, store: Store) -> None:
+def test_a_stop_is_requested_until_the_trainer_reports_that_it_stopped(client: Client, store: Store) -> None:
     client.enter("anna")
     store.put("status", {"state": "training", "step": 3, "text": "Update 4.", "at": "2026-03-04T05:06:07+00:00"})
     store.put("stop", {"by": "anna", "at": "2026-03-04T05:06:09+00:00"})
@@ -163,16 +163,16 @@ def test_a_stop_is_only_asked_for_until_the_trainer_says_that_it_stopped(client:
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "expected"),
     [
         (1, ("from 1 blind label of version 3<", "1 question waiting<")),
         (2, ("from 2 blind labels of versions 2 to 3<", "2 questions waiting<")),
     ],
 )
-def test_one_is_not_several(client: Client, store: Store, number: int, told: tuple[str, str]) -> None:
+def test_singular_and_plural(client: Client, store: Store, number: int, expected: tuple[str, str]) -> None:
     store.add([Comparison(prompt=HH.format(f"Question {i}?"), responses=("first", "second")) for i in range(number)])
     store.put("win_rate", {"rate": 0.63, "low": 0.4, "high": 0.8, "answers": number, "first": 4 - number, "last": 3})
     client.enter()
     store.release("me")  # the page has lent them
     page = client.get("/model").text
-    assert [text for text in told if text not in page] == []
+    assert [text for text in expected if text not in page] == []

@@ -1,4 +1,4 @@
-"""What is kept out: hostile text, foreign hosts, forged forms, what is too large or wrong; and headers."""
+"""Protection against hostile text, foreign hosts, forged forms and bad requests; security headers."""
 
 import re
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def check_harmless(page: str) -> None:
 
 
 def test_hostile_text_adds_nothing_to_the_page(client: Client, store: Store) -> None:
-    """In prompts and answers, in samples, newest answers and the trainer's own words."""
+    """In prompts, responses, samples, the newest labels and the trainer's status."""
     payloads = [payload.replace("\ud83d", "").replace("\0", "") for payload in PAYLOADS]  # no database takes those
     store.add([Comparison(prompt=HH.format(payload), responses=(payload, "fine")) for payload in payloads])
     store.add_samples(0, [(payload, payload) for payload in payloads])
@@ -74,7 +74,7 @@ def test_a_turn_that_an_answer_pretends_is_text_of_the_answer(client: Client, ad
 # ---- headers
 
 
-def test_every_route_has_the_headers_whatever_it_answers(client: Client, add: Add) -> None:
+def test_every_route_has_the_headers_whatever_its_status(client: Client, add: Add) -> None:
     add(2)
     client.enter()
     asked = ["/", "/login", "/questions", "/progress", "/model", "/model/status", "/model/history", "/model/versions"]
@@ -92,7 +92,7 @@ def test_every_route_has_the_headers_whatever_it_answers(client: Client, add: Ad
         assert "server" not in answer.headers
 
 
-def test_a_mistake_of_ours_has_them_too_and_tells_nothing(client: Client, store: Store, monkeypatch: Any) -> None:
+def test_an_internal_error_has_them_too_and_reveals_nothing(client: Client, store: Store, monkeypatch: Any) -> None:
     client.enter()
     monkeypatch.setattr(store, "ask", lambda *_, **__: 1 / 0)
     answer = client.get("/")
@@ -105,7 +105,7 @@ def test_a_mistake_of_ours_has_them_too_and_tells_nothing(client: Client, store:
 
 
 def test_on_loopback_other_host_names_are_refused(client: Client) -> None:
-    """DNS rebinding: somebody else's page gives its own name our address."""
+    """DNS rebinding: a foreign page gives its own name our address."""
     for host in ("evil.example", "127.0.0.1.evil.example:8000", "", "[::2]", "localhost.", "[["):
         assert client.get("/", headers={"host": host}).status_code == 421, host
     for host in ("127.0.0.1:8000", "localhost:9000", "[::1]:8000", "127.0.0.2"):
@@ -178,7 +178,7 @@ WRONG: list[tuple[dict[str, Any], int]] = [
 ]
 
 
-def test_a_wrong_answer_gets_one_clear_sentence(client: Client, store: Store, add: Add) -> None:
+def test_an_invalid_label_gets_one_clear_sentence(client: Client, store: Store, add: Add) -> None:
     add(1)
     client.enter().get("/")
     for fields, status in WRONG:

@@ -1,4 +1,4 @@
-"""Who is let in: accounts, logins, the access token; and what is told about them."""
+"""Access control: accounts, logins, the access token, and what logs and replies reveal about them."""
 
 import itertools
 import logging
@@ -28,7 +28,7 @@ TOKEN = "0123456789abcdef-token"
 
 
 def public_page(store: Store, **settings: Any) -> Client:
-    """A page that others reach, with an administrator and an annotator."""
+    """A page that other machines reach, with an administrator and an annotator."""
     add_account(store, "root", "admin", PASSWORD)
     add_account(store, "anna", "annotator", PASSWORD)
     return Client(create_app(store, WebSettings(host="0.0.0.0", **settings)), base_url="http://labels.example.org")
@@ -36,7 +36,7 @@ def public_page(store: Store, **settings: Any) -> Client:
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: Any, capsys: Any) -> Callable[..., str]:
-    """`deep-rlhf label` on the store; what it says."""
+    """Runs `deep-rlhf label` on the store; returns its output."""
     monkeypatch.setenv("DEEP_RLHF_PASSWORD", NEW_PASSWORD)
 
     def run(*flags: str) -> str:
@@ -54,9 +54,7 @@ def public(store: Store) -> Client:
 @pytest.mark.parametrize(
     "settings", [{"host": "0.0.0.0"}, {"host": "192.168.0.7"}, {"host": "::"}, {"public_url": "https://a.example"}]
 )
-def test_it_does_not_start_where_others_reach_it_and_nobody_needs_a_password(
-    store: Store, settings: dict[str, Any]
-) -> None:
+def test_a_public_page_does_not_start_without_a_login(store: Store, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"--add_user .*DEEP_RLHF_TOKEN"):
         create_app(store, WebSettings(**settings))
     create_app(store, WebSettings(**settings, token=TOKEN))
@@ -113,7 +111,7 @@ def test_login_and_logout(public: Client, store: Store, add: Add) -> None:
     assert page.url.path == "/"
     assert 'class="question pair"' in page.text
     after = public.cookies["deep_rlhf_session"]
-    assert after != before  # whoever planted the old one has nothing
+    assert after != before  # a planted session is worthless
     assert store.waiting() == 0  # both are lent to anna now
     public.submit("/logout", as_json=False)
     assert store.waiting() == 2
@@ -123,7 +121,7 @@ def test_login_and_logout(public: Client, store: Store, add: Add) -> None:
 
 
 def test_a_stream_of_events_ends_with_the_login(store: Store, monkeypatch: Any) -> None:
-    """Though there is always news; and it goes on while the login lasts, or the database is away."""
+    """Even with new events all the time; it continues while the login lasts and while the database is away."""
 
     def away(_: str) -> None:
         raise StoreUnavailable("away")
@@ -165,7 +163,7 @@ def test_cookies_are_kept_from_scripts_and_the_forms_of_other_sites(store: Store
 
 
 def test_a_form_of_another_site_does_not_log_anybody_out(public: Client) -> None:
-    """No cookie comes with it, and the answer must not bring a new one, which would replace the valid one."""
+    """It carries no cookie, and the reply must not set a new one, which would replace the valid one."""
     public.log_in("anna", PASSWORD)
     other = Client(public.app, base_url="http://labels.example.org")
     for path in ("/name", "/login", "/logout", "/answer", "/nothing"):
@@ -238,12 +236,12 @@ def test_the_access_token_lets_people_choose_a_name_but_not_one_with_a_password(
     assert eve.log_in("root", PASSWORD).url.path == "/"
 
 
-def test_it_takes_as_long_for_whoever_does_not_exist_or_has_no_password(
+def test_an_unknown_name_or_one_without_a_password_takes_as_long(
     public: Client, store: Store, monkeypatch: Any
 ) -> None:
-    """Else the time would tell the names of those who came with the access token."""
+    """Otherwise the time would reveal the names of users who came with the access token."""
     store.add_user("bert", "annotator", NO_PASSWORD)
-    public.log_in("nobody", "guess")  # makes the hash that stands in
+    public.log_in("nobody", "guess")  # computes the dummy hash
     checked = []
     real = auth.is_password
     monkeypatch.setattr(auth, "is_password", lambda *given: (checked.append(given[1]), real(*given))[1])
@@ -314,7 +312,7 @@ def test_a_removed_account_is_logged_out_and_gives_back_what_it_holds_but_its_an
     assert store.user("root") is not None
 
 
-def test_mistakes_about_accounts_are_one_sentence(store: Store, command: Callable[..., str], tmp_path: Any) -> None:
+def test_account_errors_name_the_account_or_the_flags(store: Store, command: Callable[..., str], tmp_path: Any) -> None:
     add_account(store, "anna", "annotator", PASSWORD)
     for flags, match in (
         (["--remove_user=bert"], "'bert'"),

@@ -1,4 +1,4 @@
-"""How often somebody may ask, and try passwords."""
+"""Rate limits of requests and logins."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +16,12 @@ from deep_rlhf.web.app import WebSettings, create_app
 
 @pytest.fixture(autouse=True)
 def rate_limits() -> None:
-    """The product's own limits, which the tests below count against a clock that they set."""
+    """Keeps the product's own limits; the tests below use a clock of their own."""
 
 
 @pytest.fixture
 def now(monkeypatch: Any) -> list[float]:
-    """The time by which rates are counted: it stands until a test moves it."""
+    """The clock of the rate limits: it stands still until a test moves it."""
     moment = [0.0]
     monkeypatch.setattr(rate_limit, "monotonic", lambda: moment[0])
     return moment
@@ -50,7 +50,7 @@ def test_a_rate_limit_forgets_old_clients(now: list[float], monkeypatch: Any) ->
 
 @pytest.fixture
 def few(monkeypatch: Any) -> None:
-    """Strangers may send five requests at once, then one per second."""
+    """Limits strangers to five requests at once, then one per second."""
     monkeypatch.setattr(gate, "STRANGERS", (1, 5))
 
 

@@ -1,4 +1,4 @@
-"""The page on a port, its event stream, and `deep-rlhf label`."""
+"""The server, its event stream, and `deep-rlhf label`."""
 
 import json
 import logging
@@ -43,31 +43,31 @@ def browser(server: Server, name: str = "anna") -> Iterator[httpx.Client]:
         yield client
 
 
-def news(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+def events_in(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """The events of a stream."""
     for line in lines:
         if line.startswith("event: "):
             yield line.removeprefix("event: "), json.loads(next(lines).removeprefix("data: "))
 
 
-def test_events_tell_how_everything_stands_and_then_what_changes(server: Server, store: Store, add: Add) -> None:
+def test_events_carry_the_state_and_then_the_changes(server: Server, store: Store, add: Add) -> None:
     add(4)
     with browser(server) as client, client.stream("GET", "/events") as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
         lines = stream.iter_lines()
         assert next(lines) == "retry: 2000"
-        told = news(lines)
-        first = dict(next(told) for _ in range(4))
+        stream_events = events_in(lines)
+        first = dict(next(stream_events) for _ in range(4))
         assert first["questions"] == {"waiting": 2}  # the other two are lent to anna
         assert first["people"] == {"event": 0}
         assert first["model"]["rows"] == 0
         add(3)
-        assert next(told) == ("questions", {"waiting": 5})
+        assert next(stream_events) == ("questions", {"waiting": 5})
         store.add_metrics([{"step": 1, "reward": 0.5}])
-        kind, model = next(told)
+        kind, model = next(stream_events)
         assert (kind, model["rows"]) == ("model", 1)
         store.put("stop", {"by": "anna"})
-        kind, model = next(told)
+        kind, model = next(stream_events)
         assert (kind, model["stop"]) == ("model", {"by": "anna"})
 
 
@@ -81,14 +81,14 @@ def test_events_go_on_after_the_database_was_away(
         raise StoreUnavailable("away")
 
     with browser(server) as client, client.stream("GET", "/events") as stream:
-        told = news(stream.iter_lines())
+        stream_events = events_in(stream.iter_lines())
         for _ in range(4):
-            next(told)
+            next(stream_events)
         with monkeypatch.context() as broken:
             broken.setattr(store, "waiting", away)
             assert looked.wait(SECONDS)
         add(1)
-        assert next(told) == ("questions", {"waiting": 1})
+        assert next(stream_events) == ("questions", {"waiting": 1})
 
 
 def test_only_so_many_pages_of_a_person_may_listen(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_only_so_many_pages_of_a_person_may_listen(server: Server, monkeypatch: 
         next(lines)
 
 
-def test_a_server_stops_at_once_though_somebody_listens(store: Store) -> None:
+def test_a_server_stops_at_once_with_open_event_streams(store: Store) -> None:
     server = Server(create_app(store)).start()
     with browser(server) as client, client.stream("GET", "/events") as stream:
         lines = stream.iter_lines()
@@ -115,7 +115,7 @@ def test_a_server_stops_at_once_though_somebody_listens(store: Store) -> None:
         httpx.get(f"{server.url}/health")
 
 
-def test_a_database_that_is_away_is_said_in_a_sentence(
+def test_an_unavailable_database_gives_503_and_reveals_nothing(
     server: Server, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_: Any, **__: Any) -> Any:
@@ -130,7 +130,7 @@ def test_a_database_that_is_away_is_said_in_a_sentence(
 
 
 @pytest.mark.parametrize("path", ["/answer", "/skip", "/undo"])
-def test_a_form_of_another_store_is_refused_in_a_sentence(client: Client, store: Store, add: Add, path: str) -> None:
+def test_a_form_of_another_store_is_refused(client: Client, store: Store, add: Add, path: str) -> None:
     add(1)
     client.enter().get("/")
     for as_json in (True, False):
@@ -165,7 +165,7 @@ def test_a_page_that_was_opened_before_somebody_else_logged_in_gets_no_questions
     assert client.get("/questions", headers=headers | {"x-csrf-token": client.csrf("/")}).status_code == 200
 
 
-def test_a_port_that_is_taken_is_a_users_mistake(store: Store) -> None:
+def test_a_port_in_use_is_a_resource_error(store: Store) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(ResourceError, match=rf"port {port}: Address already in use.*--port"):
@@ -173,7 +173,7 @@ def test_a_port_that_is_taken_is_a_users_mistake(store: Store) -> None:
 
 
 @pytest.mark.parametrize("host", ["300.1.1.1", "203.0.113.1"])  # no address, and none of this machine
-def test_a_host_that_is_not_here_is_a_users_mistake(host: str, store: Store) -> None:
+def test_a_host_that_is_not_this_machine_is_a_config_error(host: str, store: Store) -> None:
     with pytest.raises(ConfigError, match=rf"{host}, port 0: .*--host"):
         Server(create_app(store), host=host)
 
@@ -209,7 +209,7 @@ def test_the_password_is_asked_for_twice(tmp_path: Path, monkeypatch: Any) -> No
     label.main(command)
 
 
-def test_bad_flags_are_one_sentence(tmp_path: Path, monkeypatch: Any) -> None:
+def test_bad_flags_are_named(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.delenv("DEEP_RLHF_TOKEN", raising=False)
     store = f"--store={tmp_path / 'labels.db'}"
     for flags, match in (
@@ -224,7 +224,7 @@ def test_bad_flags_are_one_sentence(tmp_path: Path, monkeypatch: Any) -> None:
             label.main([store, *flags])
 
 
-def test_the_command_serves_the_page_and_tells_no_secret(
+def test_the_command_serves_the_page_and_reveals_no_secret(
     tmp_path: Path, monkeypatch: Any, capfd: Any, caplog: Any
 ) -> None:
     token = "a-secret-access-token"

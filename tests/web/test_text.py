@@ -1,4 +1,4 @@
-"""Dialogues become turns, and whatever is written becomes harmless HTML that hides nothing."""
+"""Dialogues become turns, and any text becomes harmless HTML that hides nothing."""
 
 import re
 from html.parser import HTMLParser

@@ -74,7 +74,7 @@ def progress_of(store: Store, name: str) -> dict[str, Any]:
     """An annotator's counts, pace and reliability."""
     annotators = ANNOTATORS.read(store) or []
     return {
-        "answered": store.labelled(name),
+        "labelled": store.labelled(name),
         "waiting": store.waiting(),
         "pace": store.pace(name),
         "figures": next((figures for figures in annotators if figures.name == name), None),

@@ -21,7 +21,7 @@ HTTP_ERRORS = {404: "Page not found.", 405: "This page does not accept that requ
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answers every exception with one sentence that reveals nothing internal."""
+    """Turns every exception into one sentence that reveals nothing internal."""
 
     async def on_problem(request: Request, error: Exception) -> Response:
         assert isinstance(error, Problem)
