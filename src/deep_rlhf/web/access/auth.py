@@ -68,7 +68,7 @@ class Accounts:
     """Authenticates browsers by password, access token or, on this machine, by name."""
 
     def __init__(self, store: Store, settings: WebSettings) -> None:
-        """Raises ConfigError if other machines could reach a page that asks nobody to log in."""
+        """Raises ConfigError if other machines could reach a page without logins."""
         self.store, self.settings = store, settings
         self._has_passwords = False
         if settings.is_public and not settings.token and not self._any_password():
