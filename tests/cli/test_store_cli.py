@@ -39,14 +39,14 @@ def labelled(tmp_path: Path) -> str:
 def test_out_and_in_again(labelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target, other = str(tmp_path / "labels.jsonl"), str(tmp_path / "other.db")
     main(["export", labelled, target])
-    assert capsys.readouterr().out.splitlines() == [f"3 answers in 5 rows: {target}", "left out: 1 can't tell"]
+    assert capsys.readouterr().out.splitlines() == [f"3 labels in 5 rows: {target}", "left out: 1 can't tell"]
     main(["import", other, target])
-    assert capsys.readouterr().out.splitlines() == ["5 of 5 rows kept", "3 answers, of which 3 are new to the store."]
+    assert capsys.readouterr().out.splitlines() == ["5 of 5 rows kept", "3 labels, of which 3 are new to the store."]
     main(["import", other, target])
     assert "of which 0 are new" in capsys.readouterr().out
     main(["export", labelled, target, "--all"])
     main(["import", other, target])
-    assert "4 answers, of which 1 are new" in capsys.readouterr().out
+    assert "4 labels, of which 1 are new" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -96,15 +96,15 @@ def test_options_of_an_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_what_a_store_holds(labelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["show", labelled])
     said = capsys.readouterr().out
-    assert "questions that wait: 1\nanswers that count: 4, for training: 3\n" in said
+    assert "waiting questions: 1\nlabels: 4, for training: 3\n" in said
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines()]
     for row in (["anna", "3"], ["[bold]bert", "1"], ["variance", "3"], ["can't tell", "1"], ["a ranking", "1"]):
         assert row in cells
-    versions = said[said.index("version of the policy") : said.index("version of the reward model")]
+    versions = said[said.index("policy version") : said.index("reward model version")]
     assert versions.index(" 1 ") < versions.index(" 2 ") < versions.index(" 10 ")
     Store(tmp_path / "empty.db").close()
     main(["show", str(tmp_path / "empty.db")])
-    assert "answers that count: 0, for training: 0" in capsys.readouterr().out
+    assert "labels: 0, for training: 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

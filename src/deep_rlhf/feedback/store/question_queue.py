@@ -19,6 +19,7 @@ from deep_rlhf.feedback.records import MU, STRENGTHS, Question
 from deep_rlhf.feedback.store import statements
 from deep_rlhf.feedback.store.engine import lock, lock_number
 from deep_rlhf.feedback.store.mapping import comparison_of
+from deep_rlhf.feedback.store.schema import KIND_LABEL, LABELLED
 
 LONGEST_NAME = 200  # characters of an annotator's name or of a token
 PACE_LABELS = 100  # newest labels that count for the pace, which changes with practice
@@ -74,12 +75,12 @@ def add_label(db: Connection, number: int, person: str, token: str, given: Label
     Raises LabelRefused if somebody else has the question now, or this person labelled it before or never got it, and
     StoreError if the label does not fit the question.
     """
-    row = _leased(db, number, person, token, "answer")
+    row = _leased(db, number, person, token, KIND_LABEL)
     if isinstance(row, int):
         return row
     check_label(given, len(row["answers"]))
-    db.execute(statements.END_LEASE, {"comparison": number, "person": person, "new_state": "answered"})
-    return add_event(db, row, person, token, "answer", terms.now, given, shown_order=row["shown_order"])
+    db.execute(statements.END_LEASE, {"comparison": number, "person": person, "new_state": LABELLED})
+    return add_event(db, row, person, token, KIND_LABEL, terms.now, given, shown_order=row["shown_order"])
 
 
 def skip(db: Connection, number: int, person: str, token: str, terms: LeaseTerms) -> int:
@@ -136,7 +137,7 @@ def release_expired(db: Connection, now: datetime) -> None:
 
 def labelled(db: Connection, person: str) -> int:
     """How many labels of this person were not undone."""
-    return db.execute(statements.LABELLED, {"person": person}).scalar_one()
+    return db.execute(statements.COUNT_LABELLED, {"person": person}).scalar_one()
 
 
 def pace(db: Connection, person: str) -> float | None:
@@ -291,14 +292,12 @@ def _leased(db: Connection, number: int, person: str, token: str, kind: str) -> 
     if row is None:
         lock_question(db, number)
         raise LabelRefused(f"Question {number} was not given to {person}.", "unknown")
-    if row["state"] == "answered":
+    if row["state"] == LABELLED:
         raise LabelRefused(f"{person} has labelled question {number} already.", "gone")
     if row["state"] != "held":
         if row["open_slots"] < 1:
-            raise LabelRefused(
-                f"Somebody else has question {number} now: this {'label' if kind == 'answer' else kind} came too late.",
-                "taken",
-            )
+            action = "label" if kind == KIND_LABEL else kind
+            raise LabelRefused(f"Somebody else has question {number} now: this {action} came too late.", "taken")
         change_slots(db, [number], -1)
     return row
 

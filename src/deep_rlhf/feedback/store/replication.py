@@ -22,6 +22,7 @@ from deep_rlhf.feedback.store.question_queue import (
     check_name,
     lock_question,
 )
+from deep_rlhf.feedback.store.schema import KIND_LABEL, LABELLED
 from deep_rlhf.feedback.store.statements import C, E
 
 ID_OF_KEY = select(C.c.id).where(C.c.key == bindparam("wanted_key"))
@@ -86,7 +87,7 @@ def _import_one(db: Connection, portable: PortableLabel, now: datetime) -> bool:
     row = _question(db, portable, now)
     number, person = row["id"], label.annotator
     lease = db.execute(statements.LOCK_LEASE, {"comparison": number, "person": person}).one_or_none()
-    if lease is not None and lease.state == "answered":
+    if lease is not None and lease.state == LABELLED:
         return False
     if lease is None or lease.state != "held":
         if row["open_slots"] > 0:
@@ -96,14 +97,16 @@ def _import_one(db: Connection, portable: PortableLabel, now: datetime) -> bool:
     values = {
         "comparison_id": number,
         "annotator": person,
-        "state": "answered",
+        "state": LABELLED,
         "shown_order": label.shown_order,
         "leased_at": label.created,
         "leased_until": label.created,
     }
     db.execute(statements.LEASE[db.dialect.name], values)
     order = label.shown_order
-    add_event(db, row, person, portable.token, "answer", label.created, _input(label), shown_order=order, imported=True)
+    add_event(
+        db, row, person, portable.token, KIND_LABEL, label.created, _input(label), shown_order=order, imported=True
+    )
     return True
 
 

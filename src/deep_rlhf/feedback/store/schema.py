@@ -5,7 +5,7 @@ Two invariants hold after every transaction:
 - a lease is "answered" exactly if this person's newest label of the comparison was not undone.
 
 The column names are older than the code's vocabulary: `answers` and `answer` hold responses of the policy, and an event
-of kind "answer" is a label. mapping.py translates.
+of kind "answer" is a label (KIND_LABEL).
 """
 
 import json
@@ -33,6 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
+KIND_LABEL, LABELLED = "answer", "answered"  # events.kind of a label, leases.state of a labelled comparison
 REVISION = "0001"  # of the newest file in migrations/versions
 
 

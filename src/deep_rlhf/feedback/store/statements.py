@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import and_, bindparam, exists, func, insert, literal_column, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from deep_rlhf.feedback.store.schema import COMPARISONS, EVENTS, LEASES, may_be_asked
+from deep_rlhf.feedback.store.schema import COMPARISONS, EVENTS, KIND_LABEL, LABELLED, LEASES, may_be_asked
 
 C, L, E = COMPARISONS, LEASES, EVENTS
 HELD = L.c.state == literal_column("'held'")  # a literal, so that the partial index is used
@@ -54,16 +54,16 @@ def _next() -> Any:
     had = exists().where(
         mine.c.comparison_id == C.c.id,
         mine.c.annotator == PERSON,
-        mine.c.state.in_([literal_column(f"'{state}'") for state in ("held", "answered", "skipped")]),
+        mine.c.state.in_([literal_column(f"'{state}'") for state in ("held", LABELLED, "skipped")]),
     )
-    answered = exists().where(
+    labelled_original = exists().where(
         original.c.comparison_id == C.c.repeat_of,
         original.c.annotator == PERSON,
-        original.c.state == literal_column("'answered'"),
+        original.c.state == literal_column(f"'{LABELLED}'"),
     )
     return (
         select(C, EXPIRED_IDS.exists().label("some_expired"))
-        .where(may_be_asked(), ~had, or_(C.c.repeat_of.is_(None), answered))
+        .where(may_be_asked(), ~had, or_(C.c.repeat_of.is_(None), labelled_original))
         .order_by(C.c.priority.desc(), C.c.id)
         .limit(bindparam("count"))
     )
@@ -102,11 +102,11 @@ END_LEASE = (
 RENEW_ONE = (
     update(L).where(L.c.comparison_id == COMPARISON, L.c.annotator == PERSON).values(state="held", leased_until=UNTIL)
 )
-LABELLED = select(func.count()).select_from(L).where(L.c.annotator == PERSON, L.c.state == "answered")
+COUNT_LABELLED = select(func.count()).select_from(L).where(L.c.annotator == PERSON, L.c.state == LABELLED)
 
 _undo = E.alias()
 _NOT_UNDONE = ~exists().where(_undo.c.undoes == E.c.id)
-EFFECTIVE = and_(E.c.kind == "answer", _NOT_UNDONE)  # the labels that count
+EFFECTIVE = and_(E.c.kind == KIND_LABEL, _NOT_UNDONE)  # the labels that count
 BY_TOKEN = select(E).where(E.c.token == bindparam("sent_token"))
 NEWEST = (
     select(E.c.id, E.c.comparison_id, E.c.seconds)
@@ -116,7 +116,7 @@ NEWEST = (
 )
 LAST_ACTION = (
     select(E.c.id, E.c.comparison_id, E.c.kind)
-    .where(E.c.annotator == PERSON, E.c.imported.is_(False), E.c.kind.in_(("answer", "skip")), _NOT_UNDONE)
+    .where(E.c.annotator == PERSON, E.c.imported.is_(False), E.c.kind.in_((KIND_LABEL, "skip")), _NOT_UNDONE)
     .order_by(E.c.id.desc())
     .limit(1)
 )

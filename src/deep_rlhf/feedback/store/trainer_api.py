@@ -23,7 +23,7 @@ from deep_rlhf.feedback.store.mapping import (
     upsert,
 )
 from deep_rlhf.feedback.store.question_queue import release_expired
-from deep_rlhf.feedback.store.schema import ALARMS, METRICS, SAMPLES, STATE, VERSIONS, may_be_asked
+from deep_rlhf.feedback.store.schema import ALARMS, LABELLED, METRICS, SAMPLES, STATE, VERSIONS, may_be_asked
 from deep_rlhf.feedback.store.statements import EFFECTIVE, EXPIRED_IDS, C, E, L
 
 
@@ -65,7 +65,7 @@ def waiting(db: Connection, now: datetime) -> int:
 
 def unseen(db: Connection, now: datetime) -> int:
     """How many of these could be given to anybody: not labelled or skipped by anyone, and no repeats."""
-    had = exists().where(L.c.comparison_id == C.c.id, L.c.state.in_(("answered", "skipped")))
+    had = exists().where(L.c.comparison_id == C.c.id, L.c.state.in_((LABELLED, "skipped")))
     query = select(func.count()).select_from(C).where(or_(may_be_asked(), C.c.id.in_(EXPIRED_IDS)))
     return db.execute(query.where(C.c.repeat_of.is_(None), ~had), {"now": now}).scalar_one()
 
