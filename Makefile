@@ -55,7 +55,7 @@ test-lowest: .venv-lowest/.installed
 	.venv-lowest/bin/python -m pip install --quiet uv torch==$(TORCH)
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
 		--editable '.[people,postgresql,report,tensorboard]' torch==$(TORCH)
-	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python pytest pytest-xdist
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --editable '.[dev]'
 	touch $@
 
 # The demo at three seeds against its bars.
