@@ -58,13 +58,14 @@ def main(command: str, argv: list[str] | None = None) -> None:
     run = RunDirectory(output_dir, resume_from=len(trainer.history) or None) if is_main else None
     if run:
         save_config(run.path / "config.yaml", _resolved(config, template, trainer))
-    asked = trainer.prompts[:REPORT_PROMPTS]
-    before = trainer.generate(asked, seed=config.seed, reference=True)
+    report_prompts = trainer.prompts[:REPORT_PROMPTS]
+    before = trainer.generate(report_prompts, seed=config.seed, reference=True)
     _train(trainer, run, output_dir / "model")
-    after = trainer.generate(asked, seed=config.seed)
+    after = trainer.generate(report_prompts, seed=config.seed)
     if run is None:
         return
-    scores_before, scores_after = (scorer.score(asked, responses).mean(1).tolist() for responses in (before, after))
+    scores_before = scorer.score(report_prompts, before).mean(1).tolist()
+    scores_after = scorer.score(report_prompts, after).mean(1).tolist()
     summary = {
         "seconds": time.perf_counter() - start,
         "updates": trainer.updates,
@@ -81,7 +82,7 @@ def main(command: str, argv: list[str] | None = None) -> None:
             summary={"seconds": summary["seconds"]},
             history=trainer.history,
             samples=build_samples(
-                prompts, after, before=before, scores_after=scores_after, scores_before=scores_before
+                report_prompts, after, before=before, scores_after=scores_after, scores_before=scores_before
             ),
             score_name="reward",
             config=dataclasses.asdict(_public(config)),
