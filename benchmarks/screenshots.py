@@ -67,7 +67,7 @@ QUESTIONS = [
 
 
 def fill(store: Store) -> None:
-    """A loop that has run for a while: questions, answers of three people, versions, metrics, an alarm."""
+    """A loop that has run for a while: questions, labels of three people, versions, metrics, an alarm."""
     rng = random.Random(3)
     reasons = ("variance", "random", "variance", "win_rate")
     comparisons = [
@@ -143,15 +143,15 @@ def _history(store: Store, rng: random.Random) -> None:
             at=datetime(2026, 3, 14, 10, 12, tzinfo=UTC),
         ),
     )
-    WIN_RATE.write(store, PolicyWinRate(rate=0.71, low=0.49, high=0.86, answers=21, first=4, last=5))
+    WIN_RATE.write(store, PolicyWinRate(rate=0.71, low=0.49, high=0.86, labels=21, first=4, last=5))
     AGREEMENT.write(store, 0.42)
     text = "The reward model predicts 71% of new labels correctly; after 100 more labels, 76% expected."
     FORECAST.write(store, AccuracyForecast(labels=63, accuracy_now=0.71, accuracy_then=0.76, text=text))
     SELECTION.write(
         store,
         SelectionFigures(
-            chosen=ArmFigures(answers=42, accuracy=0.58, informative=0.21),
-            random=ArmFigures(answers=21, accuracy=0.72, informative=0.13),
+            chosen=ArmFigures(labels=42, accuracy=0.58, informative=0.21),
+            random=ArmFigures(labels=21, accuracy=0.72, informative=0.13),
         ),
     )
 
