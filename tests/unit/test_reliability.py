@@ -163,7 +163,7 @@ def test_figures_by_hand() -> None:
         label(5, "ann", "a", why_selected="gold", expected="b"),
         label(6, "ann", "tie", why_selected="gold", expected="tie"),
         label(7, "ann", "a", why_selected="repeat", repeat_of=1),
-        label(8, "ann", "b", answers=("y", "x"), why_selected="repeat", repeat_of=2),  # swapped: he now says x
+        label(8, "ann", "b", answers=("y", "x"), why_selected="repeat", repeat_of=2),  # swapped: ann now prefers x
         label(9, "ann", None, answers=("x", "y", "z")),
         label(1, "bob", "a"),
         label(2, "bob", "tie"),

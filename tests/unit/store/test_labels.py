@@ -117,7 +117,7 @@ def test_undo_takes_back_a_skip_while_nobody_else_has_the_question(store: Store)
     store.add_label(first, "anna", token="1", choice="a")
     store.skip(second, "anna", token="2")
     assert store.undo("anna", token="u1") == second
-    assert asked(store, "bert") == []  # it is his again
+    assert asked(store, "bert") == []  # it is anna's again
     assert asked(store, "anna", 2) == [second]
     store.skip(second, "anna", token="3")
     assert asked(store, "bert") == [second]
@@ -141,7 +141,7 @@ def test_undo_takes_back_the_newest_answer_by_a_new_event(store: Store) -> None:
     assert store.undo("anna", token="u2") == ids[0]
     assert store.undo("anna", token="u3") is None
     assert [label.annotator for label in store.labels()] == ["bert"]
-    assert asked(store, "anna", 3) == ids[:3]  # the two are his again, before the one that waits on his page
+    assert asked(store, "anna", 3) == ids[:3]  # the two are anna's again, before the one that waits on their page
     again = store.add_label(ids[0], "anna", token="again", choice="b")
     assert [label.event_id for label in store.labels(after=last)] == [again]
     assert store.labelled("anna") == 1

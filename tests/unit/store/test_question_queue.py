@@ -181,7 +181,7 @@ def test_who_asks_keeps_what_he_holds(store: Store, clock: Clock) -> None:
     assert store.ask("anna")[0].leased_until == clock.now + timedelta(seconds=60)
     clock.passes(50)
     assert asked(store, "bert") == []
-    clock.passes(30)  # over, but nobody else has asked: it is still his
+    clock.passes(30)  # over, but nobody else has asked: it is still anna's
     assert asked(store, "anna") == [number]
     assert asked(store, "bert") == []
 
@@ -206,5 +206,5 @@ def test_a_skipped_question_goes_to_others_only(store: Store) -> None:
     assert asked(store, "bert", 2) == [first]
     assert store.labels() == []
     store.release("bert")
-    store.add_label(first, "anna", token="2", choice="a")  # he thought better of it, and nobody else has it
+    store.add_label(first, "anna", token="2", choice="a")  # anna reconsidered, and nobody else has it
     assert asked(store, "bert") == []

@@ -22,7 +22,7 @@ from deep_rlhf.types import Preference, RowReport
 
 Utility = Callable[[str, str], float]  # (prompt, response) -> quality; only differences matter
 
-IDENTICAL = "the two responses are identical"
+IDENTICAL = "the two answers are identical"  # a key in summaries of earlier runs, too
 CANT_TELL = "the annotator can't tell"
 
 
