@@ -95,20 +95,16 @@ class ResponsePolicy(Policy):
         logprobs = self.logprobs(self.states(*prompts, ids, mask), ids, mask, temperature=1.0)
         return logprobs.sum(1).unflatten(0, (-1, 2))
 
-    def activation_checkpointing_enable(self, **options: Any) -> None:
-        """As the language model's, for `--gradient_checkpointing`."""
-        self.model.activation_checkpointing_enable(**options)
-
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """The same in older versions of transformers."""
-        self.model.gradient_checkpointing_enable(**options)
-
 
 class DPOTrainer(SupervisedTrainer):
     """Trains a policy on `pair_features`; the DPO loss is averaged over all pairs of an update."""
 
     config: DPOConfig
     model: ResponsePolicy
+
+    def network(self) -> Any:
+        """The language model inside the policy."""
+        return self.model.model
 
     def collate(self, examples: list[Features]) -> Batch:
         """As the function `collate`."""

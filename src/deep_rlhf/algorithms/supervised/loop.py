@@ -83,6 +83,10 @@ class SupervisedTrainer:
 
     # ---- what a kind of training defines
 
+    def network(self) -> Any:
+        """The transformers model that `model` is, or wraps."""
+        return self.model
+
     def collate(self, examples: list[Any]) -> Batch:
         """A batch of tensors, without padding beyond its longest example."""
         raise NotImplementedError
@@ -152,7 +156,7 @@ class SupervisedTrainer:
             config.max_steps if config.max_steps >= 0 else math.ceil(config.num_train_epochs * updates_per_epoch)
         )
         if config.gradient_checkpointing or getattr(config, "activation_checkpointing", False):
-            _enable_activation_checkpointing(self.model)
+            _enable_activation_checkpointing(self.network())
         self.optimizer = self.make_optimizer()
         self.scheduler = make_scheduler(self.optimizer, config, max_steps)
         self.callbacks.optimizer, self.callbacks.lr_scheduler = self.optimizer, self.scheduler
