@@ -1,15 +1,15 @@
-"""How many labels it takes: `make curves` (45 minutes on two cores; stopped, it goes on where it was).
+"""Label efficiency: `make curves` (45 minutes on two cores; a stopped run continues).
 
-In the demo's world, with its simulated annotators, the policy of `deep-rlhf teach` learns from 50 to 800 labels.
-Online, questions are about the policy as it is, chosen at random, by variance or by information gain; offline, all are
-about the start policy, at random. The judge then scores answers to held-out questions. Writes results/curves.json and
+The policy of `deep-rlhf teach` learns the synthetic task from 50 to 800 labels of simulated annotators. Online,
+questions are about the current policy and are selected at random, by variance or by information gain; offline, all are
+about the start policy, at random. The judge then scores responses to held-out prompts. Writes results/curves.json and
 docs/images/curves.png.
 
-Equal for all at an equal number of labels: the annotators, the number of refits of the reward model and of labels at
-each, the number of PPO updates and every setting of theirs. Online these updates went along with the refits; offline
-they all come after the last of them, against the finished reward model, from the start policy anew for each point.
+At an equal number of labels, all runs have the same annotators, refits of the reward model, labels at each refit, PPO
+updates and settings. Online, updates and refits alternate; offline, all updates follow the last refit and use the final
+reward model, anew from the start policy for each point.
 
-`--quick` is a small one for the tests. `--jobs=2` runs as many processes of one thread.
+`--quick` is a small version for the tests. `--jobs=2` runs two processes of one thread each.
 """
 
 import argparse
@@ -39,18 +39,18 @@ Point = dict[str, float]
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """The size of the benchmark."""
 
-    counts: tuple[int, ...] = (50, 100, 200, 400, 800)  # labels at which the judge looks
+    counts: tuple[int, ...] = (50, 100, 200, 400, 800)  # labels at which the policy is evaluated
     refits: tuple[int, ...] = (25, 50, 75, 100, 150, 200, 300, 400, 600, 800)
-    updates: int = 4  # of PPO after each refit
+    updates: int = 4  # PPO updates after each refit
     seeds: tuple[int, ...] = (1, 2, 3)
-    judged: int = 128  # held-out questions
-    policy: dict[str, int] = field(default_factory=dict)  # of the world's policy, where it is another than teach's
+    judged: int = 128  # held-out prompts
+    policy: dict[str, int] = field(default_factory=dict)  # changes to PolicyScale
     session: dict[str, Any] = field(default_factory=dict)
 
     def updates_at(self, count: int) -> int:
-        """PPO updates that are done when the judge looks at `count` labels."""
+        """PPO updates that are done at `count` labels."""
         return self.updates * (self.refits.index(count) + 1)
 
 
@@ -67,7 +67,7 @@ QUICK = Scale(
 
 @dataclass(frozen=True)
 class InSteps:
-    """The label schedule of the curves: the next number of `refits` before each round of updates."""
+    """A label schedule: the next number in `refits` before each round of updates."""
 
     scale: Scale
 
@@ -77,12 +77,12 @@ class InSteps:
 
 
 def main() -> None:
-    """All runs that are not there yet, then the picture."""
+    """Runs what is missing, then draws the figure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--run", nargs=2, metavar=("NAME", "SEED"), help="one run, in this process")
-    parser.add_argument("--parts", type=Path, default=PARTS, help="folder of what is done already")
+    parser.add_argument("--run", nargs=2, metavar=("NAME", "SEED"), help="a single run, in this process")
+    parser.add_argument("--parts", type=Path, default=PARTS, help="folder of finished runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--image", type=Path, default=IMAGE)
     given = parser.parse_args()
@@ -92,11 +92,11 @@ def main() -> None:
         write(given.parts / part(name, seed), one_run(name, seed, scale))
         return
     given.parts.mkdir(parents=True, exist_ok=True)
-    start_policy(scale)  # made once, before two processes want it
+    start_policy(scale)  # pretrained once, before the processes start
     missing = [(name, seed) for seed in scale.seeds for name in RUNS if not (given.parts / part(name, seed)).exists()]
     options = [f"--parts={given.parts}", *(["--quick"] if given.quick else [])]
     with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(lambda one: in_a_process(*one, options), missing))
+        list(pool.map(lambda one: run_in_process(*one, options), missing))
     runs = [json.loads((given.parts / part(name, seed)).read_text()) for name in RUNS for seed in scale.seeds]
     write(given.results, {"scale": asdict(scale), "runs": runs})
     draw(runs, scale, given.image)
@@ -104,12 +104,12 @@ def main() -> None:
 
 
 def part(name: str, seed: int) -> str:
-    """The file of one run."""
+    """The file name of one run."""
     return f"{name.replace(', ', '-')}-{seed}.json"
 
 
-def in_a_process(name: str, seed: int, options: Sequence[str]) -> None:
-    """One run with one thread, in a process of its own."""
+def run_in_process(name: str, seed: int, options: Sequence[str]) -> None:
+    """One run in a process of its own, with one thread."""
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--run", name, str(seed), *options]
@@ -121,42 +121,42 @@ def in_a_process(name: str, seed: int, options: Sequence[str]) -> None:
 
 
 def one_run(name: str, seed: int, scale: Scale) -> dict[str, Any]:
-    """The judge's score of the start and at each number of labels."""
+    """The judge's mean score at the start and at each number of labels."""
     from deep_rlhf.cli.console import silence_libraries
 
     silence_libraries()
-    where, way = name.split(", ")
+    setting, rule = name.split(", ")
     start = time.perf_counter()
-    points = (online if where == "online" else offline)(way, seed, scale)
+    points = (online if setting == "online" else offline)(rule, seed, scale)
     return {"name": name, "seed": seed, "points": points, "seconds": time.perf_counter() - start}
 
 
-def online(way: str, seed: int, scale: Scale) -> list[Point]:
-    """One session through all numbers of labels."""
+def online(rule: str, seed: int, scale: Scale) -> list[Point]:
+    """One session, evaluated at every number of labels."""
     points: list[Point] = []
-    looks = {scale.updates_at(count): count for count in scale.counts}
+    counts = {scale.updates_at(count): count for count in scale.counts}
 
     with tempfile.TemporaryDirectory() as folder:
 
         def on_update(row: dict[str, Any]) -> None:
-            if row["step"] in looks:
-                points.append(look(session.trainer, scale, seed, looks[row["step"]], row))
+            if row["step"] in counts:
+                points.append(evaluate(session.trainer, scale, seed, counts[row["step"]], row))
 
-        session = make_session(way, seed, scale, Path(folder), on_update)
-        points.append(look(session.trainer, scale, seed, 0, {}))
+        session = make_session(rule, seed, scale, Path(folder), on_update)
+        points.append(evaluate(session.trainer, scale, seed, 0, {}))
         session.run()
     return points
 
 
-def offline(way: str, seed: int, scale: Scale) -> list[Point]:
-    """All labels are about the start policy; a policy of its own for each number of them."""
+def offline(rule: str, seed: int, scale: Scale) -> list[Point]:
+    """All labels are about the start policy; each number of labels trains its own policy."""
     from deep_rlhf.feedback.reward_refit.versions import Refits
     from deep_rlhf.models.reward import RewardModel
 
     with tempfile.TemporaryDirectory() as folder:
-        session = make_session(way, seed, scale, Path(folder), None)
+        session = make_session(rule, seed, scale, Path(folder), None)
         trainer = session.trainer
-        points = [look(trainer, scale, seed, 0, {})]
+        points = [evaluate(trainer, scale, seed, 0, {})]
         start = trainer.snapshot()
         session.begin()
         refits = Refits(session.refit_job, session.rewards, session.store, policy=session.start_policy)
@@ -170,25 +170,25 @@ def offline(way: str, seed: int, scale: Scale) -> list[Point]:
             trainer.restore(start)
             for update in range(scale.updates_at(labels)):
                 metrics = trainer.step(update)
-            points.append(look(trainer, scale, seed, labels, metrics))
+            points.append(evaluate(trainer, scale, seed, labels, metrics))
     return points
 
 
-def look(trainer: Any, scale: Scale, seed: int, labels: int, metrics: dict[str, Any]) -> Point:
-    """What the judge says of one answer to each held-out question."""
+def evaluate(trainer: Any, scale: Scale, seed: int, labels: int, metrics: dict[str, Any]) -> Point:
+    """The judge's mean score of one response to each held-out prompt."""
     from deep_rlhf.data.chat import HH
     from deep_rlhf.data.synthetic import generate_prompts, judge
 
     prompts = [HH.prompt(text) for text in generate_prompts(1, "test")][: scale.judged]
-    answers = trainer.generate(prompts, seed=seed)
-    scores = [judge.score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    responses = trainer.generate(prompts, seed=seed)
+    scores = [judge.score(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
     return {"labels": labels, "gold": sum(scores) / len(scores), "kl": metrics.get("kl", 0.0)}
 
 
 def make_session(
-    way: str, seed: int, scale: Scale, folder: Path, on_update: Callable[[dict[str, Any]], None] | None
+    rule: str, seed: int, scale: Scale, folder: Path, on_update: Callable[[dict[str, Any]], None] | None
 ) -> Any:
-    """As `deep-rlhf loop --mode=batched` makes it, but that every question is for its label."""
+    """The session of `deep-rlhf loop --mode=batched`, but every question is for its label."""
     import torch
 
     from deep_rlhf.data.chat import HH
@@ -201,10 +201,10 @@ def make_session(
     torch.set_num_threads(1)
     updates = scale.updates * len(scale.refits)
     config = SessionConfig(
-        **{"mode": "batched", "seed": seed, "choose_by": way, "updates": updates, "batched_updates": scale.updates},
+        **{"mode": "batched", "seed": seed, "choose_by": rule, "updates": updates, "batched_updates": scale.updates},
         **{"initial_labels": scale.refits[0], "labels": scale.refits[-1], "held_out_members": 0, "fixed_prompts": 1},
         **{"win_rate_share": 0.0, "repeat_share": 0.0, "overlap_share": 0.0, "version_every": updates + 1},
-        alarms=["reward_sign=off"],  # a curve of few labels shows what a bad reward model does, too
+        alarms=["reward_sign=off"],  # the effect of a bad reward model is part of the curve
         **scale.session,
     )
     return Session(
@@ -221,7 +221,7 @@ def make_session(
 
 
 def start_policy(scale: Scale) -> Path:
-    """The policy that everything starts from."""
+    """The folder of the start policy."""
     from deep_rlhf.cli.synthetic_policy import PolicyScale, cached_policy
 
     return cached_policy(1, PolicyScale(**scale.policy))
@@ -231,7 +231,7 @@ def start_policy(scale: Scale) -> Path:
 
 
 def table(runs: list[dict[str, Any]], scale: Scale) -> str:
-    """Mean of the seeds, lowest and highest."""
+    """A Markdown table: mean, lowest and highest of the seeds."""
     lines = ["| labels | " + " | ".join(map(str, scale.counts)) + " |", "|---" * (len(scale.counts) + 1) + "|"]
     for name in RUNS:
         cells = []
@@ -240,7 +240,7 @@ def table(runs: list[dict[str, Any]], scale: Scale) -> str:
             cells.append(f"{sum(scores) / len(scores):.3f} ({min(scores):.3f}–{max(scores):.3f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     starts = gold(runs, RUNS[0], 0)
-    return "\n".join([*lines, "", f"The start: {sum(starts) / len(starts):.3f}", ""])
+    return "\n".join([*lines, "", f"The start policy: {sum(starts) / len(starts):.3f}", ""])
 
 
 def gold(runs: list[dict[str, Any]], name: str, labels: int) -> list[float]:
@@ -251,13 +251,13 @@ def gold(runs: list[dict[str, Any]], name: str, labels: int) -> list[float]:
 
 
 def draw(runs: list[dict[str, Any]], scale: Scale, image: Path) -> None:
-    """Online against offline, and each way of choosing against random: lines are means, points are seeds."""
+    """Online against offline, and the acquisition rules; lines are means, points are seeds."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     from deep_rlhf.evaluation.plots import GREY, STYLE
 
-    pairs = (("Where the answers come from", (RUNS[0], RUNS[3])), ("How questions are chosen", RUNS[:3]))
+    pairs = (("Which policy the questions are about", (RUNS[0], RUNS[3])), ("How questions are selected", RUNS[:3]))
     with rc_context(STYLE):
         figure = Figure(figsize=(9.0, 3.4), layout="constrained")
         for axes, (title, names) in zip(figure.subplots(1, 2, sharey=True), pairs, strict=True):
@@ -280,7 +280,7 @@ def draw(runs: list[dict[str, Any]], scale: Scale, image: Path) -> None:
 
 
 def write(path: Path, value: Any) -> None:
-    """Whole or not at all, so that a stop leaves nothing that looks done."""
+    """Writes the file completely or not at all, so that a stopped run leaves nothing that looks finished."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

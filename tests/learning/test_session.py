@@ -132,12 +132,15 @@ def test_the_asynchronous_loop_learns_while_people_answer_and_another_process_re
     policy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Store(tmp_path / "store.db") as store:
+        scores: list[float] = []
 
         def enough(row: dict[str, Any]) -> None:
-            if row["reward_version"] >= 2 and row["step"] >= 8:
+            """How many updates fit between two refits depends on the machine, so the number of updates is not fixed."""
+            scores.append(row["gold"])
+            if row["reward_version"] >= 2 and row["step"] >= 8 and sum(scores[-3:]) / 3 > 0.3:
                 session.stop_signal.stop()
 
-        settings = {"mode": "async", "labels": None, "updates": 100_000, "version_every": 50}
+        settings = {"mode": "async", "labels": None, "updates": 1000, "version_every": 50}
         session = make_session(policy, tmp_path, store, pace=0.05, on_update=enough, **settings)
         assert session.run() == "stopped"
         rows = store.metrics()
@@ -146,7 +149,7 @@ def test_the_asynchronous_loop_learns_while_people_answer_and_another_process_re
         versions = store.versions("reward")
         assert versions[-1].labels > versions[0].labels
         assert HEARTBEAT.read(store)
-    assert "started again" not in caplog.text
+    assert "restarted" not in caplog.text
     assert session.refit_process is not None
     assert session.refit_process._process is None  # and it is gone
 

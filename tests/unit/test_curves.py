@@ -53,7 +53,7 @@ def test_a_stopped_benchmark_goes_on_and_draws_what_it_found(tmp_path: Path, mon
         curves.write(tmp_path / "parts" / curves.part(name, seed), points(name, seed))
 
     monkeypatch.setattr(curves, "QUICK", TINY)
-    monkeypatch.setattr(curves, "in_a_process", one)
+    monkeypatch.setattr(curves, "run_in_process", one)
     monkeypatch.setattr(curves, "start_policy", lambda scale: tmp_path)
     done = points(curves.RUNS[1], 2)
     curves.write(tmp_path / "parts" / curves.part(curves.RUNS[1], 2), done)
