@@ -101,8 +101,8 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypa
     fsync, rename = os.fsync, os.rename
 
     def write(folder: Path) -> None:
-        (folder / "watcher").mkdir(parents=True)
-        (folder / "watcher" / "weights").write_text("w")
+        (folder / "held_out").mkdir(parents=True)
+        (folder / "held_out" / "weights").write_text("w")
 
     def note(descriptor: int) -> None:
         synced.add(os.fstat(descriptor).st_ino)
