@@ -14,6 +14,8 @@ from conftest import PPO_COMMAND, REWARD_COMMAND, Workplace, run_script
 from fixtures import link_scripts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel, pipeline
 
+pytestmark = pytest.mark.processes
+
 PPO_FILES = {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "summary.json", "model", "checkpoints"}
 
 
