@@ -61,7 +61,9 @@ def check_settings(config: Any) -> None:
         bounds = text.bounds if isinstance(text, BoundedHelp) else None
         if bounds and not _within(value, **bounds):
             raise ConfigError(f"{field.name} must be {_description(**bounds)}, not {value}.")
-        for kind in (hints[field.name], *get_args(hints[field.name])):  # also the parts of `X | None`
+        hint = hints[field.name]
+        parts = [part for part in get_args(hint) if part is not type(None)]
+        for kind in (hint, *(parts if len(parts) == 1 else ())):  # of `X | None`, X
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ConfigError(f"{field.name} must be one of {', '.join(map(str, get_args(kind)))}, not {value}.")
             if get_origin(kind) is dict and bounds is not None and not isinstance(value, dict):

@@ -60,3 +60,13 @@ def test_transformers_parser_reads_settings() -> None:
 
 def test_instances_do_not_share_a_list() -> None:
     assert Config().names is not Config().names
+
+
+@dataclass
+class TextOrOff:
+    value: str | Literal[False] | None = None
+
+
+@pytest.mark.parametrize("value", ["any text", False, None])
+def test_a_choice_beside_another_type_limits_nothing(value: Any) -> None:
+    check_settings(TextOrOff(value))
