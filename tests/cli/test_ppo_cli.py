@@ -91,9 +91,9 @@ def test_prompts_that_are_too_long_are_counted(cli: Callable, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--batch_size=0"], "batch_size must be a number greater than 0, not 0."),
+        (["--batch_size=0"], "batch_size must be at least 1, not 0."),
         (["--max_new_tokens=abc"], "--max_new_tokens: invalid int value: 'abc'"),
-        (["--temperature=0"], "temperature must be a number greater than 0"),
+        (["--temperature=0"], "temperature must be greater than 0"),
         (["--temprature=1"], "Did you mean --temperature?"),
         (["--kl_penalty=k9"], "--kl_penalty: invalid choice: 'k9'"),
         (["--model_name=./nowhere"], "'./nowhere'"),
