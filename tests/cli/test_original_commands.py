@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PPO_COMMAND, REWARD_COMMAND, Workplace, run_script
+from commands import PPO_COMMAND, REWARD_COMMAND, Workplace, run_script
 from fixtures import link_scripts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel, pipeline
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Result
+from commands import Result
 
 from deep_rlhf.cli.store import main
 from deep_rlhf.errors import UserError
