@@ -49,6 +49,7 @@ test-8bit: $(VENV)/.installed
 TORCH ?= $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' constraints.txt)
 test-lowest: .venv-lowest/.installed
 	.venv-lowest/bin/python -m pytest $(IN_PARALLEL) -m '$(QUICK)'
+	sha256sum pyproject.toml > .ci/lowest.sha256
 
 .venv-lowest/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-lowest
