@@ -23,6 +23,7 @@ RUNS = {
     "adapters": {"kind": "gpt2", "use_peft": True, "lora_r": 4},
     "bf16": {"kind": "gpt2", "precision": "bf16"},
 }
+TOKENS = 40  # of a micro-batch, so that a batch has several
 COLOURS = ["red", "green", "blue", "black"]
 
 
@@ -56,13 +57,13 @@ def losses(folder: Path, name: str, processes: int) -> list[float]:
         disable_tqdm=True,
         **flags,
     )
-    reward_trainer.TOKENS_AT_ONCE["cpu"] = 40
     tokenizer = AutoTokenizer.from_pretrained(folder)
     result = train_reward_model(config, model, tokenizer, preferences(24), preferences(8))
     return [row["loss"] for row in result.history if "loss" in row] + [result.metrics["loss"]]
 
 
 if __name__ == "__main__":
+    reward_trainer.TOKENS_AT_ONCE["cpu"] = TOKENS
     folder, processes = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
     found = {name: losses(folder, name, processes) for name in RUNS}
     if os.environ["RANK"] == "0":

@@ -10,10 +10,13 @@ import reward_processes
 import torch
 import transformers
 
+from deep_rlhf.algorithms.supervised import reward_trainer
+
 pytestmark = pytest.mark.processes
 
 
-def test_two_processes_have_the_losses_of_one(tmp_path, tokenizer):
+def test_two_processes_have_the_losses_of_one(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setitem(reward_trainer.TOKENS_AT_ONCE, "cpu", reward_processes.TOKENS)
     tokenizer.save_pretrained(tmp_path)
     shared = {"vocab_size": len(tokenizer), "pad_token_id": 0, "num_labels": 1, "initializer_range": 0.2}
     for kind, name, sizes in (
