@@ -629,6 +629,7 @@ def test_statistics_reach_the_tracker(make_trainer: Callable[..., PPOTrainer]) -
     assert logs["env/reward_mean"] == pytest.approx(0.6875)
     assert logs["env/reward_std"] == pytest.approx(float(torch.tensor(SCORES).std()))
     assert logs["env/reward_dist"].tolist() == SCORES
+    pytest.importorskip("wandb")
     trainer.config.log_with = "wandb"
     trainer.log_stats(stats, batch, torch.tensor(SCORES), columns_to_log=["query", "response", "ref_rewards"])
     table = recorder.logged[1][0]["game_log"]
