@@ -103,7 +103,8 @@ def test_it_goes_on_from_a_checkpoint_to_the_last_bit(dtype: torch.dtype, tmp_pa
 
 def test_without_bitsandbytes_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "deep_rlhf.runtime.optimisers.adamw_8bit")  # imports it anew
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
         ResourceError, match=r"optimizer=adamw_8bit needs .* bitsandbytes.*pip install 'deep-rlhf\[8bit\]'"
     ):
