@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from page_client import Client
-from page_keys import Add, Visit, number_on, press, wait_saved, wait_text
+from page_keys import Add, Visit, number_on, press, wait_painted, wait_saved, wait_text
 
 from deep_rlhf.errors import StoreUnavailable
 from deep_rlhf.feedback.store import Store
@@ -134,5 +134,9 @@ def test_messages_while_the_server_is_away_or_the_login_is_over(visit: Visit, st
     page.get_by_role("button", name="Change name").click()
     wait_text(page, "[data-message]", "2 labels are not saved yet: wait before you leave.")
     add_account(store, "root", "admin", PASSWORD)
+    for event, path in (("people", "/progress"), ("questions", "/questions")):  # neither leaves the page for /login
+        with page.expect_response(lambda response, path=path: path in response.url):
+            page.evaluate("event => document.body.dispatchEvent(new CustomEvent(event))", event)
+        wait_painted(page)
     page.unroute_all(behavior="ignoreErrors")
     wait_text(page, "[data-message]", "2 labels are not saved yet. Log in to save.")

@@ -163,8 +163,9 @@
     if (!document.hidden) document.body.dispatchEvent(new CustomEvent("people"));
   });
   // A hidden page ignores responses: they may report a logout that has ended by the time the page is shown.
+  // While labels are unsent, only the sender reports the end of the login: the page must not leave for /login.
   document.body.addEventListener("htmx:beforeOnLoad", (event) => {
-    if (document.hidden) event.preventDefault();
+    if (document.hidden || sender.count) event.preventDefault();
   });
   setInterval(() => document.hidden || sender.count || questions.refill(), RENEW_EVERY);
   for (const event of ["connected", "questions"]) {

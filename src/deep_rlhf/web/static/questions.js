@@ -90,7 +90,8 @@ class Questions {
       const isOutdated = response.headers.get("X-Page") === "outdated"; // of another user or another store
       // A hidden page stays: the user may be logging in again in another tab. It asks again when it is shown.
       if (document.hidden && (response.status === 401 || isOutdated)) return;
-      if (response.status === 401) location.assign("/login");
+      // While labels are unsent, their sender says so, with the link to log in.
+      if (response.status === 401 && !this.unsent()) location.assign("/login");
       if (isOutdated) location.reload();
       if (response.ok) this.keep(await response.json(), have);
     } catch {
