@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo teach quick test test-all test-8bit test-lowest system lint format bars algorithms curves bench growth headline architecture clean
+.PHONY: demo teach quick test test-all test-lowest system lint format bars algorithms curves bench growth headline architecture clean
 demo: $(VENV)/.installed
 	$(BIN)/deep-rlhf demo --seed=$(SEED)
 
@@ -37,12 +37,6 @@ system:
 		{ apt-get update --quiet=2 && apt-get install --yes --quiet=2 --no-install-recommends \
 			chromium fonts-dejavu-core postgresql; }
 
-# What needs bitsandbytes, which peft then imports in every process, three seconds long: so not for the other tests.
-test-8bit: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[8bit]'
-	$(BIN)/pytest $(IN_PARALLEL) -m 'not slow' tests/unit/test_adamw_8bit.py tests/equivalence/test_memory_options.py \
-		tests/learning/test_memory_saving_learns.py
-
 # The quick tests with the lowest versions that pyproject.toml allows, in an environment of its own. torch stays at the
 # pinned version, which pip installs first: of another one, PyPI has only the build with 3 GB of CUDA libraries.
 # `make test-lowest TORCH=2.10.0` takes that.
@@ -55,7 +49,7 @@ test-lowest: .venv-lowest/.installed
 	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv torch==$(TORCH)
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
-		--editable '.[people,postgresql,report,tensorboard]' torch==$(TORCH)
+		--editable '.[all]' torch==$(TORCH)
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --editable '.[dev]'
 	touch $@
 
@@ -107,7 +101,7 @@ format: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[people,postgresql,report,wandb,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 	touch $@
 
 clean:
