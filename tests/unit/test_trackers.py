@@ -168,8 +168,6 @@ class Notebook(GeneralTracker):
 def notebook(monkeypatch: pytest.MonkeyPatch) -> type[Notebook]:
     from accelerate import tracking
 
-    if not hasattr(tracking, "register_tracker_class"):
-        pytest.skip("accelerate knows trackers of one's own by name from release 1.15 on")
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
     Notebook.made, Notebook.trouble = [], None
     return Notebook
