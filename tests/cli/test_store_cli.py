@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from commands import Result
+from facts import assert_line_names, assert_names
 
 from deep_rlhf.cli.store import main
 from deep_rlhf.errors import UserError
@@ -41,12 +42,14 @@ def test_out_and_in_again(labelled: str, tmp_path: Path, capsys: pytest.CaptureF
     main(["export", labelled, target])
     assert capsys.readouterr().out.splitlines() == [f"3 labels in 5 rows: {target}", "left out: 1 can't tell"]
     main(["import", other, target])
-    assert capsys.readouterr().out.splitlines() == ["5 of 5 rows kept", "3 labels, of which 3 are new to the store."]
+    rows, labels = capsys.readouterr().out.splitlines()
+    assert_names(rows, "5 of 5 rows")
+    assert_names(labels, "3 labels", "3 are new")
     main(["import", other, target])
-    assert "of which 0 are new" in capsys.readouterr().out
+    assert_names(capsys.readouterr().out, "0 are new")
     main(["export", labelled, target, "--all"])
     main(["import", other, target])
-    assert "4 labels, of which 1 are new" in capsys.readouterr().out
+    assert_names(capsys.readouterr().out, "4 labels", "1 are new")
 
 
 @pytest.mark.parametrize(
@@ -82,13 +85,13 @@ def test_options_of_an_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     rows = [{"prompt": "p", "chosen": "x", "rejected": "y"}, {"prompt": "p", "chosen": 3, "rejected": "y"}]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["import", str(tmp_path / "labels.db"), str(tmp_path / "pairs.jsonl")]
-    with pytest.raises(UserError, match="line 2: column 'chosen' must be text"):
+    with pytest.raises(UserError, match=r"line 2\b.*'chosen'.*\btext"):
         main(arguments)
     with pytest.raises(UserError, match="nothing"):
         main(["import", str(tmp_path / "labels.db"), str(tmp_path / "nothing.jsonl")])
     assert not (tmp_path / "labels.db").exists()
     main([*arguments, "--template=plain", "--on_bad_rows=skip"])
-    assert "1 of 2 rows kept; dropped: 1 wrong type" in capsys.readouterr().out
+    assert_names(capsys.readouterr().out, "1 of 2 rows", "1 wrong type")
     with Store(tmp_path / "labels.db") as store:
         assert store.labels()[0].comparison.prompt == "p"
 
@@ -96,7 +99,8 @@ def test_options_of_an_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_what_a_store_holds(labelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["show", labelled])
     said = capsys.readouterr().out
-    assert "waiting questions: 1\nlabels: 4, for training: 3\n" in said
+    assert_line_names(said, "waiting questions: 1")
+    assert_line_names(said, "labels: 4", "for training: 3")
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines()]
     for row in (["anna", "3"], ["[bold]bert", "1"], ["variance", "3"], ["can't tell", "1"], ["a ranking", "1"]):
         assert row in cells

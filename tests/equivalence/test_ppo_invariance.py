@@ -231,9 +231,9 @@ def test_unusable_prompts_are_counted(make_trainer: Callable[..., PPOTrainer]) -
     assert trainer.prompts == ["the cat"]
     assert trainer.prompt_report.read == 4
     assert trainer.prompt_report.dropped == {"too long": 1, "empty": 2}
-    with pytest.raises(DataError, match=r"None of the 1 prompts can be used.*1 have more than 4 tokens"):
+    with pytest.raises(DataError, match=r"\b1 prompts.*\b1 have more than 4 tokens"):
         make_trainer(prompts=["red red red red red"], max_prompt_length=4)
-    with pytest.raises(DataError, match="None of the 0 prompts can be used"):
+    with pytest.raises(DataError, match=r"\b0 prompts"):
         make_trainer(prompts=[])
 
 
@@ -241,7 +241,7 @@ def test_prompts_must_leave_room_for_the_response(make_trainer: Callable[..., PP
     trainer = make_trainer(prompts=["red " * 56, "red " * 57])  # 64 positions, 8 of them for the response
     assert trainer.prompt_report.dropped == {"too long": 1}
     assert len(make_trainer(prompts=["red " * 56], steps=6).train()) == 1
-    with pytest.raises(ConfigError, match="max_new_tokens=64 leaves no room for a prompt"):
+    with pytest.raises(ConfigError, match=r"max_new_tokens=64.* no room"):
         make_trainer(max_new_tokens=64)
 
 

@@ -243,7 +243,7 @@ def test_what_an_ensemble_says_together(settings: dict[str, Any], of_length: flo
 
 
 def test_an_ensembles_rule_needs_an_ensemble(make_trainer: Make) -> None:
-    with pytest.raises(ConfigError, match="ensemble_reward=min compares the members of an ensemble"):
+    with pytest.raises(ConfigError, match=r"ensemble_reward=min.*ensemble"):
         make_trainer(ensemble_reward="min").train()
 
 
@@ -256,7 +256,7 @@ def test_while_the_critic_warms_up_the_policy_stays(critic: str, make_trainer: M
     assert trainer.learner.critic.value_head.weight.any()
     trainer.train()
     assert not any(torch.equal(p, b) for p, b in zip(trainer._policy.parameters(), before, strict=True))
-    with pytest.raises(ConfigError, match="critic_warmup_updates=2 leaves none of the 2 updates to the policy"):
+    with pytest.raises(ConfigError, match=r"critic_warmup_updates=2\b.*\b2 updates"):
         make_trainer(critic_warmup_updates=2)
 
 

@@ -151,7 +151,7 @@ def test_a_pair_that_is_too_much_is_told(trainer_of):
     model = classifier("GPT2")
     trainer = trainer_of(model, 400)
     fails_in_forward(model, 1)
-    with pytest.raises(UserError, match="not enough memory for a single pair"):
+    with pytest.raises(UserError, match=r"memory.* single pair"):
         step(trainer)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import two_processes
+from facts import assert_names
 
 pytestmark = pytest.mark.processes
 
@@ -36,7 +37,7 @@ def test_two_processes_give_the_history_of_one(tmp_path: Path, make_model: Calla
     assert finished.returncode == 0, finished.stderr[-9000:]
     written = json.loads((tmp_path / "histories.json").read_text())
     assert written["processes"] == 2
-    assert written["refusal"] == "batch_size=1 gives some of the 2 processes nothing to do: raise it."
+    assert_names(written["refusal"], "batch_size=1", "2 processes")
     for name in two_processes.RUNS:
         expected, actual = two_processes.history(tmp_path, name), written["histories"][name]
         assert len(actual) == len(expected) == 2

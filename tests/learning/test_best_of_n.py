@@ -140,5 +140,5 @@ def test_a_reward_that_is_no_number_is_refused(
 ) -> None:
     scorer = FunctionScorer(lambda prompts, responses: [math.nan] * len(responses), "broken")
     sampler = BestOfN(reference_model(make_model, "gpt2", 1), make_tokenizer(WORDS), scorer, n=2, max_new_tokens=1)
-    with pytest.raises(RewardError, match="is nan, which cannot be compared"):
+    with pytest.raises(RewardError, match=r"\bnan\b.*compared"):
         sampler.generate([PROMPT])

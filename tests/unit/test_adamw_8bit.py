@@ -105,7 +105,5 @@ def test_without_bitsandbytes_it_is_told_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.delitem(sys.modules, "deep_rlhf.runtime.optimisers.adamw_8bit")  # imports it anew
     for name in ("bitsandbytes", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(
-        ResourceError, match=r"optimizer=adamw_8bit needs .* bitsandbytes.*pip install 'deep-rlhf\[8bit\]'"
-    ):
+    with pytest.raises(ResourceError, match=r"optimizer=adamw_8bit\b.*\bbitsandbytes\b.*'deep-rlhf\[8bit\]'"):
         make_adamw("adamw_8bit", weights(torch.float32))

@@ -247,7 +247,7 @@ def test_pickled_weights_and_other_objects_are_refused(
         AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="Only safetensors"):
         AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path), use_safetensors=False)
-    with pytest.raises(ValueError, match="should be a string or a PreTrainedModel"):
+    with pytest.raises(ValueError, match=r"string.* PreTrainedModel"):
         AutoModelForCausalLMWithValueHead.from_pretrained(3)
     with pytest.raises(ValueError, match="language model head"):
         AutoModelForCausalLMWithValueHead.from_pretrained(make_model("gpt2").transformer)
@@ -270,7 +270,7 @@ def test_a_reference_is_a_frozen_copy_that_shares_its_first_layers(wrapped: Call
     assert mine.h[1].mlp.c_fc.weight.requires_grad
     create_reference_model(model, 1, "transformer.h.{layer}")
     for arguments in [(2,), (1, "decoder.block.{layer}")]:
-        with pytest.raises(ValueError, match="Layer pattern could not be matched"):
+        with pytest.raises(ValueError, match="Layer pattern"):
             create_reference_model(model, *arguments)
 
 
@@ -483,7 +483,7 @@ def test_checkpointing_activations_changes_nothing(make_trainer: Callable[..., P
 def test_a_number_that_is_none_never_reaches_the_weights(make_trainer: Callable[..., PPOTrainer]) -> None:
     trainer = make_trainer()
     before = copy.deepcopy(trainer.model.state_dict())
-    with pytest.raises(RewardError, match="cannot be learned from: the reward of sample 1 is nan"):
+    with pytest.raises(RewardError, match="reward of sample 1 is nan"):
         trainer.step(tensors(QUERIES), tensors(RESPONSES), tensors([0.0, float("nan"), 0.0, 1.0]))
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
 
@@ -545,7 +545,7 @@ def test_a_trainer_says_what_is_wrong(
     ]:
         with pytest.raises(ValueError, match=sentence):
             PPOTrainer(*arguments)
-    with pytest.raises(ValueError, match="query_tensor must be a tensor of token ids"):
+    with pytest.raises(ValueError, match=r"query_tensor.* token ids"):
         PPOTrainer(config, model, None, tokenizer).generate(torch.ones(2, 3, dtype=torch.int64), **GREEDY)
 
 
@@ -568,7 +568,7 @@ def test_prompt_tuning_is_refused(make_model: Callable[..., Any], tokenizer: Any
     tuned = AutoModelForCausalLMWithValueHead.from_pretrained(
         make_model("gpt2"), peft_config=PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     )
-    with pytest.raises(ValueError, match="Prompt and prefix tuning are not supported"):
+    with pytest.raises(ValueError, match="Prompt and prefix tuning"):
         PPOTrainer(PPOConfig(), tuned, None, tokenizer)
 
 
@@ -635,7 +635,7 @@ def test_statistics_reach_the_tracker(make_trainer: Callable[..., PPOTrainer]) -
     table = recorder.logged[1][0]["game_log"]
     assert table.columns == ["query", "response", "ref_rewards", "reward"]
     assert table.data[1] == ["b", "f", -0.5, -0.5]
-    with pytest.raises(ValueError, match=r"Columns to log \['ref_response'\] are not present"):
+    with pytest.raises(ValueError, match=r"\['ref_response'\].* not present"):
         trainer.log_stats(stats, batch, tensors(SCORES), columns_to_log=["query", "ref_response"])
 
 
@@ -656,7 +656,7 @@ def test_the_best_policy_so_far_is_pushed(
     assert pushed[0][1] == {"repo_id": "me/best"}
     trainer.model.push_to_hub("me/model", private=True)
     assert pushed[2][1] == {"repo_id": "me/model", "private": True}
-    with pytest.raises(ConfigError, match="A push to the Hub takes no colour"):
+    with pytest.raises(ConfigError, match=r"Hub.*\bcolour\b"):
         make_trainer(push_to_hub_if_best_kwargs={"repo_id": "me/best", "colour": "red"})
 
 

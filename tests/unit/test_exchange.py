@@ -306,19 +306,19 @@ def test_a_malformed_row_of_an_export_is_named(
 
 def test_one_row_that_stands_for_several_people_is_refused(store: Store, tmp_path: Path) -> None:
     path = write(tmp_path / "shares.jsonl", [{"prompt": "p", "a": "x", "b": "y", "mu": 0.7}])
-    with pytest.raises(UserError, match=r"line 1: column 'mu' must be one person's label.*votes"):
+    with pytest.raises(UserError, match=r"line 1\b.*'mu'.*one person.*votes"):
         import_file(store, path)
 
 
 def test_a_question_with_other_answers_is_refused(store: Store, tmp_path: Path) -> None:
     import_file(store, write(tmp_path / "a.jsonl", [GOOD]))
     ranking = {**GOOD, "token": "u", "answers": ["x", "y", "z"], "ranks": [1, 2, 3]}
-    with pytest.raises(UserError, match=r"Question q .* number of responses"):
+    with pytest.raises(UserError, match=r"\bq\b.* number of responses"):
         import_file(store, write(tmp_path / "b.jsonl", [ranking]))
 
 
 def test_where_labels_cannot_go(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no labels to export yet"):
+    with pytest.raises(UserError, match="no labels to export"):
         export_labels(store, tmp_path / "labels.jsonl")
     label_everything(store)
     with pytest.raises(UserError, match=r"ends in \.jsonl"):

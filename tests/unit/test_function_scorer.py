@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from facts import assert_names
 
 from deep_rlhf.errors import RewardError
 from deep_rlhf.models.function_scorer import FunctionScorer
@@ -25,6 +26,11 @@ def error_message(function: Callable[..., Any], rows: int = 6, **options: Any) -
     with pytest.raises(RewardError) as caught:
         FunctionScorer(function, "f", **options).score(PROMPTS[:rows], RESPONSES[:rows])
     return str(caught.value)
+
+
+def sample(row: int) -> tuple[str, str, str]:
+    """What names a sample in a message: its number, prompt and response."""
+    return f"sample {row}", f"'q{row}'", f"'r{row}'"
 
 
 def failing(fails: Callable[[list[str]], bool], how: Callable[[], Any]) -> Callable[..., Any]:
@@ -106,23 +112,25 @@ def test_the_function_sees_the_callers_gradient_mode(gradients: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("returned", "message"),
+    ("returned", "facts"),
     [
-        (["good", 1.0], "f returned 'good' instead of a number for sample 0: prompt 'q0', response 'r0'."),
-        (["1.0", 1.0], "f returned '1.0' instead of a number for sample 0: prompt 'q0', response 'r0'."),
-        ([1.0, None], "f returned None instead of a number for sample 1: prompt 'q1', response 'r1'."),
-        ([1.0, 1j], "f returned 1j instead of a number for sample 1: prompt 'q1', response 'r1'."),
-        (torch.ones(2, 2), "f returned tensor([1., 1.]) instead of a number for sample 0: prompt 'q0', response 'r0'."),
+        (["good", 1.0], ("'good'", 0)),
+        (["1.0", 1.0], ("'1.0'", 0)),
+        ([1.0, None], ("None", 1)),
+        ([1.0, 1j], ("1j", 1)),
+        (torch.ones(2, 2), ("tensor([1., 1.])", 0)),
     ],
 )
-def test_a_value_that_is_no_number(returned: Any, message: str) -> None:
-    assert error_message(lambda prompts, responses: returned, rows=2) == message
+def test_a_value_that_is_no_number(returned: Any, facts: tuple[str, int]) -> None:
+    value, row = facts
+    assert_names(error_message(lambda prompts, responses: returned, rows=2), "f", value, *sample(row))
 
 
 def test_a_value_that_is_no_number_is_shortened() -> None:
     for returned in (10**400, "1" + "0" * 400, torch.ones(30, 30)):  # the first is too large for a float
         message = error_message(lambda prompts, responses, returned=returned: [returned], rows=1)
-        assert "… instead of a number for sample 0" in message
+        assert_names(message, "f", *sample(0))
+        assert "…" in message
         assert len(message) < 150
         assert "\n" not in message
 
@@ -130,26 +138,22 @@ def test_a_value_that_is_no_number_is_shortened() -> None:
 @pytest.mark.parametrize("returned", [0.5, torch.tensor(0.5), None])
 def test_a_return_value_that_is_not_iterable(returned: Any) -> None:
     kind = type(returned).__name__
-    assert error_message(lambda prompts, responses: returned) == (
-        f"f must return one number per response, but it returned a {kind} for 6 responses; sample 0 alone does the"
-        " same: prompt 'q0', response 'r0'."
-    )
+    message = error_message(lambda prompts, responses: returned)
+    assert_names(message, "f", "one number per response", kind, "6 responses", *sample(0))
 
 
 @pytest.mark.parametrize("row", range(6))
 def test_a_sample_that_raises(row: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert error_message(failing(with_sample(row), a_key_error)) == (
-            f"f raised KeyError: 'user_id' for 6 responses; sample {row} alone does the same: prompt 'q{row}', response"
-            f" 'r{row}'."
-        )
-    (message,) = caplog.messages
-    assert message.startswith("f raised KeyError: 'user_id': ")
+        error = error_message(failing(with_sample(row), a_key_error))
+    assert_names(error, "f", "KeyError", "'user_id'", "6 responses", *sample(row))
+    (warning,) = caplog.messages
+    assert_names(warning, "f", "KeyError", "'user_id'")
 
 
 def test_a_single_sample_needs_no_search(caplog: pytest.LogCaptureFixture) -> None:
     message = error_message(failing(with_sample(0), a_key_error), rows=1)
-    assert message == "f raised KeyError: 'user_id' for sample 0: prompt 'q0', response 'r0'."
+    assert_names(message, "f", "KeyError", "'user_id'", *sample(0))
     assert caplog.messages == []
 
 
@@ -163,7 +167,7 @@ def test_a_generator_raises_like_a_function() -> None:
     def lazily(prompts: list[str], responses: list[str]) -> Any:
         return (1 / (response != "r2") for response in responses)
 
-    assert "raised ZeroDivisionError: division by zero for 6 responses; sample 2 alone" in error_message(lazily)
+    assert_names(error_message(lazily), "ZeroDivisionError", "division by zero", "6 responses", *sample(2))
 
 
 def test_an_error_of_many_lines_and_a_long_sample_are_shortened() -> None:
@@ -173,55 +177,44 @@ def test_an_error_of_many_lines_and_a_long_sample_are_shortened() -> None:
     with pytest.raises(RewardError) as caught:
         FunctionScorer(raising, "f").score(["q" * 100], ["r\n" * 100])
     prompt, response = "q" * 60, r"r\n" * 30
-    assert (
-        str(caught.value) == f"f raised ValueError: one two for sample 0: prompt '{prompt}…', response '{response}…'."
-    )
+    assert_names(caught.value, "f", "ValueError", "one two", "sample 0", f"'{prompt}…'", f"'{response}…'")
 
 
 def test_a_sample_that_hangs() -> None:
-    assert error_message(failing(with_sample(4), hang), timeout=1.0) == (
-        "f did not return within 1 s for 6 responses; sample 4 alone does the same: prompt 'q4', response 'r4'."
-    )
+    message = error_message(failing(with_sample(4), hang), timeout=1.0)
+    assert_names(message, "f", "1 s", "6 responses", *sample(4))
 
 
 def test_a_timeout_error_of_the_function_is_reported_as_such() -> None:
     def raising(prompts: list[str], responses: list[str]) -> Any:
         raise TimeoutError("the judge is away")
 
-    assert error_message(raising, rows=1).startswith("f raised TimeoutError: the judge is away for sample 0")
+    assert_names(error_message(raising, rows=1), "f", "TimeoutError", "the judge is away", *sample(0))
 
 
 def test_a_sample_without_a_reward() -> None:
     def skips(prompts: list[str], responses: list[str]) -> list[float]:
         return [1.0 for response in responses if response != "r1"]
 
-    assert error_message(skips) == (
-        "f returned 5 rewards for 6 responses; sample 1 alone returned 0 rewards: prompt 'q1', response 'r1'."
-    )
+    assert_names(error_message(skips), "f", "5 rewards", "6 responses", "0 rewards", *sample(1))
 
 
 def test_a_value_that_is_no_number_is_found_during_the_search() -> None:
     def other(prompts: list[str], responses: list[str]) -> Any:
         return [1.0] if len(responses) == 6 else ["bad" if response == "r4" else 1.0 for response in responses]
 
-    assert error_message(other) == (
-        "f returned 1 rewards for 6 responses; sample 4 alone returned 'bad' instead of a number: prompt 'q4', response"
-        " 'r4'."
-    )
+    assert_names(error_message(other), "f", "1 rewards", "6 responses", "'bad'", *sample(4))
 
 
 def test_a_batch_that_fails_only_as_a_whole() -> None:
-    assert error_message(failing(lambda responses: len(responses) == 6, a_key_error)) == (
-        "f raised KeyError: 'user_id' for 6 responses, but for neither half of them: only for the whole batch of 6"
-        " samples."
-    )
+    message = error_message(failing(lambda responses: len(responses) == 6, a_key_error))
+    assert_names(message, "f", "KeyError", "'user_id'", "6 responses", "whole batch", "6 samples")
+    assert "prompt" not in message
 
 
 def test_two_samples_that_fail_only_together() -> None:
-    assert error_message(lambda prompts, responses: [1.0]) == (
-        "f returned 1 rewards for 6 responses; the batch of samples 1 to 2 does the same, but neither half of it:"
-        " prompt 'q1', response 'r1'."
-    )
+    message = error_message(lambda prompts, responses: [1.0])
+    assert_names(message, "f", "1 rewards", "6 responses", "samples 1 to 2", "'q1'", "'r1'")
 
 
 # ---- exceptions that pass through

@@ -43,7 +43,7 @@ def test_a_missing_eos_replaces_or_lowers_the_score() -> None:
     scores, finished = torch.tensor([2.0, 2.0, -5.0]), torch.tensor([True, False, False])
     assert_close(penalise_missing_eos(scores, finished, 1.0, "replace"), torch.tensor([2.0, -1.0, -1.0]))
     assert_close(penalise_missing_eos(scores, finished, 1.5, "subtract"), torch.tensor([2.0, 0.5, -6.5]))
-    with pytest.raises(ValueError, match="unknown penalty for a missing EOS 'add'"):
+    with pytest.raises(ValueError, match=r"EOS.*'add'"):
         penalise_missing_eos(scores, finished, 1.0, "add")  # type: ignore[arg-type]
 
 

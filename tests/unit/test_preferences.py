@@ -315,7 +315,7 @@ def test_no_rows_left(write: Write, rows: list[Any], on_bad_rows: str, sentence:
 
 
 def test_unknown_template(write: Write) -> None:
-    with pytest.raises(ConfigError, match="there is no template 'h'; templates: hh, plain"):
+    with pytest.raises(ConfigError, match=r"template 'h'.* hh, plain"):
         load_preferences(write([TEXT]), split="train", template="h")
 
 
@@ -359,5 +359,5 @@ def test_real_votes(tmp_path: Path) -> None:
     assert preferences[0].id == votes[0]["id"]
     assert preferences[0].mu == pytest.approx(1.5 / 5)  # a2, equal, a2, a2, a1
     assert {preference.mu for preference in preferences} > {0.0, 0.5, 1.0}
-    with pytest.raises(DataError, match="no known layout of preferences: its columns are "):
+    with pytest.raises(DataError, match=r"votes\.jsonl\.gz.* columns"):
         load_preferences(str(SHARED / "convarg/votes.jsonl.gz"), split="train")

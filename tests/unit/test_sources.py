@@ -142,7 +142,7 @@ def test_bad_files_name_the_place_and_what_was_expected(
 def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
     broken = pyarrow.array([b"x", b"\xff"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"prompt": broken}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet, row 2: expected UTF-8 text"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 2\b.*UTF-8"):
         read(tmp_path / "a.parquet")
     rows, tally = read(tmp_path / "a.parquet", "skip")
     assert ([row.values for row in rows], tally.dropped) == ([{"prompt": "x"}], {"not UTF-8": 1})
@@ -153,19 +153,19 @@ def test_empty_files_have_no_rows_to_report(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     rows, tally = read(tmp_path / name)
     assert rows == []
-    with pytest.raises(DataError, match="is empty: split 'train' holds no rows"):
+    with pytest.raises(DataError, match=rf"{name}.*empty.*'train'"):
         tally.report(name, "train", 0)
 
 
 def test_no_rows_left_says_why() -> None:
     tally = Tally("skip")
     tally.read, tally.dropped["bad JSON"] = 2, 2
-    with pytest.raises(DataError, match="no rows are left of x, split 'train': 0 of 2 rows kept; dropped: 2 bad JSON"):
+    with pytest.raises(DataError, match=r"\bx\b.*'train'.*\b0 of 2 rows.*\b2 bad JSON"):
         tally.report("x", "train", 0)
 
 
 def test_on_bad_rows_is_error_or_skip() -> None:
-    with pytest.raises(ConfigError, match="on_bad_rows must be 'error' or 'skip', not 'ignore'"):
+    with pytest.raises(ConfigError, match=r"on_bad_rows.*'error'.*'skip'.*'ignore'"):
         Tally("ignore")
 
 
@@ -208,24 +208,24 @@ def test_typos_list_what_exists(folder: Path, where: dict[str, str], sentence: s
 
 def test_a_file_holds_one_split_and_no_folders(tmp_path: Path) -> None:
     (tmp_path / "prefs.jsonl").write_bytes(GOOD)
-    with pytest.raises(DataError, match="has no split 'test'; splits: train"):
+    with pytest.raises(DataError, match=r"split 'test'.* train"):
         read(tmp_path / "prefs.jsonl", split="test")
-    with pytest.raises(DataError, match="is a file and has no sub-folder 'x'"):
+    with pytest.raises(DataError, match=r"file.* sub-folder 'x'"):
         read(tmp_path / "prefs.jsonl", data_dir="x")
 
 
 def test_mistyped_paths_list_what_is_beside_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"no file or folder .*trian\.jsonl'.* holds: train\.jsonl, test\.jsonl"):
+    with pytest.raises(DataError, match=r"no file.*trian\.jsonl'.* train\.jsonl, test\.jsonl"):
         read(folder / "one/trian.jsonl")
-    with pytest.raises(DataError, match=r"no file or folder .*there is no .*three either"):
+    with pytest.raises(DataError, match=r"no file.*three/train\.jsonl'.* no .*three\b.* either"):
         read(folder / "three/train.jsonl")
     monkeypatch.chdir(folder / "one")
     for number in range(30):
         Path(f"{number:02}").touch()  # as unlike as one another
     listed = r"test\.jsonl, train\.jsonl, 00, 01, 02, .*, 17, …$"
-    with pytest.raises(DataError, match=rf"no file or folder 'nosuch\.jsonl'; this folder holds: {listed}"):
+    with pytest.raises(DataError, match=rf"no file.*'nosuch\.jsonl'.* {listed}"):
         read("nosuch.jsonl")
-    with pytest.raises(DataError, match="the name of a data set is empty"):
+    with pytest.raises(DataError, match=r"name of a data set.* empty"):
         read("")
 
 
@@ -237,7 +237,7 @@ def test_folder_without_data(tmp_path: Path) -> None:
 def test_the_same_split_twice_is_refused(tmp_path: Path) -> None:
     for name in ("train.jsonl", "train.jsonl.gz"):
         (tmp_path / name).write_bytes(GOOD)
-    with pytest.raises(DataError, match=r"holds 'train' twice, as train\.jsonl and train\.jsonl\.gz"):
+    with pytest.raises(DataError, match=r"'train' twice.* train\.jsonl .*train\.jsonl\.gz"):
         read(tmp_path)
 
 
@@ -248,10 +248,10 @@ def test_save_to_disk(tmp_path: Path) -> None:
     assert [row.values for row in read(tmp_path / "table")[0]] == ROWS
     rows, _ = read(tmp_path / "splits", split="test")
     assert [(row.where, row.values) for row in rows] == [(f"{tmp_path / 'splits' / 'test'}, row 1", ROWS[1])]
-    with pytest.raises(DataError, match="has no split 'tset'; splits: test, train"):
+    with pytest.raises(DataError, match=r"split 'tset'.* test, train"):
         read(tmp_path / "splits", split="tset")
     (tmp_path / "table/dataset_info.json").unlink()
-    with pytest.raises(DataError, match="is not a complete save_to_disk folder"):
+    with pytest.raises(DataError, match=r"table\b.* not .*complete.*save_to_disk"):
         read(tmp_path / "table")
 
 
@@ -297,9 +297,9 @@ def test_hub_typos_list_what_exists(hub: pytest.MonkeyPatch, where: dict[str, st
 def test_hub_name_that_does_not_exist(hub: pytest.MonkeyPatch) -> None:
     for function in ("load_dataset", "get_dataset_split_names"):
         hub.setattr(datasets, function, failing(datasets.exceptions.DatasetNotFoundError("no such thing")))
-    with pytest.raises(DataError, match=r"neither a local .* nor a data set of the .*mean Anthropic/hh-rlhf\?"):
+    with pytest.raises(DataError, match=r"'Anthropic/hh-rlfh'.* local.* Hub\b.* Anthropic/hh-rlhf\?"):
         read("Anthropic/hh-rlfh")
-    with pytest.raises(DataError, match=r"neither a local .*check the name"):
+    with pytest.raises(DataError, match=r"'someone/something'.* local.*check the name"):
         split_names("someone/something")
     found = [huggingface_hub.DatasetInfo(id="org/prefs")]
     hub.setattr(huggingface_hub.HfApi, "list_datasets", lambda self, author, limit: found)
@@ -309,7 +309,7 @@ def test_hub_name_that_does_not_exist(hub: pytest.MonkeyPatch) -> None:
 
 def test_hub_that_does_not_answer(hub: pytest.MonkeyPatch) -> None:
     hub.setattr(datasets, "load_dataset", failing(ConnectionError("Couldn't reach 'org/prefs' on the Hub")))
-    with pytest.raises(DataError, match=r"'org/prefs' is no local .*does not answer: Couldn't reach.*HF_ENDPOINT"):
+    with pytest.raises(DataError, match=r"'org/prefs'.* local.* not answer.*Couldn't reach.*HF_ENDPOINT"):
         read("org/prefs")
 
 

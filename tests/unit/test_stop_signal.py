@@ -78,7 +78,7 @@ def test_two_loops_do_not_run_in_one_folder_or_on_one_store(tmp_path: Path) -> N
             with pytest.raises(CheckpointError, match=r"Another loop .*here'"), exclusive_run(here, other):
                 pass
             HEARTBEAT.write(store, datetime.now(UTC))
-            with pytest.raises(CheckpointError, match=r"^The store .*labels\.db' .* another loop, in .*here on"):
+            with pytest.raises(CheckpointError, match=r"store.*labels\.db'.* another loop.*here\b"):
                 exclusive_run(there, store).__enter__()
             HEARTBEAT.write(store, datetime.now(UTC) - timedelta(minutes=1))
             with exclusive_run(there, store):  # the other one was killed long ago

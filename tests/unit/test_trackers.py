@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
+from facts import assert_names
 
 from deep_rlhf.errors import ConfigError, UserError
 from deep_rlhf.runtime.processes import Runtime
@@ -56,17 +57,16 @@ def test_no_tracker_is_no_tracker() -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert usable_trackers(["wandb"], run_name="x") == []
-    assert caplog.messages == [
-        "wandb is not installed: training continues without it (pip install 'deep-rlhf[wandb]')."
-    ]
+    (message,) = caplog.messages
+    assert_names(message, "wandb", "not installed", "pip install 'deep-rlhf[wandb]'")
 
 
 def test_wandb_without_a_key_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     fake = use(monkeypatch, FakeWandb(has_key=False))
     assert usable_trackers(["wandb"], run_name="x") == []
     assert fake.started == []
-    assert len(caplog.messages) == 1
-    assert "no API key: training continues without it" in caplog.messages[0]
+    (message,) = caplog.messages
+    assert_names(message, "wandb", "no API key", "training continues")
 
 
 def test_wandb_offline_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,8 @@ def test_wandb_in_trouble_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: p
     use(monkeypatch, FakeWandb(trouble="no route\nto host"))
     with caplog.at_level(logging.WARNING):
         assert usable_trackers(["wandb"], run_name="x") == []
-    assert caplog.messages == ["wandb could not start (no route to host): training continues without it."]
+    (message,) = caplog.messages
+    assert_names(message, "wandb", "no route to host", "training continues")
 
 
 def test_only_the_main_process_starts_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,11 +194,12 @@ def test_a_tracker_that_does_not_start_is_left_out(notebook: type[Notebook], cap
     runtime.start_trackers("p", {})
     runtime.log({"score": 1.5}, 2)
     runtime.finish()
-    assert caplog.messages == ["The tracker could not start (OSError: no server): training goes on without it."]
+    (message,) = caplog.messages
+    assert_names(message, "tracker", "OSError: no server", "training goes on")
 
 
 def test_arguments_that_a_tracker_refuses_are_told(notebook: type[Notebook]) -> None:
-    with pytest.raises(UserError, match=r"refuses its part of tracker_kwargs: TypeError: .*'page'"):
+    with pytest.raises(UserError, match=r"tracker_kwargs.*TypeError.*'page'"):
         Runtime(["notebook"]).start_trackers("p", {}, {"notebook": {"page": 3}})
 
 
@@ -270,7 +272,7 @@ def test_a_run_of_wandb(real_wandb: Any, tmp_path: Path) -> None:
 
 
 def test_arguments_that_wandb_refuses_are_told(real_wandb: Any) -> None:
-    with pytest.raises(UserError, match=r"wandb refuses its part of tracker_kwargs: .*'tagz'"):
+    with pytest.raises(UserError, match=r"wandb.*tracker_kwargs.*'tagz'"):
         usable_trackers(["wandb"], run_name="x", tracker_kwargs={"wandb": {"tagz": []}})
 
 

@@ -192,7 +192,7 @@ def test_what_is_not_finite_never_reaches_the_weights(
     broken = getattr(rollout, name).clone()
     broken[0, 0] = -bad
     before = weights(trainer)
-    with pytest.raises(NotFiniteError, match="the gradient of the policy is not finite"):
+    with pytest.raises(NotFiniteError, match=r"gradient.* not finite"):
         trainer.learner.learn(dataclasses.replace(rollout, **{name: broken}), kl_coef=0.1, update=0)
     assert torch.equal(weights(trainer), before)
 
