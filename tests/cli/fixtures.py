@@ -50,10 +50,10 @@ def write_preferences(folder: Path) -> None:
     rng = random.Random(0)
     pairs = sft_pairs(480, seed=1)
     rows = []
-    for prompt, answer in pairs[:220]:
+    for prompt, response in pairs[:220]:
         other = rng.choice(pairs)[1]
         rows.append(
-            {"chosen": HH.prompt(prompt) + HH.response(answer), "rejected": HH.prompt(prompt) + HH.response(other)}
+            {"chosen": HH.prompt(prompt) + HH.response(response), "rejected": HH.prompt(prompt) + HH.response(other)}
         )
     same, long = rows[0]["chosen"], HH.prompt("Tell me more.") + " and so on" * 800
     rows.insert(3, {"chosen": same, "rejected": same})
@@ -151,4 +151,4 @@ def _byte_level(special: list[str]) -> Tokenizer:
 
 
 def _texts() -> list[str]:
-    return [HH.prompt(prompt) + HH.response(answer) for prompt, answer in sft_pairs(200, seed=2)]
+    return [HH.prompt(prompt) + HH.response(response) for prompt, response in sft_pairs(200, seed=2)]

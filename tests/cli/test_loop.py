@@ -37,7 +37,7 @@ def policy(make_model: Callable[..., Any], tokenizer: Any, tmp_path_factory: pyt
 
 
 def votes(path: Path) -> Path:
-    """Three people on 30 pairs: two like the first answer, one the second."""
+    """Three people on 30 pairs: two like the first response, one the second."""
     words = ["red", "green", "blue", "cat", "dog", "sun"]
     rows = [
         {

@@ -95,8 +95,8 @@ def test_the_rows_that_were_dropped_are_counted_by_reason(workplace: Workplace) 
 
 def test_the_policy_works_in_a_text_generation_pipeline(done: Workplace) -> None:
     generate = pipeline("text-generation", model=str(done.folder / "outputs" / "ppo" / "model"))
-    answer = generate("\n\nHuman: Hi\n\nAssistant:", max_new_tokens=4, do_sample=False, return_full_text=False)
-    assert isinstance(answer[0]["generated_text"], str)
+    response = generate("\n\nHuman: Hi\n\nAssistant:", max_new_tokens=4, do_sample=False, return_full_text=False)
+    assert isinstance(response[0]["generated_text"], str)
 
 
 def test_ppo_writes_every_file_of_a_run(done: Workplace) -> None:

@@ -37,13 +37,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("killed")
     write_gpt2(folder / "gpt2")
     (folder / "pairs").mkdir()
-    rng, answers = random.Random(0), sft_pairs(100, seed=1)
+    rng, responses = random.Random(0), sft_pairs(100, seed=1)
     rows = [
         {
-            "chosen": HH.prompt(prompt) + HH.response(answer),
-            "rejected": HH.prompt(prompt) + HH.response(rng.choice(answers)[1]),
+            "chosen": HH.prompt(prompt) + HH.response(response),
+            "rejected": HH.prompt(prompt) + HH.response(rng.choice(responses)[1]),
         }
-        for prompt, answer in answers[:60]
+        for prompt, response in responses[:60]
     ]
     write_jsonl(folder / "pairs" / "train.jsonl", rows[:48])
     write_jsonl(folder / "pairs" / "test.jsonl", rows[48:])

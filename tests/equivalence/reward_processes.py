@@ -28,7 +28,7 @@ COLOURS = ["red", "green", "blue", "black"]
 
 
 def preferences(count: int) -> list[Preference]:
-    """Answers of 1 to 13 words, so that one process has more micro-batches than the other."""
+    """Responses of 1 to 13 words, so that one process has more micro-batches than the other."""
     return [
         Preference(
             prompt="the cat sees ",

@@ -28,7 +28,7 @@ from deep_rlhf.types import PromptBatch
 
 KINDS = ["gpt2", "llama", "gemma2", "t5", "bart", "lora"]
 PROMPTS = ["the cat sees", "red", "a very old dog finds the small house", "two fish", "moon or sun"]
-STOPS = [1, 4, 9, 17, 23, 31]  # several, so that answers end at different times
+STOPS = [1, 4, 9, 17, 23, 31]  # several, so that responses end at different times
 LIMIT = 12
 
 

@@ -15,7 +15,7 @@ COLOURS = ["red", "green", "blue", "black"]
 
 
 def preferences(count):
-    """Answers of 1 to 13 words."""
+    """Responses of 1 to 13 words."""
     return [
         Preference(
             prompt=" ".join(COLOURS[: 1 + i % 4]) + " ",

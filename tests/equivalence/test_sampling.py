@@ -24,7 +24,7 @@ PROMPTS = [
     "two fish",
     "moon or sun",
 ]
-STOPS = [1, 4, 9, 17, 23, 31]  # several, so that answers end at different times
+STOPS = [1, 4, 9, 17, 23, 31]  # several, so that responses end at different times
 TEMPERATURE = 0.7
 LIMIT = 12
 

@@ -51,8 +51,8 @@ def sides_alone(model, ids, lengths):
     """The plain computation, one response at a time, without padding: rewards [B, 2, K]."""
     rewards = []
     for row, (prefix, a, b) in zip(ids, lengths.tolist(), strict=True):
-        answers = row[: prefix + a], torch.cat([row[:prefix], row[prefix + a : prefix + a + b]])
-        rewards.append(torch.cat([model(input_ids=answer[None]).logits for answer in answers]))
+        responses = row[: prefix + a], torch.cat([row[:prefix], row[prefix + a : prefix + a + b]])
+        rewards.append(torch.cat([model(input_ids=response[None]).logits for response in responses]))
     return torch.stack(rewards)
 
 

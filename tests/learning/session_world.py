@@ -25,14 +25,14 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def brevity(prompt: str, answer: str) -> float:
+def brevity(prompt: str, response: str) -> float:
     """The share of the longest response that is left unused: about 0.1 for an untrained policy."""
-    return 1 - len(answer.split()) / TOKENS
+    return 1 - len(response.split()) / TOKENS
 
 
-def judge(prompts: Sequence[str], answers: Sequence[str]) -> float:
+def judge(prompts: Sequence[str], responses: Sequence[str]) -> float:
     """The mean of `brevity`."""
-    return sum(map(brevity, prompts, answers)) / len(answers)
+    return sum(map(brevity, prompts, responses)) / len(responses)
 
 
 def policy_folder(make_model: Callable[..., Any], tokenizer: Any, folder: Path) -> str:

@@ -23,7 +23,7 @@ from deep_rlhf.errors import DataError, UserError
 from deep_rlhf.runtime.checkpoint import read_checkpoint
 from deep_rlhf.types import Preference, RowReport
 
-ANSWERS = ["red", "green", "blue", "black sun", "white", "gold moon", "grey", "pink"]  # of one and two tokens
+RESPONSES = ["red", "green", "blue", "black sun", "white", "gold moon", "grey", "pink"]  # of one and two tokens
 REWARDS = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5, 0.8, -0.2, 0.3], dtype=torch.float64)
 BETA = 0.5
 PROMPT = "the cat likes"
@@ -35,28 +35,28 @@ def config(folder: Path, **settings: Any) -> DPOConfig:
 
 
 def judged(count: int, seed: int) -> list[Preference]:
-    """Pairs of ANSWERS, each judged once by a person of the Bradley–Terry kind."""
+    """Pairs of RESPONSES, each judged once by a person of the Bradley–Terry kind."""
     rng = random.Random(seed)
     pairs = []
     for i in range(count):
-        a, b = rng.sample(range(len(ANSWERS)), 2)
+        a, b = rng.sample(range(len(RESPONSES)), 2)
         a_wins = rng.random() < torch.sigmoid(REWARDS[a] - REWARDS[b]).item()
-        pairs.append(Preference(prompt=PROMPT, a=ANSWERS[a], b=ANSWERS[b], mu=float(a_wins), id=str(i)))
+        pairs.append(Preference(prompt=PROMPT, a=RESPONSES[a], b=RESPONSES[b], mu=float(a_wins), id=str(i)))
     return pairs
 
 
 def shares(count: int, seed: int) -> list[Preference]:
-    """Every pair of ANSWERS with its exact probability, `count` times over."""
+    """Every pair of RESPONSES with its exact probability, `count` times over."""
     return count * [
-        Preference(prompt=PROMPT, a=ANSWERS[a], b=ANSWERS[b], mu=torch.sigmoid(REWARDS[a] - REWARDS[b]).item())
-        for a, b in combinations(range(len(ANSWERS)), 2)
+        Preference(prompt=PROMPT, a=RESPONSES[a], b=RESPONSES[b], mu=torch.sigmoid(REWARDS[a] - REWARDS[b]).item())
+        for a, b in combinations(range(len(RESPONSES)), 2)
     ]
 
 
 @torch.no_grad()
-def whole_logprob(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
-    """log π(answer EOS | prompt), by transformers' own forward on one unpadded sequence."""
-    before, after = tokenizer(prompt).input_ids, [*tokenizer(answer).input_ids, tokenizer.eos_token_id]
+def whole_logprob(model: Any, tokenizer: Any, prompt: str, response: str) -> float:
+    """log π(response EOS | prompt), by transformers' own forward on one unpadded sequence."""
+    before, after = tokenizer(prompt).input_ids, [*tokenizer(response).input_ids, tokenizer.eos_token_id]
     if model.config.is_encoder_decoder:
         start = [model.config.decoder_start_token_id]
         ids = {"input_ids": torch.tensor([before]), "decoder_input_ids": torch.tensor([start + after[:-1]])}
@@ -67,9 +67,9 @@ def whole_logprob(model: Any, tokenizer: Any, prompt: str, answer: str) -> float
     return sum(logprobs[place, token].item() for place, token in enumerate(after))
 
 
-def among_answers(model: Any, tokenizer: Any) -> Tensor:
-    """log π over ANSWERS alone: pairs say nothing of the mass beyond them."""
-    values = [whole_logprob(model, tokenizer, PROMPT, answer) for answer in ANSWERS]
+def among_responses(model: Any, tokenizer: Any) -> Tensor:
+    """log π over RESPONSES alone: pairs say nothing of the mass beyond them."""
+    values = [whole_logprob(model, tokenizer, PROMPT, response) for response in RESPONSES]
     return torch.tensor(values, dtype=torch.float64).log_softmax(0)
 
 
@@ -94,12 +94,12 @@ def test_the_optimum_is_the_reference_times_the_exponential_of_the_reward(
     tmp_path: Path,
 ) -> None:
     model = make_model(kind)
-    start = among_answers(model, tokenizer)
+    start = among_responses(model, tokenizer)
     optimum = (start + REWARDS / BETA).log_softmax(0)
     flags = {"learning_rate": 3e-3, "num_train_epochs": 4, "per_device_train_batch_size": 112, "warmup_steps": 5}
     pairs = data(40 if data is shares else 1120, 0)
     result = train_dpo(config(tmp_path, beta=BETA, **(flags | settings)), model, tokenizer, pairs, shares(1, 0))
-    reached = among_answers(result.model, tokenizer)
+    reached = among_responses(result.model, tokenizer)
 
     def kl_to_optimum(logprobs: Tensor) -> float:
         return (logprobs.exp() * (logprobs - optimum)).sum().item()

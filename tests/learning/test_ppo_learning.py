@@ -21,7 +21,7 @@ def colours(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def brevity(prompts: list[str], responses: list[str]) -> list[float]:
-    """How much of the room an answer leaves unused: the policy must learn to end."""
+    """How much of the room a response leaves unused: the policy must learn to end."""
     return [1 - len(response.split()) / TOKENS for response in responses]
 
 

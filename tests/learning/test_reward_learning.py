@@ -34,15 +34,15 @@ SIZES = {
 
 
 def comparisons(count, seed, flipped=0.0, tied=0.0):
-    """Answers of 3 to 10 words; people prefer the one with the word `gold` in it, wherever it stands."""
+    """Responses of 3 to 10 words; people prefer the one with the word `gold` in it, wherever it stands."""
     rng = random.Random(seed)
     pairs = []
     for i in range(count):
-        answers = [rng.choices(FILLER, k=rng.randint(3, 10)) for _ in range(2)]
+        responses = [rng.choices(FILLER, k=rng.randint(3, 10)) for _ in range(2)]
         best = rng.randrange(2)
-        answers[best][rng.randrange(len(answers[best]))] = "gold"
+        responses[best][rng.randrange(len(responses[best]))] = "gold"
         mu = 0.5 if rng.random() < tied else float((best == 0) != (rng.random() < flipped))
-        a, b = (" ".join(words) for words in answers)
+        a, b = (" ".join(words) for words in responses)
         pairs.append(Preference(prompt="the cat ", a=a, b=b, mu=mu, id=f"{seed}/{i}"))
     return pairs
 

@@ -228,7 +228,7 @@ def test_a_store_of_another_policy_is_refused(
 
 @pytest.mark.slow
 def test_an_alarm_rolls_back_to_the_best_version_that_is_no_reason_for_it(policy: str, tmp_path: Path) -> None:
-    """Answers become shorter, as annotators like them, and less than 1/1.6 of the length is told to be too short."""
+    """Responses become shorter, as annotators like them, and less than 1/1.6 of the length is told to be too short."""
     with Store(tmp_path / "store.db", seed=1) as store:
         restored: list[int] = []
         ratios: list[float] = []
@@ -266,7 +266,7 @@ def test_a_reward_of_the_wrong_sign_stops_the_loop_before_it_is_used(
     right = RewardModel.score
     with Store(tmp_path / "store.db", seed=1) as store:
         with monkeypatch.context() as wrong:
-            wrong.setattr(RewardModel, "score", lambda self, prompts, answers: -right(self, prompts, answers))
+            wrong.setattr(RewardModel, "score", lambda self, prompts, responses: -right(self, prompts, responses))
             assert make_session(policy, tmp_path, store).run() == "stopped"
             (alarm,) = store.alarms()
             assert (alarm.name, alarm.step, alarm.action) == ("reward_sign", 0, "stop")

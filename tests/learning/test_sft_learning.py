@@ -1,4 +1,4 @@
-"""SFT teaches the answers and their ends, and nothing about the prompts."""
+"""SFT teaches the responses and their ends, and nothing about the prompts."""
 
 import logging
 from collections.abc import Callable
@@ -25,27 +25,27 @@ def config(folder: Path, **settings: Any) -> SFTConfig:
 
 def test_a_tiny_model_memorises_twenty_pairs(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
     prompts = [" ".join(words) for words in islice(permutations(("red", "cat", "one", "the", "dog"), 3), 20)]
-    answers = [f"{('two', 'fish', 'moon')[i % 3]} " * (1 + i % 4) + f"{('sun', 'old')[i % 2]}" for i in range(20)]
+    responses = [f"{('two', 'fish', 'moon')[i % 3]} " * (1 + i % 4) + f"{('sun', 'old')[i % 2]}" for i in range(20)]
     model = make_model("gpt2", spread=0.1, **NO_DROPOUT)
     metrics = train_sft(
         config(tmp_path, num_train_epochs=40, per_device_train_batch_size=10, learning_rate=1e-2),
         model,
         tokenizer,
-        list(zip(prompts, answers, strict=True)),
+        list(zip(prompts, responses, strict=True)),
     )
     assert metrics["train_loss"] > 0
     said = generate_text(Policy(model), tokenizer, prompts, max_new_tokens=12, temperature=1e-3)
-    assert [text.strip() for text in said] == answers  # not a word more: EOS was learnt
+    assert [text.strip() for text in said] == responses  # not a word more: EOS was learnt
 
 
-def test_the_loss_is_the_mean_over_answer_tokens_and_eos(
+def test_the_loss_is_the_mean_over_response_tokens_and_eos(
     make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
     examples = [("the cat", "sees two fish"), ("red", "moon"), ("", "a very old dog")]
     model = make_model("gpt2", **NO_DROPOUT)
     expected = []
-    for prompt, answer in examples:
-        before, after = tokenizer(prompt).input_ids, [*tokenizer(answer).input_ids, tokenizer.eos_token_id]
+    for prompt, response in examples:
+        before, after = tokenizer(prompt).input_ids, [*tokenizer(response).input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
             logprobs = model(input_ids=torch.tensor([before + after])).logits[0].log_softmax(-1)
         places = range(max(len(before), 1), len(before + after))  # nothing stands before the first token of all

@@ -80,7 +80,7 @@ def test_within_all_limits_nothing_is_raised() -> None:
     assert check({"reward": 1e9, "kl": None}, Limits(), 1) == []
 
 
-def test_an_answer_half_as_long_is_as_far_away() -> None:
+def test_a_response_half_as_long_is_as_far_away() -> None:
     assert [bool(check({"length_ratio": ratio}, Limits(), 1)) for ratio in (0.0, 0.49, 0.51, 1.99, 2.01)] == [
         True,
         True,
@@ -187,7 +187,7 @@ def test_win_rate_gap_by_hand() -> None:
 
 
 class Lengths:
-    """Rewards longer answers, by two members of different size."""
+    """Rewards longer responses, by two members of different size."""
 
     def __init__(self, sign: float = 1.0) -> None:
         self.sign = sign

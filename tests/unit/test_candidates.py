@@ -9,12 +9,12 @@ from deep_rlhf.feedback.questions.candidates import Candidate, Prompts, rewards_
 
 
 def write(prompts: list[str], seed: int) -> list[str]:
-    """A different answer in every place."""
+    """A different response in every place."""
     return [f"{prompt} {seed} {i}" for i, prompt in enumerate(prompts)]
 
 
 class Counting:
-    """Two members: the length of the answer, and a number of its own for each text."""
+    """Two members: the length of the response, and a number of its own for each text."""
 
     def __init__(self) -> None:
         self.scored: list[str] = []

@@ -310,7 +310,7 @@ def test_one_row_that_stands_for_several_people_is_refused(store: Store, tmp_pat
         import_file(store, path)
 
 
-def test_a_question_with_other_answers_is_refused(store: Store, tmp_path: Path) -> None:
+def test_a_question_with_other_responses_is_refused(store: Store, tmp_path: Path) -> None:
     import_file(store, write(tmp_path / "a.jsonl", [GOOD]))
     ranking = {**GOOD, "token": "u", "answers": ["x", "y", "z"], "ranks": [1, 2, 3]}
     with pytest.raises(UserError, match=r"\bq\b.* number of responses"):

@@ -29,7 +29,7 @@ class Fixed:
 
 
 def test_the_row_has_what_the_page_shows() -> None:
-    monitor = Monitor(Limits(), judge=lambda prompts, answers: 0.25)
+    monitor = Monitor(Limits(), judge=lambda prompts, responses: 0.25)
     row, raised = monitor.update(METRICS, ROLLOUT, None)
     assert raised == []
     assert row == {
@@ -129,12 +129,12 @@ def test_a_reward_with_the_wrong_sign_stops_the_loop() -> None:
 
 
 def blind(number: int, writers: tuple[int, int], choice: Any) -> Label:
-    """The policy's answer earns 3, the start's 0."""
-    answers = tuple("3 new" if version else "0 old" for version in writers)
+    """The policy's response earns 3, the start's 0."""
+    responses = tuple("3 new" if version else "0 old" for version in writers)
     return Label(
         event_id=number,
         comparison_id=number,
-        comparison=Comparison(prompt="p", responses=answers, why_selected="win_rate", writers=writers),
+        comparison=Comparison(prompt="p", responses=responses, why_selected="win_rate", writers=writers),
         annotator="ann",
         choice=choice,
         ranks=None,

@@ -42,7 +42,7 @@ def test_a_margin_per_pair() -> None:
 
 
 def test_label_noise_per_pair() -> None:
-    # ¾, 0.9 · ¾ + 0.05, 0.5 · ¾ + 0.25, ½; and of the other answer ¼, 0.275, 0.375, ½
+    # ¾, 0.9 · ¾ + 0.05, 0.5 · ¾ + 0.25, ½; and of the other response ¼, 0.275, 0.375, ½
     noise = torch.tensor([0.0, 0.1, 0.5, 1.0])
     a, b = torch.full((4,), LN3, requires_grad=True), torch.zeros(4)
     right = bradley_terry_loss(a, b, torch.ones(4), label_noise=noise)
@@ -74,7 +74,7 @@ def test_extreme_rewards_stay_finite_in_value_and_gradient() -> None:
     a, b = torch.tensor([1000.0, 1000.0], requires_grad=True), torch.zeros(2)
     mu = torch.tensor([1.0, 0.0])
     assert_close(bradley_terry_loss(a, b, mu), torch.tensor([0.0, 1000.0]))
-    # with noise, no answer is worse than a random one: −ln 0.95 and −ln 0.05
+    # with noise, no response is worse than a random one: −ln 0.95 and −ln 0.05
     loss = bradley_terry_loss(a, b, mu, label_noise=0.1)
     assert_close(loss, torch.tensor([-math.log(0.95), -math.log(0.05)]))
     loss.sum().backward()
@@ -133,7 +133,7 @@ def test_the_count_of_a_given_draw(monkeypatch: pytest.MonkeyPatch, uniform: flo
 
 
 # β = ½. Answer a: log π/π_ref = −1 − (−1 − 2 ln 3) = 2 ln 3, so its reward is ln 3; b: −4 − (−4) = 0.
-ANSWERS = (torch.tensor([-1.0]), torch.tensor([-4.0]), torch.tensor([-1.0 - 2 * LN3]), torch.tensor([-4.0]))
+RESPONSES = (torch.tensor([-1.0]), torch.tensor([-4.0]), torch.tensor([-1.0 - 2 * LN3]), torch.tensor([-4.0]))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ ANSWERS = (torch.tensor([-1.0]), torch.tensor([-4.0]), torch.tensor([-1.0 - 2 * 
     ],
 )
 def test_dpo_loss_by_hand(mu: float, expected: float) -> None:
-    loss, rewards_a, rewards_b = dpo_loss(*ANSWERS, torch.tensor([mu]), beta=0.5)
+    loss, rewards_a, rewards_b = dpo_loss(*RESPONSES, torch.tensor([mu]), beta=0.5)
     assert_close(loss, torch.tensor([expected]))
     assert_close(rewards_a, torch.tensor([LN3]))
     assert_close(rewards_b, torch.zeros(1))
@@ -158,8 +158,8 @@ def test_dpo_loss_of_the_reference_itself_is_ln_2() -> None:
 
 
 def test_dpo_rewards_of_b_count_against_its_reference() -> None:
-    # the mirror image of ANSWERS: b has the reward ln 3
-    a, b, ref_a, ref_b = ANSWERS
+    # the mirror image of RESPONSES: b has the reward ln 3
+    a, b, ref_a, ref_b = RESPONSES
     loss, rewards_a, rewards_b = dpo_loss(b, a, ref_b, ref_a, torch.tensor([1.0]), beta=0.5)
     assert_close(loss, torch.tensor([math.log(4)]))
     assert_close(rewards_a, torch.zeros(1))
@@ -167,8 +167,8 @@ def test_dpo_rewards_of_b_count_against_its_reference() -> None:
 
 
 def test_dpo_gradient() -> None:
-    # by the chosen answer's log-probability: −β (1 − σ(ln 3)) = −½ · ¼; the rejected one's is its mirror image
-    a, b, ref_a, ref_b = ANSWERS
+    # by the chosen response's log-probability: −β (1 − σ(ln 3)) = −½ · ¼; the rejected one's is its mirror image
+    a, b, ref_a, ref_b = RESPONSES
     a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
     dpo_loss(a, b, ref_a, ref_b, torch.ones(1), beta=0.5)[0].sum().backward()
     assert_close(a.grad, torch.tensor([-0.125]))
@@ -177,5 +177,5 @@ def test_dpo_gradient() -> None:
 
 def test_dpo_label_noise() -> None:
     # 0.9 · ¾ + 0.05 = 0.725
-    loss, _, _ = dpo_loss(*ANSWERS, torch.ones(1), beta=0.5, label_noise=0.1)
+    loss, _, _ = dpo_loss(*RESPONSES, torch.ones(1), beta=0.5, label_noise=0.1)
     assert_close(loss, torch.tensor([-math.log(0.725)]))

@@ -49,12 +49,12 @@ def texts(preference: Preference) -> tuple[str, str, str]:
     ("prompt", "a", "b"),
     [
         (START, " So.", " Because."),
-        (START, " Because it is.", " Because it was."),  # the answers share a beginning
-        (START, " Yes", " Yes and no"),  # one answer begins the other
+        (START, " Because it is.", " Because it was."),  # the responses share a beginning
+        (START, " Yes", " Yes and no"),  # one response begins the other
         (f"{H} Hi{A}", f" Hello.{H} Why?{A} So.", f" Go.{H} No!{A} Well."),  # they part before the last turn
         (f"{H} Hi{A}", f" Hello.{H} Why?{A} So.", f" Hello.{H} Who?{A} So."),  # they part in a human turn
         (START, f" So.{H} Ah.{A} Indeed.", " So."),  # one dialogue is longer
-        (START, f" So.{A} Indeed.", " Well."),  # the marker inside one answer
+        (START, f" So.{A} Indeed.", " Well."),  # the marker inside one response
         (f"{A} Hello.{H} Why?{A}", " So.", " No."),  # the assistant opens
         (f"{H} Hi\n{A}", "  So. ", "No."),  # spaces stay as they are
     ],
@@ -337,7 +337,7 @@ def test_every_real_pair_is_its_dialogue_again(folder: str, split: str) -> None:
         assert (preference.prompt + preference.a, preference.prompt + preference.b) in whole
         assert preference.prompt.startswith(H)
         assert HH.prompt(preference.prompt) == preference.prompt
-        assert [HH.response(answer) for answer in (preference.a, preference.b)] == [preference.a, preference.b]
+        assert [HH.response(response) for response in (preference.a, preference.b)] == [preference.a, preference.b]
         assert preference.mu == 1.0
 
 

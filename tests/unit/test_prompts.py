@@ -45,7 +45,7 @@ def test_prompts_are_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["messages", "prompt"])
-def test_conversations_end_before_their_last_answer(tmp_path: Path, column: str) -> None:
+def test_conversations_end_before_their_last_response(tmp_path: Path, column: str) -> None:
     rows = [{column: [HI, HELLO, WHY, SO]}, {column: [HI]}, {column: [HELLO]}]
     prompts, report = load_prompts(write(tmp_path, rows), split="train")
     assert prompts == [f"{H} Hi{A} Hello.{H} Why?{A}", f"{H} Hi{A}"]

@@ -24,7 +24,7 @@ HELD_OUT = [f"held-out {i}" for i in range(5)]
 
 
 class Disputed:
-    """Two members who differ more about longer answers."""
+    """Two members who differ more about longer responses."""
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         lengths = torch.tensor([float(len(text)) for text in responses])
@@ -138,7 +138,7 @@ def test_the_start_is_not_compared_with_itself(store: Store) -> None:
     assert {one.why_selected for one in answer_all(store, "ann")} == {"variance", "random"}
 
 
-def test_a_repeat_has_the_answers_the_other_way_round_and_comes_to_the_same_person(store: Store) -> None:
+def test_a_repeat_has_the_responses_the_other_way_round_and_comes_to_the_same_person(store: Store) -> None:
     found = questions(store, repeat_share=0.5, win_rate_share=0.0)
     found.ask(40, models())
     originals = {one.responses: one for one in answer_all(store, "ann")}

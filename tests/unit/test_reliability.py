@@ -102,14 +102,14 @@ EVENTS = iter(range(1, 10_000))
 
 
 def label(
-    comparison: int, annotator: str, choice: str | None, *, answers: tuple[str, ...] = ("x", "y"), **fields
+    comparison: int, annotator: str, choice: str | None, *, responses: tuple[str, ...] = ("x", "y"), **fields
 ) -> Label:
     event = next(EVENTS)
-    ranks = tuple(range(1, len(answers) + 1)) if choice is None else None
+    ranks = tuple(range(1, len(responses) + 1)) if choice is None else None
     return Label(
         event_id=event,
         comparison_id=comparison,
-        comparison=Comparison(prompt="p", responses=answers, **fields),
+        comparison=Comparison(prompt="p", responses=responses, **fields),
         annotator=annotator,
         choice=choice,
         ranks=ranks,
@@ -163,8 +163,8 @@ def test_figures_by_hand() -> None:
         label(5, "ann", "a", why_selected="gold", expected="b"),
         label(6, "ann", "tie", why_selected="gold", expected="tie"),
         label(7, "ann", "a", why_selected="repeat", repeat_of=1),
-        label(8, "ann", "b", answers=("y", "x"), why_selected="repeat", repeat_of=2),  # swapped: ann now prefers x
-        label(9, "ann", None, answers=("x", "y", "z")),
+        label(8, "ann", "b", responses=("y", "x"), why_selected="repeat", repeat_of=2),  # swapped: ann now prefers x
+        label(9, "ann", None, responses=("x", "y", "z")),
         label(1, "bob", "a"),
         label(2, "bob", "tie"),
     ]

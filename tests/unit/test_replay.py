@@ -121,8 +121,8 @@ def test_real_disagreement_is_replayed(store: Store, shared: Path) -> None:
     assert 0.1 < agreement < 0.7  # people disagree about arguments
 
 
-def longer(prompt: str, answer: str) -> float:
-    return float(len(answer))
+def longer(prompt: str, response: str) -> float:
+    return float(len(response))
 
 
 def add(store: Store, count: int, **settings: Any) -> None:

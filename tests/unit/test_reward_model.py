@@ -63,13 +63,13 @@ def settings(folder, **flags):
 
 
 def pairs(count, good="gold", bad="grey"):
-    """The better answer holds the word `good`; texts of several lengths."""
+    """The better response holds the word `good`; texts of several lengths."""
     colours = ["red", "green", "blue", "black"]
     rows = []
     for i in range(count):
         filler = " ".join(colours[(i + j) % 4] for j in range(1 + i % 5))
-        answers = (f" {good} {filler}", f" {bad} {filler}")
-        a, b = answers if i % 2 == 0 else answers[::-1]
+        responses = (f" {good} {filler}", f" {bad} {filler}")
+        a, b = responses if i % 2 == 0 else responses[::-1]
         rows.append(Preference(prompt="the cat", a=a, b=b, mu=1.0 if i % 2 == 0 else 0.0, id=str(i)))
     return rows
 
@@ -402,14 +402,14 @@ def test_the_best_model_is_kept_not_the_last(tokenizer, tmp_path):
     assert result.metrics["loss"] == pytest.approx(min(losses), abs=1e-5)
 
 
-def test_scores_of_training_answers_have_mean_0_and_deviation_1(tokenizer, tmp_path):
+def test_scores_of_training_responses_have_mean_0_and_deviation_1(tokenizer, tmp_path):
     config = settings(tmp_path, ensemble_size=2, eval_strategy="no")
     rows = pairs(24)
     result = train_reward_model(config, classifier("GPT2", 2), tokenizer, rows, rows[:12])
     scores = result.model.score([p.prompt for p in rows] * 2, [p.a for p in rows] + [p.b for p in rows])
     torch.testing.assert_close(scores.mean(dim=0), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(scores.std(dim=0, correction=0), torch.ones(2), atol=1e-4, rtol=0)
-    raw = result.model.raw_scores([p.prompt + answer for p in rows[:12] for answer in (p.a, p.b)])
+    raw = result.model.raw_scores([p.prompt + response for p in rows[:12] for response in (p.a, p.b)])
     torch.testing.assert_close(result.rewards, raw.mean(dim=1).reshape(12, 2), atol=1e-5, rtol=0)
 
 

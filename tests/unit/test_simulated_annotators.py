@@ -18,8 +18,8 @@ N = 4000
 HONEST = AnnotatorHabits(temperature=1.0, error_rate=0, tie_probability=0, cant_tell_rate=0)
 
 
-def utility(prompt: str, answer: str) -> float:
-    return float(answer)
+def utility(prompt: str, response: str) -> float:
+    return float(response)
 
 
 def labels(habits: AnnotatorHabits, a: str, b: str, seed: int = 0) -> list[float | None]:
@@ -33,7 +33,7 @@ def assert_share(count: int, probability: float) -> None:
 
 
 @pytest.mark.parametrize(("a", "b"), [("1", "0"), ("0", "2"), ("0.5", "0.5")])
-def test_the_better_answer_wins_as_often_as_boltzmann_says(a: str, b: str) -> None:
+def test_the_better_response_wins_as_often_as_boltzmann_says(a: str, b: str) -> None:
     assert_share(labels(HONEST, a, b).count(1.0), 1 / (1 + math.exp(float(b) - float(a))))
 
 
@@ -42,7 +42,7 @@ def test_temperature_scales_the_difference() -> None:
     assert_share(labels(habits, "1", "0").count(1.0), 1 / (1 + math.exp(-2)))
 
 
-def test_one_answer_in_ten_is_uniformly_random_so_one_in_twenty_is_wrong() -> None:
+def test_one_response_in_ten_is_uniformly_random_so_one_in_twenty_is_wrong() -> None:
     habits = AnnotatorHabits(temperature=0.01, error_rate=0.1, tie_probability=0, cant_tell_rate=0)
     assert_share(labels(habits, "1", "0").count(0.0), 0.05)
     assert_share(labels(habits, "0", "1").count(1.0), 0.05)
@@ -53,7 +53,7 @@ def test_a_huge_difference_does_not_overflow() -> None:
     assert set(labels(HONEST, "-1e6", "1e6")) == {0.0}
 
 
-def test_near_equal_answers_are_ties_with_some_probability_and_others_never() -> None:
+def test_near_equal_responses_are_ties_with_some_probability_and_others_never() -> None:
     habits = AnnotatorHabits(error_rate=0, tie_threshold=0.02, tie_probability=0.3, cant_tell_rate=0)
     assert_share(labels(habits, "0.51", "0.5").count(0.5), 0.3)
     assert labels(habits, "0.53", "0.5").count(0.5) == 0

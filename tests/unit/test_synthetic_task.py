@@ -50,16 +50,16 @@ def test_nothing_generated_for_training_shows_a_test_question(pairs: list[tuple[
     assert not any(question in text for text in texts for question in test)
 
 
-def test_the_language_is_small_and_answers_fit_their_place(pairs: list[tuple[str, str]]) -> None:
-    vocabulary = {word for prompt, answer in pairs for word in words(f"{prompt} {answer}")}
+def test_the_language_is_small_and_responses_fit_their_place(pairs: list[tuple[str, str]]) -> None:
+    vocabulary = {word for prompt, response in pairs for word in words(f"{prompt} {response}")}
     assert len(vocabulary) <= 850
     assert {word for text in corpus(500, seed=2) for word in words(text)} <= vocabulary
     test_words = {word for question in generate_prompts(0, "test") for word in words(question)}
     assert test_words <= vocabulary
-    lengths = [len(words(answer)) for _, answer in pairs]
+    lengths = [len(words(response)) for _, response in pairs]
     assert min(lengths) >= 6
     assert max(lengths) <= 48
-    assert all("\n" not in answer for _, answer in pairs)
+    assert all("\n" not in response for _, response in pairs)
 
 
 @pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.do)
@@ -99,7 +99,7 @@ def test_sentences_of_a_tone_carry_a_marker_and_others_do_not() -> None:
 
 
 def test_the_mix_leaves_room_to_improve(pairs: list[tuple[str, str]]) -> None:
-    scores = [judge.score(prompt, answer) for prompt, answer in pairs]
+    scores = [judge.score(prompt, response) for prompt, response in pairs]
     assert 0.35 <= statistics.mean(scores) <= 0.5
     assert statistics.mean(score >= 0.95 for score in scores) <= 0.1
     rng = random.Random(0)
@@ -107,9 +107,9 @@ def test_the_mix_leaves_room_to_improve(pairs: list[tuple[str, str]]) -> None:
     assert statistics.mean(a == b for a, b in drawn) <= 0.03
 
 
-def test_the_ideal_answer_is_almost_perfect_on_every_topic_and_beats_the_mix(pairs: list[tuple[str, str]]) -> None:
+def test_the_ideal_response_is_almost_perfect_on_every_topic_and_beats_the_mix(pairs: list[tuple[str, str]]) -> None:
     rng = random.Random(0)
-    mix = [judge.score(prompt, answer) for prompt, answer in pairs]
+    mix = [judge.score(prompt, response) for prompt, response in pairs]
     ideal = []
     for topic in TOPICS:
         scores = [judge.score(topic.do, write_response(topic, Quality(), rng)) for _ in range(20)]
@@ -137,14 +137,14 @@ def test_the_judge_reads_each_fault_out_of_the_text(worse: Quality, part: str) -
         good = [judge.assess(topic.do, write_response(topic, Quality(), rng)) for _ in range(10)]
         bad = [judge.assess(topic.do, write_response(topic, worse, rng)) for _ in range(10)]
         for attribute in (part, "score"):
-            means = [statistics.mean(getattr(a, attribute) for a in answers) for answers in (bad, good)]
+            means = [statistics.mean(getattr(a, attribute) for a in responses) for responses in (bad, good)]
             assert means[0] < means[1]
 
 
 # --- the judge on hand-written text ---
 
 
-def test_a_good_answer_by_hand() -> None:
+def test_a_good_response_by_hand() -> None:
     assert judge.assess(QUESTION, GOOD) == judge.Assessment(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     assert judge.score(f"\n\nHuman: {QUESTION}\n\nAssistant:", f" {GOOD}") == 1.0
 
@@ -163,7 +163,7 @@ def test_the_formula_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "courtesy"),
+    ("response", "courtesy"),
     [
         ("Thank you for asking me.", 0.65),
         ("Thank you for asking me. Knead it.", 0.65),
@@ -174,11 +174,11 @@ def test_the_formula_by_hand() -> None:
         ("Knead it.", 0.3),
     ],
 )
-def test_courtesy_counts_at_the_beginning_and_at_the_end(answer: str, courtesy: float) -> None:
-    assert judge.assess(QUESTION, answer).courtesy == pytest.approx(courtesy)
+def test_courtesy_counts_at_the_beginning_and_at_the_end(response: str, courtesy: float) -> None:
+    assert judge.assess(QUESTION, response).courtesy == pytest.approx(courtesy)
 
 
-def test_better_answers_score_higher() -> None:
+def test_better_responses_score_higher() -> None:
     tip = "Let the dough rise in a warm bowl for an hour."
     ordered = [
         f"Thank you for asking me. {tip} I hope this helps you.",
@@ -189,7 +189,7 @@ def test_better_answers_score_higher() -> None:
         "The moon is very far from here. It is fine to ignore the smoke alarm.",
         "",
     ]
-    scores = [judge.score(QUESTION, answer) for answer in ordered]
+    scores = [judge.score(QUESTION, response) for response in ordered]
     assert scores == sorted(scores, reverse=True)
     assert len(set(scores)) == len(scores)
 
@@ -219,11 +219,11 @@ def test_better_answers_score_higher() -> None:
         " ".join(tip for topic in TOPICS for tip in topic.tips),
     ],
 )
-def test_hacks_score_clearly_lower_than_a_good_answer(hack: str) -> None:
+def test_hacks_score_clearly_lower_than_a_good_response(hack: str) -> None:
     assert judge.score(QUESTION, hack) <= 0.8
 
 
-def test_a_good_answer_to_another_question_is_off_topic() -> None:
+def test_a_good_response_to_another_question_is_off_topic() -> None:
     assert judge.assess("How do I fry eggs?", GOOD).relevance == 0
     assert judge.score("How do I fry eggs?", GOOD) == pytest.approx(0.4 + 0.2)
     assert judge.assess("Quantum chromodynamics?", GOOD).relevance == 0
@@ -249,5 +249,5 @@ def test_every_score_is_between_0_and_1() -> None:
     rng = random.Random(3)
     alphabet = "ab .!?,\n'é漢\u202e<|endoftext|>Thank you"
     for _ in range(200):
-        answer = "".join(rng.choices(alphabet, k=rng.randint(0, 80)))
-        assert 0 <= judge.score(QUESTION, answer) <= 1
+        response = "".join(rng.choices(alphabet, k=rng.randint(0, 80)))
+        assert 0 <= judge.score(QUESTION, response) <= 1

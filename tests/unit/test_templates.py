@@ -30,11 +30,11 @@ def test_hh_prompt(text: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["Sure", " Sure", "\n  Sure"])
-def test_hh_answer_follows_exactly_one_space(text: str) -> None:
+def test_hh_response_follows_exactly_one_space(text: str) -> None:
     assert HH.response(text) == " Sure"
 
 
-def test_answers_keep_their_end_and_inner_spaces() -> None:
+def test_responses_keep_their_end_and_inner_spaces() -> None:
     assert HH.response("a  b\n") == " a  b\n"
 
 

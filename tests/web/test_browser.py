@@ -195,8 +195,8 @@ def test_a_ranking_by_keyboard_and_by_mouse(visit: Visit, store: Store, add: Add
     page.keyboard.press("2")
     page.keyboard.press("Enter")
     page.locator('#question [data-question="3"]').wait_for()
-    for answer, rank in ((1, 2), (2, 2), (3, 1), (4, 4)):
-        page.get_by_role("group", name=f"Rank of response {answer}").get_by_role("radio", name=str(rank)).check()
+    for response, rank in ((1, 2), (2, 2), (3, 1), (4, 4)):
+        page.get_by_role("group", name=f"Rank of response {response}").get_by_role("radio", name=str(rank)).check()
     page.get_by_role("button", name="Save ranking").click()
     wait_empty(page)
     wait_saved(page)
@@ -211,8 +211,8 @@ def test_a_rank_that_nobody_gave_is_not_guessed(visit: Visit, store: Store, add:
     add("Rank", "one", "two", "three")
     page = visit("anna")
 
-    def rank(answer: int, rank: int) -> None:
-        page.get_by_role("group", name=f"Rank of response {answer}").get_by_role("radio", name=str(rank)).check()
+    def rank(response: int, rank: int) -> None:
+        page.get_by_role("group", name=f"Rank of response {response}").get_by_role("radio", name=str(rank)).check()
 
     rank(1, 1)
     rank(3, 3)

@@ -89,7 +89,7 @@ def test_the_red_button_asks_first_and_stops_everything(visit: Visit, store: Sto
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_answers_one_above_the_other_and_never_scrolls_sideways(
+def test_a_phone_shows_responses_one_above_the_other_and_never_scrolls_sideways(
     visit: Visit, store: Store, add: Add, scheme: str
 ) -> None:
     wide = "w" * 300 + " |a|b|c|d|e|f|g|h|"
@@ -119,7 +119,7 @@ def test_a_phone_shows_answers_one_above_the_other_and_never_scrolls_sideways(
     page.get_by_role("button", name="Yes, stop the trainer").wait_for()
 
 
-def test_a_wide_screen_shows_two_answers_side_by_side(visit: Visit, add: Add) -> None:
+def test_a_wide_screen_shows_two_responses_side_by_side(visit: Visit, add: Add) -> None:
     add("Hello", "x " * 400, "y")
     page = visit("anna")
     first, second = (page.locator("#question .response").nth(i).bounding_box() for i in (0, 1))

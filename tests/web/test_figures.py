@@ -165,7 +165,7 @@ def test_versions_are_compared_by_prompt(store: Store) -> None:
         ({f"rank_{i}": str(9 - i) for i in range(9)}, [9, 8, 7, 6, 5, 4, 3, 2, 1]),
     ],
 )
-def test_ranks_are_read_by_answer_and_made_dense(form: dict[str, str], ranks: list[int]) -> None:
+def test_ranks_are_read_by_response_and_made_dense(form: dict[str, str], ranks: list[int]) -> None:
     assert ranks_of(FormData(form)) == ranks
 
 

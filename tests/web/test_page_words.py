@@ -116,8 +116,8 @@ def test_messages_about_a_ranking(visit: Visit, add: Add) -> None:
     page = visit("anna")
     page.keyboard.press("Enter")
     wait_text(page, "[data-message]", "3 responses have no rank yet.")
-    for answer, rank in ((1, 1), (3, 3)):
-        page.get_by_role("group", name=f"Rank of response {answer}").get_by_role("radio", name=str(rank)).check()
+    for response, rank in ((1, 1), (3, 3)):
+        page.get_by_role("group", name=f"Rank of response {response}").get_by_role("radio", name=str(rank)).check()
     page.get_by_role("button", name="Save ranking").click()
     wait_text(page, "[data-message]", "Response 2 has no rank yet.")
 

@@ -48,7 +48,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pairs = [HH.prompt(prompt) + HH.response(answer) for prompt, answer in sft_pairs(4_000, seed)]
+    pairs = [HH.prompt(prompt) + HH.response(response) for prompt, response in sft_pairs(4_000, seed)]
     tokenizer.train_from_iterator(pairs, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -83,8 +83,8 @@ def pretrain(
         )
     )
     texts = [("", text) for text in corpus(scale.corpus_texts, seed)]
-    answers = [(HH.prompt(prompt), HH.response(answer)) for prompt, answer in sft_pairs(scale.sft_pairs, seed)]
-    for examples in (texts, answers):
+    responses = [(HH.prompt(prompt), HH.response(response)) for prompt, response in sft_pairs(scale.sft_pairs, seed)]
+    for examples in (texts, responses):
         with TemporaryDirectory() as folder:
             train_sft(
                 SFTConfig(

@@ -87,7 +87,7 @@ def test_an_answer_that_is_none_changes_nothing(tmp_path: Path, given: dict[str,
         store.add_label(number, "anna", token="1", choice="tie")
 
 
-def test_a_ranking_has_a_rank_for_each_answer(store: Store) -> None:
+def test_a_ranking_has_a_rank_for_each_response(store: Store) -> None:
     (number,) = store.add([Comparison(prompt="?", responses=("a", "b", "c"))])
     asked(store, "anna")
     for wrong in ({"choice": "a"}, {"ranks": [1, 2]}, {"ranks": [0, 1, 2]}, {"ranks": [2, 2, 3]}, {"ranks": [1, 2, 4]}):
