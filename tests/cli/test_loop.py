@@ -64,7 +64,7 @@ def test_a_replayed_file_teaches_a_policy(policy: str, tmp_path: Path, monkeypat
         assert AGREEMENT.read(store) is not None
 
 
-def test_who_answers_and_about_what(tmp_path: Path) -> None:
+def test_labelers_and_the_prompts_they_are_asked_about(tmp_path: Path) -> None:
     web = LoopConfig()
     assert isinstance(open_labeler(web), People)
     train, held_out = open_prompts(web, open_labeler(web))
@@ -116,7 +116,7 @@ def test_a_mistake_is_one_sentence(argv: list[str], told: str, tmp_path: Path, m
     assert "\n" not in str(mistake.value)
 
 
-def test_the_line_on_the_terminal() -> None:
+def test_the_status_line() -> None:
     assert status_line.format_status(Status(state="starting"), {}, 49) == "starting · 49 labels"
     row = {"step": 7, "reward": None, "kl": None, "policy_version": 2, "reward_version": 3}  # not finite
     line = status_line.format_status(Status(state="training"), row, 25)

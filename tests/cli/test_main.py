@@ -14,7 +14,7 @@ from deep_rlhf.cli.commands import COMMANDS
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
-def test_without_a_command_they_are_listed(
+def test_without_a_command_the_commands_are_listed(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["deep-rlhf", *argv])
@@ -43,7 +43,7 @@ def test_a_mistake_ends_a_process_with_one_line_and_code_2(tmp_path: Path) -> No
 
 @pytest.mark.processes
 @pytest.mark.parametrize("command", ["teach", "label", "store"])
-def test_what_only_serves_or_copies_starts_without_the_trainers_libraries(command: str) -> None:
+def test_commands_that_only_serve_or_copy_start_without_the_trainers_libraries(command: str) -> None:
     heavy = "{'torch', 'transformers.trainer', 'transformers.modeling_utils', 'datasets', 'peft', 'accelerate'}"
     program = f"""
 import sys

@@ -127,7 +127,7 @@ def test_wandb_offline_leaves_a_run(workplace: Workplace) -> None:
     assert list((workplace.folder / "wandb").glob("offline-run-*"))
 
 
-def test_the_console_is_calm(done: Workplace) -> None:
+def test_the_console_shows_no_warnings_of_libraries(done: Workplace) -> None:
     noises = ("Warning", "LOAD REPORT", "Loading weights", "Writing model", "{'", "UNEXPECTED")
     bars = ("training", "evaluation", "ppo:", "Generating", "it/s]", "B/s]")
     for said in (done.reward, done.ppo):

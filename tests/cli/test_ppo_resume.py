@@ -89,7 +89,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(runs: Runs, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_runs_to_compare_with_have_something_to_lose(runs: Runs) -> None:
+def test_the_uninterrupted_runs_have_state_that_resuming_could_lose(runs: Runs) -> None:
     ppo, lora, rloo, trpo = (metrics(runs.whole(f"whole {name}")) for name in ("ppo", "ppo lora", "rloo", "trpo"))
     assert [row["step"] for row in ppo] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [row["step"] for row in lines(runs.whole("whole ppo") / "samples.jsonl")] == [
@@ -160,7 +160,7 @@ def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(runs: Run
 
 
 @pytest.mark.slow
-def test_a_reward_that_never_comes_is_told_with_the_sample(runs: Runs) -> None:
+def test_a_reward_function_that_hangs_is_reported_with_the_sample(runs: Runs) -> None:
     (error,) = [line for line in runs.log("hang").splitlines() if line.startswith("error: ")]
     assert_names(error, "killed_ppo_runs.noisy", "2 s", "8 responses", "sample 0", f"'{BAD}'")
 
@@ -213,7 +213,7 @@ def test_free_flags_and_the_saved_settings_are_the_same_run(
     assert checkpoints(tmp_path / "run") == ["step-7", "step-8"]
 
 
-def test_an_unfinished_run_is_not_walked_over(again: Callable[..., Any], runs: Runs, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_not_overwritten(again: Callable[..., Any], runs: Runs, tmp_path: Path) -> None:
     code, said = again(runs.stopped("update"))
     assert code == 2
     error = said.splitlines()[-1]

@@ -132,7 +132,7 @@ def test_without_a_test_split_prompts_are_held_out(tmp_path, caplog):
     assert_line_names(caplog.text, "5 %", "held out")
 
 
-def test_no_prompt_is_on_both_sides():
+def test_no_prompt_is_in_both_training_and_test_data():
     pairs = [Preference(prompt=f"q{i % 40}", a="x", b="y", id=str(i)) for i in range(200)]
     train, held_out = hold_out(pairs)
     assert {p.prompt for p in train}.isdisjoint(p.prompt for p in held_out)

@@ -127,7 +127,7 @@ def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(runs: Run
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_the_end_is_told_and_the_model_can_still_be_had(runs: Runs) -> None:
+def test_a_full_disk_at_the_end_is_reported_and_the_model_can_be_saved_later(runs: Runs) -> None:
     log = runs.log("model full")
     assert_line_names(log, "error", "reward model", "not be written", "model full")
     assert "Resuming from model full/checkpoints/step-4." in log

@@ -37,7 +37,7 @@ def labelled(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_out_and_in_again(labelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_can_be_imported_again(labelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target, other = str(tmp_path / "labels.jsonl"), str(tmp_path / "other.db")
     main(["export", labelled, target])
     assert capsys.readouterr().out.splitlines() == [f"3 labels in 5 rows: {target}", "left out: 1 can't tell"]
@@ -56,7 +56,7 @@ def test_out_and_in_again(labelled: str, tmp_path: Path, capsys: pytest.CaptureF
     ("flags", "rows"), [(["--all"], 6), (["--all=True"], 6), (["--all", "true"], 6), (["--all=False"], 5)]
 )
 @pytest.mark.parametrize("place", [1, 2, 3])
-def test_a_flag_without_a_value_takes_no_other_word_for_it(
+def test_a_flag_without_a_value_does_not_take_the_next_argument(
     flags: list[str], rows: int, place: int, labelled: str, tmp_path: Path
 ) -> None:
     target = str(tmp_path / "labels.jsonl")

@@ -73,7 +73,7 @@ def waited(condition: Callable[[], Any], process: subprocess.Popen[bytes], folde
     raise AssertionError(f"it takes too long: {said(folder)}")
 
 
-def test_it_says_what_to_do_and_how_to_go_on(workplace: Path) -> None:
+def test_teach_says_what_to_do_and_how_to_continue(workplace: Path) -> None:
     words = " ".join(said(workplace).split())
     assert "compare responses" in words
     assert "deep-rlhf teach --config=run/config.yaml" in words
@@ -112,7 +112,7 @@ def test_the_trainer_ends_saved_when_teach_is_killed_even_where_ctrl_c_is_ignore
             time.sleep(0.05)
 
 
-def test_a_trainer_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:
+def test_the_error_message_of_a_failed_trainer_is_shown(tmp_path: Path) -> None:
     words = "import sys; sys.stderr.write('some news\\nerror: There is no folder.\\n\\n'); sys.exit(2)"
     with (tmp_path / teach.LOG).open("wb") as log:
         trainer = subprocess.Popen([sys.executable, "-c", words], stderr=log)
@@ -124,7 +124,7 @@ def test_a_trainer_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:
     ("number", "told"),
     [(signal.SIGKILL, r"signal 9 \(out of memory\?\)\. The"), (signal.SIGTERM, r"signal 15\. The")],
 )
-def test_a_trainer_that_was_killed_had_no_last_words(number: int, told: str, tmp_path: Path) -> None:
+def test_a_killed_trainer_is_reported_with_its_signal(number: int, told: str, tmp_path: Path) -> None:
     (tmp_path / teach.LOG).write_text("a warning of long ago\n")
     trainer = subprocess.Popen([sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(number)})"])
     with pytest.raises(UserError, match=rf"The trainer was killed by {told} same command .*loop\.log") as error:

@@ -196,7 +196,7 @@ def test_one_rloo_step_is_plain_reinforce(make_trainer: Callable[..., OnlineTrai
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_cut_into_forward_passes_changes_nothing(
+def test_the_forward_batch_size_changes_nothing(
     kind: str, make_trainer: Callable[..., OnlineTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"ppo_epochs": 2, "mini_batch_size": 5}

@@ -35,7 +35,7 @@ def figures(result):
     return [*logged, result.metrics["loss"]]
 
 
-def test_told_with_every_pair_it_is_as_when_the_run_assumes_it(result_of):
+def test_label_noise_given_per_pair_equals_the_same_noise_given_for_the_run(result_of):
     told, assumed, clean = result_of([0.2]), result_of([None], label_noise=0.2), result_of([None])
     assert len(figures(told)) == 3 + 2 + 1
     assert figures(told) == pytest.approx(figures(assumed), abs=1e-6)
@@ -44,7 +44,7 @@ def test_told_with_every_pair_it_is_as_when_the_run_assumes_it(result_of):
     assert figures(told)[0] != pytest.approx(figures(clean)[0], abs=1e-3)
 
 
-def test_it_stays_with_its_pair_in_micro_batches_and_evaluation(result_of, monkeypatch):
+def test_label_noise_stays_with_its_pair_in_micro_batches_and_evaluation(result_of, monkeypatch):
     whole = result_of(NOISE, label_noise=0.1, per_device_eval_batch_size=8)
     monkeypatch.setitem(reward_trainer.TOKENS_AT_ONCE, "cpu", 40)
     parts = result_of(NOISE, label_noise=0.1, per_device_eval_batch_size=2)

@@ -58,7 +58,7 @@ def assert_same_history(one: list[dict[str, float]], two: list[dict[str, float]]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "t5"])
-def test_the_cut_into_forward_passes_changes_nothing(
+def test_the_forward_batch_size_changes_nothing(
     kind: str, make_trainer: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_trainer(kind).train()

@@ -81,7 +81,7 @@ def assert_same_run(one: PPOTrainer, two: PPOTrainer, *, but: Sequence[str] = ()
     ],
     ids=lambda settings: "-".join(settings) or "defaults",
 )
-def test_an_option_that_changes_nothing_but_the_way(
+def test_options_that_must_not_change_the_result(
     kind: str, settings: dict[str, Any], same_as: dict[str, Any], make_trainer: Make
 ) -> None:
     assert_same_run(make_trainer(kind, **settings), make_trainer(kind, **same_as))
@@ -168,7 +168,7 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens(make_trainer: Make) -> None:
     assert experience.advantages.min() < 0
 
 
-def test_a_sampler_unlike_the_trainer_is_corrected_for(make_trainer: Make) -> None:
+def test_importance_weights_correct_for_a_sampler_unlike_the_trainer(make_trainer: Make) -> None:
     """Per token, the loss is weighted by min(π_trainer / π_sampler, cap)."""
     trainer, experience = collected(shaken(make_trainer(importance_cap=1.5)))
     other = experience.sampler_logprobs - torch.linspace(-1, 1, experience.sampler_logprobs.shape[1])
@@ -218,7 +218,7 @@ def test_scores_are_scaled_by_all_scores_so_far(make_trainer: Make) -> None:
 
 
 @pytest.mark.parametrize("mode", ["replace", "subtract"])
-def test_a_response_without_eos_pays(mode: str, make_trainer: Make) -> None:
+def test_a_response_without_eos_is_penalised(mode: str, make_trainer: Make) -> None:
     trainer = make_trainer(missing_eos_penalty=2.0, missing_eos_mode=mode, max_new_tokens=12, temperature=1.5)
     rollout = trainer.collect_rollout(0)
     assert 0 < rollout.finished.sum() < 6
@@ -234,7 +234,9 @@ def test_a_response_without_eos_pays(mode: str, make_trainer: Make) -> None:
         ({"ensemble_reward": "uncertainty", "ensemble_std_coef": 0.5}, 3 - 0.5 * math.sqrt(7)),
     ],
 )
-def test_what_an_ensemble_says_together(settings: dict[str, Any], of_length: float, make_trainer: Make) -> None:
+def test_an_ensembles_rewards_are_combined_as_configured(
+    settings: dict[str, Any], of_length: float, make_trainer: Make
+) -> None:
     trainer = make_trainer(reward=Members(), **settings)
     rollout = trainer.collect_rollout(0)
     lengths = torch.tensor([float(len(response)) for response in rollout.responses])
@@ -281,7 +283,7 @@ def reward_model(tokenizer: Any) -> RewardModel:
     return RewardModel(model, tokenizer, template=None, max_length=64, mean=mean, std=std)
 
 
-def test_a_critic_from_the_reward_model_begins_by_saying_what_it_says(
+def test_a_critic_made_from_the_reward_model_begins_with_its_scores(
     make_trainer: Make, reward_model: RewardModel, tokenizer: Any
 ) -> None:
     trainer = make_trainer(critic="reward", reward=reward_model)

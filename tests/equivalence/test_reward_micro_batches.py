@@ -124,7 +124,7 @@ def test_out_of_memory_halves_the_parts_with_the_same_result(trainer_of, caplog,
     assert trainer.tokens == 50
 
 
-def test_batches_that_were_accumulated_before_it_are_computed_again(trainer_of):
+def test_batches_accumulated_before_out_of_memory_are_computed_again(trainer_of):
     expected = plain_step(trainer_of(classifier("GPT2"), 1))
     model = classifier("GPT2")
     trainer = trainer_of(model, 400)
@@ -147,7 +147,7 @@ def test_batches_that_were_accumulated_before_it_are_computed_again(trainer_of):
     assert trainer.tokens < 400
 
 
-def test_a_pair_that_is_too_much_is_told(trainer_of):
+def test_a_pair_too_large_for_the_memory_is_reported(trainer_of):
     model = classifier("GPT2")
     trainer = trainer_of(model, 400)
     fails_in_forward(model, 1)
@@ -155,7 +155,7 @@ def test_a_pair_that_is_too_much_is_told(trainer_of):
         step(trainer)
 
 
-def test_another_failure_is_no_lack_of_memory(trainer_of):
+def test_other_errors_are_not_taken_for_a_lack_of_memory(trainer_of):
     model = classifier("GPT2")
     trainer = trainer_of(model, 400)
     model.get_input_embeddings().register_forward_pre_hook(lambda *_: torch.empty(2).view(3))

@@ -55,7 +55,7 @@ def assert_same(one: Any, other: Any) -> None:
     assert all(torch.equal(weights, other[1][name]) for name, weights in one[1].items())
 
 
-def test_restored_is_the_same_as_never_gone_on(make: Make) -> None:
+def test_a_restored_trainer_takes_the_same_steps_again(make: Make) -> None:
     trainer = make()
     steps(trainer, [0, 1])
     state = trainer.snapshot()

@@ -135,9 +135,7 @@ def test_settings_that_cannot_work_are_refused(
         BestOfN(reference_model(make_model, "gpt2", 1), make_tokenizer(WORDS), scorer, **settings)
 
 
-def test_a_reward_that_is_no_number_is_refused(
-    make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]
-) -> None:
+def test_a_reward_of_nan_is_refused(make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]) -> None:
     scorer = FunctionScorer(lambda prompts, responses: [math.nan] * len(responses), "broken")
     sampler = BestOfN(reference_model(make_model, "gpt2", 1), make_tokenizer(WORDS), scorer, n=2, max_new_tokens=1)
     with pytest.raises(RewardError, match=r"\bnan\b.*compared"):

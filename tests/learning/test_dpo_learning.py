@@ -173,7 +173,7 @@ def weights_after(
     return torch.cat([weight.detach().flatten() for weight in result.model.parameters()]), losses
 
 
-def test_the_cut_into_batches_changes_nothing(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+def test_the_batch_size_changes_nothing(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
     cuts = [
         {"per_device_train_batch_size": 4},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},

@@ -114,7 +114,7 @@ REWARDS = {
 
 
 @pytest.mark.parametrize(("member_scores", "settings"), REWARDS.values(), ids=REWARDS)
-def test_a_reward_that_is_no_number_changes_nothing(
+def test_a_reward_that_is_not_finite_changes_nothing(
     member_scores: list[float], settings: dict[str, Any], make: Callable[..., OnlineTrainer], tmp_path: Path
 ) -> None:
     trainer = make({2: torch.tensor(member_scores)}, **settings, output_dir=str(tmp_path))

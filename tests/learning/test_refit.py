@@ -54,7 +54,7 @@ def quality(fit: RewardFit) -> float:
     return ((advantage > 0) == (torch.tensor([pair.mu for pair in TEST]) == 1)).float().mean().item()
 
 
-def test_it_goes_on_learning_from_refit_to_refit(new_fit):
+def test_quality_improves_from_refit_to_refit(new_fit):
     pairs = label(comparisons(300, seed=0), "ann", 0.1)
     fit, found = new_fit(), []
     for count in (40, 80, 160, 300):
@@ -86,7 +86,7 @@ def test_the_ratio_of_the_losses_is_brought_between_its_bounds(new_fit, weight_d
     assert 1.1 < sum(kept_ratios[-3:]) / 3 < 1.5
 
 
-def test_who_answers_at_random_is_found_and_hurts_less(new_fit):
+def test_a_random_annotator_is_detected_and_does_less_harm(new_fit):
     pairs = comparisons(300, seed=4)
     people = {"ann": 0.1, "bob": 0.1, "flips": 1.0}  # half of what the third one says is the opposite
     mixed = [
@@ -110,7 +110,7 @@ def test_who_answers_at_random_is_found_and_hurts_less(new_fit):
     assert margin(fit) > margin(blind)
 
 
-def test_nobody_errs_less_than_the_floor(new_fit, tmp_path):
+def test_the_label_noise_of_a_person_has_a_lower_bound(new_fit, tmp_path):
     people = {"new": 0.1, "careful": 0.1, "flips": 0.4}
     pairs = [replace(pair, annotator=name) for pair, name in zip(comparisons(3, seed=14), people, strict=True)]
     fit = new_fit(label_noise=0.1)
@@ -127,7 +127,7 @@ def margin(fit: RewardFit) -> float:
 # ---- to the answers in a store
 
 
-def test_a_refit_is_told_who_errs_and_what_was_ranked_together(make_model, make_tokenizer, tmp_path, monkeypatch):
+def test_a_refit_receives_the_error_rates_and_the_rankings(make_model, make_tokenizer, tmp_path, monkeypatch):
     told, real = [], RewardFit.fit
 
     def fit(self, preferences, **given):
@@ -175,7 +175,7 @@ def answer_all(store: Store, better: dict[tuple[str, str, str], float], people: 
 # ---- from process to process
 
 
-def test_a_fit_that_was_saved_goes_on_as_if_it_had_not_been(new_fit, tmp_path):
+def test_a_saved_fit_continues_as_if_it_had_not_been_saved(new_fit, tmp_path):
     pairs = label(comparisons(60, seed=5), "ann", 0.1)
     stayed, left = new_fit(), new_fit()
     for fit in (stayed, left):
@@ -189,13 +189,13 @@ def test_a_fit_that_was_saved_goes_on_as_if_it_had_not_been(new_fit, tmp_path):
     assert RewardModel.load(tmp_path).mean.tolist() == pytest.approx(left.model.mean.tolist())
 
 
-def test_what_is_no_fit_is_refused(new_fit, tmp_path):
+def test_a_folder_without_the_state_of_a_fit_is_refused(new_fit, tmp_path):
     new_fit().model.save(tmp_path)
     with pytest.raises(ModelError, match="fitted again"):
         RewardFit.load(tmp_path)
 
 
-def test_the_same_again_is_the_same_and_leaves_random_numbers_alone(new_fit):
+def test_a_fit_is_reproducible_and_leaves_the_random_states_unchanged(new_fit):
     pairs = comparisons(30, seed=6)
     torch.manual_seed(5)
     random.seed(5)
@@ -241,7 +241,7 @@ def probabilities(fit: RewardFit, pairs: list[Preference]) -> torch.Tensor:
     return (a - b).sigmoid()
 
 
-def test_nobody_learns_from_a_pair_in_nobodys_bag(new_fit):
+def test_no_member_learns_from_a_pair_in_no_bag(new_fit):
     pairs = comparisons(40, seed=7)
     in_no_bag = bootstrap_weights([bags_of(pair) for pair in pairs], 3).sum(dim=1) == 0
     out = {pair.id for row, pair in enumerate(pairs) if in_no_bag[row] or is_held_out(bags_of(pair))}
@@ -340,13 +340,13 @@ def test_a_few_of_many_pairs_are_measured_and_the_others_keep_their_prediction(n
     assert fit.state.out_of_bag.keys() & newest
 
 
-def test_without_a_pair_for_anybodys_bag_it_says_so(new_fit):
+def test_without_a_pair_in_any_bag_more_labels_are_asked_for(new_fit):
     out = [pair for pair in comparisons(40, seed=7) if is_held_out(bags_of(pair))]
     with pytest.raises(DataError, match="more labels"):
         new_fit().fit(out)
 
 
-def test_members_are_normalised_on_recent_answers(new_fit):
+def test_members_are_normalised_on_recent_responses(new_fit):
     pairs = comparisons(40, seed=11)
     fit = new_fit()
     fit.fit(pairs, normalise_on=[(pair.prompt, pair.a) for pair in TEST])

@@ -56,7 +56,7 @@ def test_the_batched_loop_learns_a_planted_taste(batched: tuple[Path, Store]) ->
     assert labels == sorted(labels)
 
 
-def test_the_store_tells_the_whole_story(batched: tuple[Path, Store]) -> None:
+def test_the_store_records_versions_samples_and_labels(batched: tuple[Path, Store]) -> None:
     store = batched[1]
     policies, rewards = store.versions("policy"), store.versions("reward")
     assert [version.number for version in rewards] == [1, 2, 3]
@@ -80,7 +80,7 @@ def test_the_store_tells_the_whole_story(batched: tuple[Path, Store]) -> None:
     assert (STATUS.read(store) or Status()).state == "stopped"
 
 
-def test_a_batched_session_waits_for_people_and_asks_on_where_they_skip(policy: str, tmp_path: Path) -> None:
+def test_a_batched_session_waits_for_people_and_replaces_skipped_questions(policy: str, tmp_path: Path) -> None:
     with Store(tmp_path / "store.db", seed=1) as store:
         session = make_session(policy, tmp_path, store, labeler=People(), initial_labels=12, labels=12, updates=1)
         stopped = threading.Event()
@@ -155,7 +155,7 @@ def test_the_asynchronous_loop_learns_while_people_answer_and_another_process_re
 
 
 @pytest.mark.slow
-def test_no_more_is_answered_than_is_due_though_nothing_waits(policy: str, tmp_path: Path) -> None:
+def test_no_more_questions_are_labelled_than_are_due(policy: str, tmp_path: Path) -> None:
     with Store(tmp_path / "store.db", seed=1) as store:
         assert make_session(policy, tmp_path, store, mode="async", updates=12).run() == "done"
         rows, schedule = store.metrics(), LabelSchedule(initial=48, total=96, decay=50)

@@ -103,7 +103,7 @@ def test_fewer_candidates_than_questions(rule: str) -> None:
     assert select(CANDIDATES, 0, rule=rule, generator=generator()) == []
 
 
-def test_the_same_generator_chooses_the_same() -> None:
+def test_the_same_seed_chooses_the_same_questions() -> None:
     rewards = torch.randn(30, 2, 3, generator=generator(1))
     first, again, other = (select(rewards, 9, rule="variance", generator=generator(seed)) for seed in (4, 4, 5))
     assert first == again
@@ -111,6 +111,6 @@ def test_the_same_generator_chooses_the_same() -> None:
 
 
 @pytest.mark.parametrize(("rule", "share"), [("best", 0.2), ("variance", 1.5), ("variance", -0.1)])
-def test_refused(rule: str, share: float) -> None:
+def test_an_unknown_rule_or_share_is_refused(rule: str, share: float) -> None:
     with pytest.raises(ConfigError, match=r"chosen by|random share"):
         select(CANDIDATES, 1, rule=rule, random_share=share, generator=generator())

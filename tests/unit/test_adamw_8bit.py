@@ -46,7 +46,7 @@ def state_bytes(optimizer: MasterOptimizer) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_goes_where_32_bits_go_with_a_quarter_of_their_state(dtype: torch.dtype) -> None:
+def test_steps_are_close_to_32_bit_adamw_with_a_quarter_of_its_state(dtype: torch.dtype) -> None:
     ends, sizes = [], []
     for name in ("adamw", "adamw_8bit"):
         parameters = weights(dtype)
@@ -81,7 +81,7 @@ def test_a_parameter_without_a_gradient_stays() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_goes_on_from_a_checkpoint_to_the_last_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_checkpoint_is_resumed_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
     parameters = weights(dtype)
     optimizer = make_adamw("adamw_8bit", parameters, **OPTIONS)
     take_steps(optimizer, parameters, range(3))

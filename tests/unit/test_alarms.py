@@ -80,7 +80,7 @@ def test_within_all_limits_nothing_is_raised() -> None:
     assert check({"reward": 1e9, "kl": None}, Limits(), 1) == []
 
 
-def test_a_response_half_as_long_is_as_far_away() -> None:
+def test_half_the_length_is_as_far_from_the_start_as_twice_the_length() -> None:
     assert [bool(check({"length_ratio": ratio}, Limits(), 1)) for ratio in (0.0, 0.49, 0.51, 1.99, 2.01)] == [
         True,
         True,
@@ -92,7 +92,7 @@ def test_a_response_half_as_long_is_as_far_away() -> None:
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_no_number_is_beyond_every_limit(name: str, figure: float) -> None:
+def test_a_figure_that_is_not_finite_is_beyond_every_limit(name: str, figure: float) -> None:
     assert len(check({name: figure}, Limits(), 1)) == 1
 
 
@@ -129,7 +129,7 @@ def test_a_policy_may_come_back_if_nothing_is_near_a_limit_that_rolls_back() -> 
     assert [watch.is_restorable(figures) for figures in good + bad] == [True] * 3 + [False] * 4
 
 
-def test_coming_back_of_a_figure_that_must_not_be_low() -> None:
+def test_an_alarm_for_a_low_figure_is_raised_again_after_it_recovered() -> None:
     watch = AlarmTracker(Limits(entropy_ratio=Limit(0.2)))
     told = [len(watch.check({"entropy_ratio": x}, step)) for step, x in enumerate([0.19, 0.21, 0.19, 0.23, 0.19])]
     assert told == [1, 0, 0, 0, 1]

@@ -26,7 +26,7 @@ class Clumsy:
         return 1
 
 
-def test_a_database_that_is_away_and_a_faster_person_do_not_end_it() -> None:
+def test_an_unavailable_database_and_a_faster_person_do_not_end_the_labeler() -> None:
     labeler = Clumsy([StoreUnavailable("away"), LabelRefused("taken", "taken")])
     background = BackgroundLabeler(labeler, None)  # type: ignore[arg-type]
     assert labeler.done.wait(30)
@@ -34,7 +34,7 @@ def test_a_database_that_is_away_and_a_faster_person_do_not_end_it() -> None:
     assert background.error is None
 
 
-def test_a_mistake_ends_it_and_is_told() -> None:
+def test_an_error_ends_the_labeler_and_is_reported() -> None:
     mistake = ZeroDivisionError()
     background = BackgroundLabeler(Clumsy([mistake]), None)  # type: ignore[arg-type]
     background._thread.join(30)
@@ -42,7 +42,7 @@ def test_a_mistake_ends_it_and_is_told() -> None:
     background.stop()
 
 
-def test_it_gives_no_more_than_what_is_wanted() -> None:
+def test_the_labeler_gives_no_more_labels_than_are_wanted() -> None:
     asked = threading.Event()
     labeler = Clumsy([])
 

@@ -18,14 +18,14 @@ from deep_rlhf.feedback.reward_refit.regularisation import adapted_weight_decay
 LN3 = math.log(3)  # σ(ln 3) = ¾
 
 
-def test_a_question_is_in_the_same_bags_from_whichever_side_it_is_seen() -> None:
+def test_swapping_the_responses_keeps_a_question_in_its_bags() -> None:
     name = bag_id("p", ("one", "two"), 3)
     assert bag_id("p", ("two", "one"), 3) == name
     others = {bag_id("q", ("one", "two"), 3), bag_id("p", ("one", "three"), 3), bag_id("p", ("one", "two"), 4), name}
     assert len(others) == 4
 
 
-def test_a_sixth_of_the_pairs_is_in_nobodys_bag_and_stays_there() -> None:
+def test_a_sixth_of_the_pairs_is_held_out_of_every_bag() -> None:
     names = [f"pair {number}" for number in range(6000)]
     out = [is_held_out(name) for name in names]
     assert sum(out) / 6000 == pytest.approx(HELD_OUT_SHARE, abs=0.015)  # standard error 0.005
@@ -67,7 +67,7 @@ def test_without_pairs_on_one_side() -> None:
     assert held_out_mask(FOUR).tolist() == [False, False, True, True]
 
 
-def test_accuracy_is_of_pairs_in_nobodys_bag() -> None:
+def test_accuracy_is_measured_on_pairs_in_no_bag() -> None:
     rows = features((1.0, [1.0, 1.0]), (1.0, [0.0, 0.0]), (0.0, [0.0, 0.0]), (0.5, [0.0, 0.0]))
     assert held_out_accuracies(REWARDS, rows) == [0.5, 0.5]
     assert held_out_accuracies(REWARDS[:2], rows[:2]) == [1.0, 0.5]

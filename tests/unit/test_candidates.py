@@ -72,7 +72,7 @@ def test_of_a_ranking_the_most_disputed_pair_stands_for_it() -> None:
     assert rewards.tolist() == [[[1, ord("a")], [1, ord("z")]]]
 
 
-def test_blind_pairs_leave_out_what_both_wrote() -> None:
+def test_blind_pairs_leave_out_responses_that_both_policies_wrote() -> None:
     pairs = win_rate_pairs(
         lambda prompts, seed: ["new", "same"], lambda prompts, seed: ["old", " same "], ["p", "q"], seed=1
     )

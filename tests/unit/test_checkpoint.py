@@ -314,7 +314,7 @@ def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(tmp_path:
     assert read.step == 1
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="Not a directory"):
         save_checkpoint(tmp_path / "file" / "checkpoints", 1, {})

@@ -133,7 +133,7 @@ def test_batch_sizes_of_one_process_become_those_of_all() -> None:
         ({"lam": 1.5}, ConfigError, "lam must be at least 0 and at most 1"),
     ],
 )
-def test_what_cannot_work_is_refused_at_once(settings: dict[str, Any], error: type, sentence: str) -> None:
+def test_impossible_settings_are_refused_at_once(settings: dict[str, Any], error: type, sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         PPOConfig(**settings)
 
@@ -443,7 +443,7 @@ def test_the_figures_of_a_step(make_trainer: Callable[..., PPOTrainer], wrapped:
     assert trainer.kl_ctl.value != 0.3  # it adapted
 
 
-def test_filling_after_the_end_changes_nothing(make_trainer: Callable[..., PPOTrainer]) -> None:
+def test_padding_after_the_end_changes_nothing(make_trainer: Callable[..., PPOTrainer]) -> None:
     plain, filled, masked = make_trainer(), make_trainer(), make_trainer()
     fill = [[*row, EOS, PAD, PAD] if row[-1] == EOS else row for row in RESPONSES]
     first = plain.step(tensors(QUERIES), tensors(RESPONSES), tensors(SCORES))
@@ -480,7 +480,7 @@ def test_checkpointing_activations_changes_nothing(make_trainer: Callable[..., P
         assert torch.equal(mine, theirs)
 
 
-def test_a_number_that_is_none_never_reaches_the_weights(make_trainer: Callable[..., PPOTrainer]) -> None:
+def test_a_reward_of_nan_never_reaches_the_weights(make_trainer: Callable[..., PPOTrainer]) -> None:
     trainer = make_trainer()
     before = copy.deepcopy(trainer.model.state_dict())
     with pytest.raises(RewardError, match="reward of sample 1 is nan"):

@@ -89,7 +89,7 @@ def label_everything(store: Store) -> None:
     store.add_label(store.ask("bert")[0].id, "bert", token="repeat", choice="b")
 
 
-def test_answers_become_preferences(store: Store) -> None:
+def test_labels_become_preferences(store: Store) -> None:
     label_everything(store)
     found = [(p.prompt, p.a, p.b, p.mu, p.annotator) for p in all_preferences(store.labels())]
     assert found == [
@@ -205,7 +205,7 @@ def test_a_repeated_import_adds_nothing(store: Store, other: Store, tmp_path: Pa
     assert other.last_event() == before
 
 
-def test_imported_answers_join_those_of_the_store(store: Store, other: Store, tmp_path: Path) -> None:
+def test_imported_labels_join_those_of_the_store(store: Store, other: Store, tmp_path: Path) -> None:
     """A question of which one answer is in the file keeps its places for others, and its repeat finds the original."""
     label_everything(store)
     export_labels(store, tmp_path / "a.jsonl", everything=True)
@@ -246,7 +246,7 @@ def test_any_preferences_are_imported(store: Store, tmp_path: Path) -> None:
     assert found == [("anna", "a", 1), ("bert", "b", 1), ("anna", "tie", 2), ("import", "a", 3)]
 
 
-def test_votes_are_one_answer_each(store: Store, tmp_path: Path) -> None:
+def test_each_vote_is_imported_as_one_label(store: Store, tmp_path: Path) -> None:
     rows = [
         {"prompt": "p", "a1": "x", "a2": "y", "votes": [[7, "a1", 0.5], [9, "equal", 0.1]]},
         {"prompt": "q", "a1": "x", "a2": "y", "votes": [["7", "a2", 0.5]]},
@@ -317,7 +317,7 @@ def test_a_question_with_other_responses_is_refused(store: Store, tmp_path: Path
         import_file(store, write(tmp_path / "b.jsonl", [ranking]))
 
 
-def test_where_labels_cannot_go(store: Store, tmp_path: Path) -> None:
+def test_impossible_exports_and_imports_are_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no labels to export"):
         export_labels(store, tmp_path / "labels.jsonl")
     label_everything(store)

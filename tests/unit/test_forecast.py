@@ -27,7 +27,7 @@ def label(number: int, choice: str | None, **comparison: Any) -> Label:
     )
 
 
-def test_more_labels_are_expected_to_bring_what_they_brought() -> None:
+def test_the_forecast_continues_the_past_gain_per_label() -> None:
     steep = forecast_accuracy([(50, 0.6, 500), (100, 0.7, 1000), (200, 0.8, 2000)], 200)
     assert steep.accuracy_now == pytest.approx(0.8, abs=0.02)
     assert steep.accuracy_then == pytest.approx(0.8 + 0.1 * 0.585, abs=0.02)  # log₂(300 / 200) = 0.585
@@ -38,7 +38,7 @@ def test_more_labels_are_expected_to_bring_what_they_brought() -> None:
     assert falling.accuracy_then >= falling.accuracy_now  # more labels never promise harm
 
 
-def test_a_few_answers_hardly_move_the_expected_slope() -> None:
+def test_a_few_labels_hardly_move_the_expected_slope() -> None:
     told = forecast_accuracy([(20, 0.4, 5), (40, 0.9, 5)], 40)
     slope = (told.accuracy_then - told.accuracy_now) / 1.807  # log₂(140 / 40)
     assert 0.025 < slope < 0.05
@@ -81,7 +81,7 @@ def test_the_win_rate_is_of_the_newer_policy_whatever_its_side() -> None:
     assert win_rate(labels[-1:]) is None
 
 
-def test_answers_of_another_run_say_nothing_about_this_one() -> None:
+def test_labels_of_another_run_are_ignored() -> None:
     """Its version 3 is another policy, and its predictions are of another reward model."""
     own = [
         label(1, "a", why_selected="win_rate", writers=(3, 0)),
@@ -92,7 +92,7 @@ def test_answers_of_another_run_say_nothing_about_this_one() -> None:
     assert compare_selection(own + foreign, {}) == compare_selection(own, {})
 
 
-def test_blind_pairs_of_old_and_of_discarded_policies_do_not_count_for_the_policy_of_today() -> None:
+def test_blind_pairs_of_old_and_discarded_policies_do_not_count_for_the_current_one() -> None:
     def version(number: int, **figures: float) -> Version:
         return Version(kind="policy", number=number, step=number, labels=0, last_event=0, figures=figures)
 

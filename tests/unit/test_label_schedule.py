@@ -17,7 +17,7 @@ def test_the_rate_halves_after_decay_steps() -> None:
     assert rate[2] / rate[0] == pytest.approx(1 / 4, rel=0.02)  # c / (c + 3 c)
 
 
-def test_it_never_asks_for_fewer_and_ends_with_all() -> None:
+def test_the_labels_due_never_decrease_and_end_with_all() -> None:
     schedule = LabelSchedule(initial=7, total=60, decay=3)
     due = [schedule.due(step, 26) for step in range(30)]
     assert due == sorted(due)

@@ -103,7 +103,7 @@ def test_the_peak_is_the_largest_phase_not_the_sum() -> None:
     assert (found.peak, found.largest.name, found.parts) == (6, "b", ["x", "y", "z"])
 
 
-def test_what_is_held_is_counted_exactly() -> None:
+def test_weights_and_optimiser_states_are_counted_exactly() -> None:
     reward = GPT2Config(**SIZES, num_labels=1)
     held = parts(plan(reward=reward, precision="fp32", critic="separate"), "training")
     trained = 2 * GPT2_WEIGHTS + 65
@@ -151,7 +151,7 @@ def test_frozen_models_in_main_memory_take_nothing_of_the_gpu() -> None:
 @pytest.mark.parametrize(
     "settings", [{"gradient_checkpointing": True}, {"forward_batch_size": 1}, {"max_new_tokens": 4}]
 )
-def test_what_is_said_to_take_less_does(settings: dict[str, Any]) -> None:
+def test_settings_that_save_memory_do_in_the_plan(settings: dict[str, Any]) -> None:
     assert momentary(plan(**settings)) < 0.7 * momentary(plan())
 
 

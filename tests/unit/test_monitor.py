@@ -87,7 +87,7 @@ class Mirrored(Shifted):
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_reward_that_is_learned_anew_does_not_hide_that_they_part(resumed: bool) -> None:
+def test_a_new_reward_model_does_not_hide_a_growing_gap_to_the_held_out_reward(resumed: bool) -> None:
     """Each update a little: the limit of 0.5 is passed when a rise and a fall of 0.02 went on for 12 more updates."""
     monitor, first = Monitor(Limits()), list[int]()
     level = 0.0
@@ -106,7 +106,7 @@ def test_a_reward_that_is_learned_anew_does_not_hide_that_they_part(resumed: boo
     assert first == [17]  # means of five: 4 updates until the first, 13 × 0.04 = 0.52 later
 
 
-def test_what_was_before_a_roll_back_says_nothing_of_the_policy_after_it() -> None:
+def test_a_roll_back_discards_the_figures_of_the_policy_before_it() -> None:
     monitor = Monitor(Limits.read(["win_rate_gap=0.1:roll_back"]))
     monitor.compare_win_rates([blind(i, (2, 0), "b") for i in range(20)], Fixed(), label_noise=0.1)
     assert [alarm.name for alarm in monitor.update(METRICS, ROLLOUT, None)[1]] == ["win_rate_gap"]

@@ -38,13 +38,13 @@ AT_LEAST_1 = [
         ({"vf_coef": -1}, "vf_coef must be at least 0, not -1."),
     ],
 )
-def test_a_value_that_cannot_work_is_refused(settings: dict[str, Any], sentence: str) -> None:
+def test_a_value_out_of_bounds_is_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as refused:
         PPOConfig(**settings)
     assert str(refused.value) == sentence
 
 
-def test_borders_that_work() -> None:
+def test_values_at_the_bounds_are_accepted() -> None:
     PPOConfig(gamma=0, lam=1, init_kl_coef=0, vf_coef=0, steps=1, mini_batch_size=1, batch_size=1)
 
 

@@ -71,7 +71,7 @@ def test_before_the_first_reward_model_questions_are_a_fair_sample(store: Store)
     assert all(one.predicted is None and one.policy_version == 0 for one in asked)
 
 
-def test_few_prompts_are_asked_about_again_and_again(store: Store) -> None:
+def test_one_prompt_is_enough_for_many_questions(store: Store) -> None:
     found = Questions(SessionConfig(), store, ["only one"], [])
     assert len(found.ask(8, models(scorer=None, policy_version=0))) == 8
 
@@ -138,7 +138,7 @@ def test_the_start_is_not_compared_with_itself(store: Store) -> None:
     assert {one.why_selected for one in answer_all(store, "ann")} == {"variance", "random"}
 
 
-def test_a_repeat_has_the_responses_the_other_way_round_and_comes_to_the_same_person(store: Store) -> None:
+def test_a_repeat_swaps_the_responses_and_goes_to_the_same_person(store: Store) -> None:
     found = questions(store, repeat_share=0.5, win_rate_share=0.0)
     found.ask(40, models())
     originals = {one.responses: one for one in answer_all(store, "ann")}
@@ -156,7 +156,7 @@ def test_a_repeat_has_the_responses_the_other_way_round_and_comes_to_the_same_pe
     assert len({one.repeat_of for one in repeats}) == len(repeats)
 
 
-def test_what_waits_to_be_repeated_is_not_repeated_once_more(store: Store) -> None:
+def test_a_question_whose_repeat_waits_is_not_repeated_again(store: Store) -> None:
     found = questions(store, repeat_share=0.5, win_rate_share=0.0)
     found.ask(20, models())
     answer_all(store, "ann")
@@ -167,7 +167,7 @@ def test_what_waits_to_be_repeated_is_not_repeated_once_more(store: Store) -> No
     assert len(repeats) == len(set(repeats)) == 10  # all but the ten newest
 
 
-def test_whose_answers_came_from_a_file_is_not_there(store: Store, tmp_path: Path) -> None:
+def test_people_whose_labels_were_imported_count_as_absent(store: Store, tmp_path: Path) -> None:
     with Store(tmp_path / "other.db", seed=1) as other:
         other.add([Comparison(prompt=f"{i}", responses=("x", "y")) for i in range(30)])
         for i in range(30):
@@ -215,7 +215,7 @@ def test_rankings(store: Store) -> None:
     assert all(one.predicted is None for one in asked if len(one.responses) == 4)
 
 
-def test_a_continuation_asks_what_the_first_run_would_have_asked(store: Store, tmp_path: Path) -> None:
+def test_a_resumed_run_asks_what_the_first_run_would_have_asked(store: Store, tmp_path: Path) -> None:
     found = questions(store)
     found.ask(5, models())
     found.ask(5, models())
@@ -249,7 +249,7 @@ def test_gold_questions_are_mixed_in_once_each(store: Store, tmp_path: Path) -> 
         ("no JSON", "line 1: "),
     ],
 )
-def test_a_gold_question_that_is_none_is_named(row: Any, told: str, tmp_path: Path) -> None:
+def test_an_invalid_gold_question_is_named(row: Any, told: str, tmp_path: Path) -> None:
     (tmp_path / "gold.jsonl").write_text(row if isinstance(row, str) else json.dumps(row))
     with pytest.raises(DataError, match=told):
         read_gold(tmp_path / "gold.jsonl")

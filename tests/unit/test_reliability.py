@@ -22,7 +22,7 @@ def answers(name: str, count: int, error_rate: float, seed: int = 0, sharpness: 
     return found
 
 
-def test_without_answers_that_tell_anything_it_is_the_prior() -> None:
+def test_without_informative_labels_the_error_rate_is_the_prior() -> None:
     undecided = fit_error_rates([JudgedPair(annotator="ann", predicted=0.5, mu=mu) for mu in (1.0, 0.0, 0.5)])["ann"]
     assert undecided.rate == pytest.approx(0.1, abs=1e-3)  # Beta(1.5, 5.5): mode 0.5 / 5
     # quantiles of 2.5 and 97.5 %, by integrating sin² t cos¹⁰ t, with e = sin² t
@@ -39,7 +39,7 @@ def test_the_most_probable_rate_by_hand() -> None:
     assert fit_error_rates([], gold=ten, prior=(1.0, 1.0))["ann"].rate == pytest.approx(0.8 / 4.8, abs=1e-3)
 
 
-def test_a_tie_is_half_an_answer_each_way() -> None:
+def test_a_tie_is_half_a_label_each_way() -> None:
     tie = fit_error_rates([], gold=[JudgedPair(annotator="x", predicted=0.9, mu=0.5)] * 2, prior=(1.5, 3.0))
     both = fit_error_rates(
         [], gold=[JudgedPair(annotator="x", predicted=0.9, mu=mu) for mu in (0, 1)], prior=(1.5, 3.0)
@@ -56,17 +56,17 @@ def test_the_interval_holds_the_true_rate(error_rate: float) -> None:
     assert found.low < found.rate < found.high
 
 
-def test_more_answers_narrow_the_interval() -> None:
+def test_more_labels_narrow_the_interval() -> None:
     few, many = (fit_error_rates(answers("ann", count, 0.3))["ann"] for count in (40, 1000))
     assert many.high - many.low < 0.5 * (few.high - few.low)
 
 
-def test_one_who_always_says_the_opposite_is_as_good_as_random() -> None:
+def test_an_annotator_who_always_says_the_opposite_counts_as_random() -> None:
     opposite = [JudgedPair(annotator="ann", predicted=0.95, mu=0.0)] * 50
     assert fit_error_rates([], gold=opposite)["ann"].rate > 0.8
 
 
-def test_a_model_that_is_too_sure_is_not_the_annotators_fault() -> None:
+def test_an_overconfident_model_does_not_raise_the_error_rates() -> None:
     crowd = [answer for i in range(4) for answer in answers(f"ann-{i}", 300, 0.1, sharpness=4.0)]
     found = fit_error_rates(crowd + answers("careless", 300, 0.6, sharpness=4.0))
     assert all(found[f"ann-{i}"].rate < 0.25 for i in range(4))
@@ -149,7 +149,7 @@ def test_alpha_of_agreement_and_of_nothing() -> None:
     assert alpha([]) is None
 
 
-def test_alpha_leaves_out_who_cannot_tell_and_questions_of_one_person() -> None:
+def test_alpha_leaves_out_cant_tell_and_questions_of_one_person() -> None:
     plain = alpha(table(one="abab", two="abba"))
     assert alpha(table(one="ababca", two="abbaa-")) == pytest.approx(plain)
 
@@ -192,6 +192,6 @@ def test_gold_repeats_and_predictions_each_count() -> None:
     assert rate(plain + changed, {}) > 0.2
 
 
-def test_a_lonely_annotators_agreement_is_not_known() -> None:
+def test_the_agreement_of_a_single_annotator_is_unknown() -> None:
     (ann,) = figures([label(1, "ann", "a")], {1: 0.7})
     assert ann.agreement is None

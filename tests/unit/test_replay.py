@@ -41,7 +41,7 @@ def voted(folder: Path) -> Path:
     return lines(folder / "votes.jsonl.gz", rows)
 
 
-def test_each_vote_is_an_answer_of_its_worker(store: Store, tmp_path: Path) -> None:
+def test_each_vote_is_a_label_of_its_worker(store: Store, tmp_path: Path) -> None:
     replay = Replay(read_votes(voted(tmp_path)), seed=1)
     assert replay.label(store, 100) == 6  # the second vote of worker 7 on a pair is left out
     assert replay.label(store, 100) == 0
@@ -72,7 +72,7 @@ def test_a_replay_goes_on_where_it_was(store: Store, tmp_path: Path) -> None:
     assert store.label_count() == 6
 
 
-def test_the_order_is_the_seeds(store: Store, tmp_path: Path) -> None:
+def test_the_seed_decides_the_order(store: Store, tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "a": "x", "b": "y", "votes": [["ann", "a"]]} for i in range(20)]
     pairs = read_votes(lines(tmp_path / "votes.jsonl", rows))
     orders = [Replay(pairs, seed=seed).prompts for seed in (1, 1, 2)]
@@ -80,7 +80,7 @@ def test_the_order_is_the_seeds(store: Store, tmp_path: Path) -> None:
     assert sorted(orders[0]) == sorted(pair.prompt for pair in pairs) != orders[0]
 
 
-def test_labels_of_one_person_are_replayed_as_his(store: Store, tmp_path: Path) -> None:
+def test_labels_of_one_person_are_replayed_as_theirs(store: Store, tmp_path: Path) -> None:
     rows = [
         {"prompt": "p", "a": "x", "b": "y", "mu": 1.0, "annotator": "ann"},
         {"prompt": "p", "a": "x", "b": "y", "mu": 0.0, "annotator": "bob"},
@@ -143,7 +143,7 @@ def test_simulated_annotators_take_turns_at_the_store(store: Store) -> None:
     assert People().label(store, 9) == 0
 
 
-def test_an_overlapping_question_is_answered_by_several(store: Store) -> None:
+def test_a_question_with_overlap_is_labelled_by_several_annotators(store: Store) -> None:
     add(store, 2, overlap=3)
     assert SimulatedLabeler(longer, seed=1).label(store, 100) == 6
 
@@ -155,7 +155,7 @@ def test_simulated_annotators_rank(store: Store) -> None:
     assert ranks.count((1, 3, 2)) >= 5
 
 
-def test_in_the_background_annotators_answer_until_they_are_stopped(store: Store) -> None:
+def test_annotators_in_the_background_label_until_they_are_stopped(store: Store) -> None:
     add(store, 5)
     background = BackgroundLabeler(SimulatedLabeler(longer, seed=1), store)
     for _ in range(200):

@@ -202,7 +202,7 @@ def test_any_classifier_with_one_label_is_a_reward_model(folder):
     ("change", "words"),
     [({"template_fingerprint": "0" * 16}, "another version"), ({"template": "chatml"}, "unknown template 'chatml'")],
 )
-def test_another_template_is_told(folder, caplog, change, words):
+def test_another_template_causes_a_warning(folder, caplog, change, words):
     card = json.loads((folder / "reward_model.json").read_text())
     (folder / "reward_model.json").write_text(json.dumps(card | change))
     with caplog.at_level(logging.WARNING, "deep_rlhf"):
@@ -210,7 +210,7 @@ def test_another_template_is_told(folder, caplog, change, words):
     assert words in caplog.text
 
 
-def test_the_same_template_is_not_told(folder, caplog):
+def test_the_same_template_causes_no_warning(folder, caplog):
     with caplog.at_level(logging.WARNING, "deep_rlhf"):
         RewardModel.load(folder)
     assert not caplog.records
@@ -223,7 +223,7 @@ def test_a_broken_card_is_refused(folder, text, words):
         RewardModel.load(folder)
 
 
-def test_what_is_no_reward_model_is_refused(make_model, tokenizer, tmp_path):
+def test_models_that_are_not_reward_models_are_refused(make_model, tokenizer, tmp_path):
     make_model("gpt2").save_pretrained(tmp_path / "lm")
     classifier("GPT2", 2).save_pretrained(tmp_path / "classes")
     for name in ("lm", "classes"):
@@ -338,7 +338,7 @@ def test_a_pair_carries_the_noise_of_its_annotator(tokenizer, tmp_path):
     assert label_noise_of(told[:1], 0.1) == 0.1  # a number, as in a run in which nothing is told
 
 
-def test_a_pair_keeps_its_bags_whatever_else_is_there(tokenizer, tmp_path):
+def test_the_bootstrap_weights_of_a_pair_do_not_depend_on_other_pairs(tokenizer, tmp_path):
     config = settings(tmp_path, ensemble_size=8)
     rows = [Preference(prompt="the ", a=word, b="grey") for word in ("red", "green", "blue", "black")]  # without ids
     all_of_them, _ = pair_features(rows, tokenizer, config, 64)
@@ -347,7 +347,7 @@ def test_a_pair_keeps_its_bags_whatever_else_is_there(tokenizer, tmp_path):
     assert len({tuple(pair["weight"].tolist()) for pair in all_of_them}) == 4
 
 
-def test_no_pair_left_is_told(tokenizer, tmp_path):
+def test_training_without_a_usable_pair_is_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"[Nn]o training pair.*\b4 too long"):
         train_reward_model(settings(tmp_path, max_length=2), classifier("GPT2"), tokenizer, pairs(4), pairs(4))
 
@@ -366,7 +366,7 @@ def test_evaluation_follows_logging_and_the_best_model_is_kept_by_default(tmp_pa
 @pytest.mark.parametrize(
     "flags", [{"max_length": 0}, {"ensemble_size": 0}, {"label_noise": 1.0}, {"template": "hhh"}, {"eval_samples": 0}]
 )
-def test_values_out_of_range_are_told(tmp_path, flags):
+def test_values_out_of_range_are_refused(tmp_path, flags):
     with pytest.raises(UserError, match=str(next(iter(flags.values())))):
         RewardConfig(output_dir=str(tmp_path), **flags)
 

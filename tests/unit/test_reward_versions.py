@@ -58,7 +58,7 @@ def test_a_refit_is_due_after_enough_new_labels(tmp_path: Path) -> None:
     assert [due(labels) for labels in (210, 221, 222)] == [False, False, True]  # a tenth of 201, rounded up
 
 
-def test_the_newest_whole_version_is_found(tmp_path: Path) -> None:
+def test_the_newest_complete_version_is_found(tmp_path: Path) -> None:
     assert newest_version(tmp_path) is None
     for number in (2, 9, 10):
         write_version(tmp_path, number)
@@ -77,7 +77,7 @@ def test_start_responses_are_kept(tmp_path: Path) -> None:
     assert start_responses(tmp_path) == [("p", "é"), ("q", "b")]
 
 
-def test_each_answer_is_learned_once_and_what_measures_is_not_learned(tmp_path: Path) -> None:
+def test_each_label_is_learned_once_and_labels_for_measuring_never(tmp_path: Path) -> None:
     pair = Comparison(prompt="p", responses=("x", "y"), overlap=2)
     ranking = Comparison(prompt="p", responses=("x", "y", "z"))
     blind = Comparison(prompt="p", responses=("now", "start"), why_selected="win_rate", writers=(1, 0))

@@ -29,7 +29,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("told", "settings"), REFUSED.items(), ids=REFUSED)
-def test_what_cannot_work_is_refused(told: str, settings: dict[str, Any]) -> None:
+def test_impossible_settings_are_refused(told: str, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=told):
         SessionConfig(**settings)
 

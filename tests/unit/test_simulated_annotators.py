@@ -42,7 +42,7 @@ def test_temperature_scales_the_difference() -> None:
     assert_share(labels(habits, "1", "0").count(1.0), 1 / (1 + math.exp(-2)))
 
 
-def test_one_response_in_ten_is_uniformly_random_so_one_in_twenty_is_wrong() -> None:
+def test_one_label_in_ten_is_random_so_one_in_twenty_is_wrong() -> None:
     habits = AnnotatorHabits(temperature=0.01, error_rate=0.1, tie_probability=0, cant_tell_rate=0)
     assert_share(labels(habits, "1", "0").count(0.0), 0.05)
     assert_share(labels(habits, "0", "1").count(1.0), 0.05)
@@ -117,11 +117,11 @@ def test_every_dropped_pair_is_counted_with_its_reason() -> None:
     "wrong",
     [{"temperature": 0}, {"error_rate": 1.1}, {"tie_probability": -0.1}, {"cant_tell_rate": 2}],
 )
-def test_impossible_habits_are_a_users_mistake(wrong: dict[str, float]) -> None:
+def test_impossible_habits_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         AnnotatorHabits(**wrong)
 
 
-def test_a_team_needs_somebody() -> None:
+def test_a_team_needs_an_annotator() -> None:
     with pytest.raises(UserError, match="at least 1"):
         SimulatedAnnotators(utility, count=0)

@@ -34,7 +34,7 @@ def test_the_red_button_ends_a_wait(store: Store) -> None:
             stop_signal.check()
 
 
-def test_writing_ends_but_a_step_is_never_cut_in_two(store: Store) -> None:
+def test_a_stop_interrupts_sampling_but_never_a_training_step(store: Store) -> None:
     trunk = nn.Linear(2, 2)
     with StopSignal(store, trunk) as stop_signal:
         stop_signal.stop()
@@ -48,7 +48,7 @@ def test_writing_ends_but_a_step_is_never_cut_in_two(store: Store) -> None:
         trunk(torch.zeros(1, 2))  # afterwards the policy can write again
 
 
-def test_the_first_ctrl_c_is_a_wish_and_the_second_interrupts(store: Store) -> None:
+def test_the_first_ctrl_c_requests_a_stop_and_the_second_interrupts(store: Store) -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopSignal(store, nn.Identity()) as stop_signal:
         signal.raise_signal(signal.SIGINT)
@@ -60,7 +60,7 @@ def test_the_first_ctrl_c_is_a_wish_and_the_second_interrupts(store: Store) -> N
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_sign_of_life_is_in_the_store(store: Store) -> None:
+def test_a_heartbeat_is_written_to_the_store(store: Store) -> None:
     with StopSignal(store, nn.Identity()):
         for _ in range(200):
             if HEARTBEAT.read(store):

@@ -50,7 +50,7 @@ def use(monkeypatch: pytest.MonkeyPatch, fake: FakeWandb) -> FakeWandb:
     return fake
 
 
-def test_no_tracker_is_no_tracker() -> None:
+def test_none_and_an_empty_name_are_no_tracker() -> None:
     assert usable_trackers(["none", ""], run_name="x") == []
 
 
@@ -118,7 +118,7 @@ def test_only_the_main_process_starts_a_run(monkeypatch: pytest.MonkeyPatch) -> 
         (["none"], {"tracker_kwargs": {"wandb": "a"}}, "must hold a dict of arguments for wandb, not 'a'"),
     ],
 )
-def test_what_is_no_tracker_is_refused(names: list[str], options: dict[str, Any], said: str) -> None:
+def test_an_invalid_tracker_is_refused(names: list[str], options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         usable_trackers(names, run_name="x", **options)
 
@@ -221,7 +221,7 @@ def test_arguments_that_a_tracker_refuses_are_told(notebook: type[Notebook]) -> 
         ({"accelerator_kwargs": {"kwargs_handlers": 3}}, "accelerate refuses accelerator_kwargs: "),
     ],
 )
-def test_what_accelerate_does_not_take_is_told(options: dict[str, Any], said: str) -> None:
+def test_arguments_that_accelerate_does_not_take_are_named(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Runtime(**options)
     assert str(caught.value).startswith(said)

@@ -173,7 +173,7 @@ def test_the_second_update_starts_from_the_first(make_trainer: Callable[..., TRP
     assert torch.equal(weights(trainer), after_one)
 
 
-def test_nothing_to_learn_moves_nothing(make_trainer: Callable[..., TRPOTrainer]) -> None:
+def test_without_rewards_and_kl_the_weights_stay(make_trainer: Callable[..., TRPOTrainer]) -> None:
     trainer = make_trainer()
     rollout = rollout_of(trainer)
     flat = dataclasses.replace(rollout, shaped_scores=torch.zeros(6), kl=torch.zeros_like(rollout.kl))
@@ -184,7 +184,7 @@ def test_nothing_to_learn_moves_nothing(make_trainer: Callable[..., TRPOTrainer]
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["logprobs", "values"])
-def test_what_is_not_finite_never_reaches_the_weights(
+def test_values_that_are_not_finite_never_reach_the_weights(
     name: str, bad: float, make_trainer: Callable[..., TRPOTrainer]
 ) -> None:
     trainer = make_trainer()

@@ -37,7 +37,7 @@ def test_a_session_by_keyboard(visit: Visit, store: Store, add: Add) -> None:
     assert number_on(page) == 7
 
 
-def test_what_is_on_the_left_is_what_is_recorded(visit: Visit, store: Store, add: Add) -> None:
+def test_choosing_the_left_side_records_the_response_shown_there(visit: Visit, store: Store, add: Add) -> None:
     add(8)
     page = visit("anna")
     shown = {}
@@ -115,7 +115,7 @@ def test_two_annotators_never_have_the_same_question(visit: Visit, store: Store,
     assert {(label.comparison_id, label.annotator) for label in store.labels()} == set(seen)
 
 
-def test_a_key_with_a_modifier_is_not_an_answer(visit: Visit, store: Store, add: Add) -> None:
+def test_a_key_with_a_modifier_gives_no_label(visit: Visit, store: Store, add: Add) -> None:
     add(2)
     page = visit("anna")
     for key in ("Shift+ArrowRight", "Shift+ArrowUp", "Control+ArrowLeft", "Meta+ArrowDown"):
@@ -133,7 +133,7 @@ def test_a_key_with_a_modifier_is_not_an_answer(visit: Visit, store: Store, add:
     assert store.labelled("anna") == 1
 
 
-def test_arrows_scroll_what_scrolls_while_it_has_the_focus(visit: Visit, store: Store, add: Add) -> None:
+def test_arrow_keys_give_no_label_while_a_scrolling_part_has_the_focus(visit: Visit, store: Store, add: Add) -> None:
     wide = "|" + "w" * 300 + "|" * 9
     add("Table?", f"{wide}\n{'|-' * 9}|\n{wide}", "y")
     page = visit("anna")
@@ -207,7 +207,7 @@ def test_a_ranking_by_keyboard_and_by_mouse(visit: Visit, store: Store, add: Add
     assert by_place == [[3, 1, 4, 2], [1, 2, 1, 3], [2, 2, 1, 3]]
 
 
-def test_a_rank_that_nobody_gave_is_not_guessed(visit: Visit, store: Store, add: Add) -> None:
+def test_an_incomplete_ranking_is_not_saved(visit: Visit, store: Store, add: Add) -> None:
     add("Rank", "one", "two", "three")
     page = visit("anna")
 

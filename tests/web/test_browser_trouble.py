@@ -35,7 +35,7 @@ HIDE = """(hidden) => {
 LOOK_AGAIN = "document.dispatchEvent(new Event('visibilitychange'))"
 
 
-def test_answers_wait_while_the_server_is_away_and_are_saved_once(
+def test_labels_wait_while_the_server_is_unreachable_and_are_saved_once(
     visit: Visit, store: Store, add: Add, server: Server
 ) -> None:
     add(4)
@@ -59,7 +59,7 @@ def test_answers_wait_while_the_server_is_away_and_are_saved_once(
 
 
 @pytest.mark.parametrize("arrives", [False, True])
-def test_an_answer_that_was_lost_on_its_way_or_back_outlives_a_reload_and_counts_once(
+def test_a_label_lost_on_the_network_survives_a_reload_and_counts_once(
     visit: Visit, store: Store, add: Add, arrives: bool
 ) -> None:
     add(3)
@@ -83,7 +83,7 @@ def test_an_answer_that_was_lost_on_its_way_or_back_outlives_a_reload_and_counts
     assert store.last_event() == 1
 
 
-def test_an_answer_that_comes_too_late_says_so(visit: Visit, store: Store, add: Add) -> None:
+def test_a_label_that_comes_too_late_is_reported(visit: Visit, store: Store, add: Add) -> None:
     add(2)
     page = visit("anna", may_fail=True)
     store.release("anna")
@@ -124,7 +124,7 @@ def test_a_question_that_was_leased_to_another_annotator_disappears(visit: Visit
     assert [label.comparison_id for label in store.labels()] == [2]
 
 
-def test_an_answer_never_gets_into_another_store(
+def test_a_label_is_never_saved_in_another_store(
     visit: Visit, store: Store, add: Add, server: Server, tmp_path: Path
 ) -> None:
     """It waits for its own one, which may be served again."""
@@ -189,7 +189,7 @@ def test_two_tabs_of_one_person(visit: Visit, store: Store, add: Add) -> None:
     assert [(label.comparison_id, label.choice) for label in store.labels()] == [(1, "tie"), (2, "cant_tell")]
 
 
-def test_an_undo_that_another_tab_sends_is_over_for_both(visit: Visit, store: Store, add: Add) -> None:
+def test_an_undo_sent_by_another_tab_is_done_for_both(visit: Visit, store: Store, add: Add) -> None:
     add(4)
     first = visit("anna", may_fail=True)
     press(first, "ArrowUp")
@@ -225,7 +225,7 @@ def test_a_page_of_one_person_never_shows_the_questions_of_the_next(visit: Visit
     assert [label.annotator for label in store.labels()] == ["bert"]
 
 
-def test_an_answer_waits_for_the_next_login(visit: Visit, store: Store, add: Add) -> None:
+def test_a_label_waits_for_the_next_login(visit: Visit, store: Store, add: Add) -> None:
     add_account(store, "anna", "annotator", PASSWORD)
     add(3)
     page = visit("anna", password=PASSWORD, may_fail=True)

@@ -59,7 +59,7 @@ def test_a_chart_draws_every_point_where_it_belongs_and_lists_it() -> None:
     assert_names(drawn.description, "one", "0 to 5", "0 to 10")
 
 
-def test_a_chart_leaves_out_what_is_no_number_and_needs_at_least_one() -> None:
+def test_a_chart_leaves_out_values_that_are_not_finite_and_needs_a_finite_one() -> None:
     assert chart("c", "t", "x", "y", [Line("one", [(0, math.nan), (math.inf, 1)]), Line("two", [])]) is None
     drawn = chart("c", "t", "x", "y", [Line("one", [(0, math.nan), (1, 3)]), Line("two", [(2, 3)])])
     assert drawn is not None
@@ -105,7 +105,7 @@ def test_metrics_are_read_once_and_an_update_done_again_replaces_the_old_one(sto
     assert [one.id for one in training_charts(metrics, [version("policy", 1, 2)])] == ["reward", "kl", "frontier"]
 
 
-def test_each_answer_is_traced_to_the_update_that_used_it_first() -> None:
+def test_each_label_is_traced_to_the_update_that_used_it_first() -> None:
     rewards = [version("reward", 1, 0, 8, 10), version("reward", 2, 12, 20, 25)]
     policies = [version("policy", 0, 0), version("policy", 1, 12), version("policy", 2, 20)]
     uses = label_uses(rewards, policies)
@@ -172,7 +172,7 @@ def test_ranks_are_read_by_response_and_made_dense(form: dict[str, str], ranks: 
 @pytest.mark.parametrize(
     "form", [{}, {"rank_0": "1", "rank_2": "2"}, {"rank_0": "0"}, {"rank_0": "12"}, {"rank_0": "²"}, {"rank_0": ""}]
 )
-def test_ranks_that_are_none_are_refused(form: dict[str, str]) -> None:
+def test_invalid_ranks_are_refused(form: dict[str, str]) -> None:
     with pytest.raises(Problem):
         ranks_of(FormData(form))
 

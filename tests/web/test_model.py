@@ -41,7 +41,7 @@ def learn(store: Store, number: int) -> None:
     ANNOTATORS.write(store, [AnnotatorFigures(name="bert", labels=2, error_rate=0.1, error_rate_interval=(0.0, 0.2))])
 
 
-def test_every_answer_can_be_traced_to_its_first_use(client: Client, store: Store) -> None:
+def test_every_label_can_be_traced_to_its_first_use(client: Client, store: Store) -> None:
     client.enter()
     store.add([Comparison(prompt=HH.format(f"Question {i:03}?"), responses=("first", "second")) for i in range(120)])
     for question in store.ask("bert", count=120):
@@ -70,7 +70,7 @@ def test_no_reward_model_learns_from_cant_tell(client: Client, store: Store) -> 
     assert "reward model 1, update 1" not in page
 
 
-def test_an_annotator_sees_no_answer_before_a_reward_model_learned_from_it(
+def test_an_annotator_sees_no_label_before_a_reward_model_learned_from_it(
     store: Store, answered: Callable[..., None]
 ) -> None:
     for name, role in (("root", "admin"), ("anna", "annotator")):

@@ -72,7 +72,7 @@ def test_bad_settings_are_refused(store: Store) -> None:
     assert TOKEN not in repr(WebSettings(token=TOKEN))
 
 
-def test_nobody_gets_anything_without_a_login(public: Client, add: Add) -> None:
+def test_no_page_is_served_without_a_login(public: Client, add: Add) -> None:
     add(1)
     for path in ("/questions", "/progress", "/model/status", "/model/history", "/model/versions", "/events"):
         answer = public.get(path, headers={"accept": "application/json"})
@@ -94,7 +94,7 @@ def test_a_name_cookie_is_no_login(public: Client, add: Add) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "   "])
-def test_nobody_gets_a_name_that_they_did_not_give(client: Client, name: str) -> None:
+def test_an_invalid_name_is_refused_not_corrected(client: Client, name: str) -> None:
     csrf = client.csrf()
     refused = client.post("/name", data={"csrf": csrf, "name": name}, headers={"accept": "application/json"})
     assert refused.status_code == 422
@@ -297,7 +297,7 @@ def test_a_new_password_ends_the_logins_of_the_old_one(
     assert public.log_in("anna", NEW_PASSWORD).url.path == "/"
 
 
-def test_a_removed_account_is_logged_out_and_gives_back_what_it_holds_but_its_answers_stay(
+def test_a_removed_account_is_logged_out_and_frees_its_questions_but_keeps_its_labels(
     public: Client, store: Store, add: Add, command: Callable[..., str]
 ) -> None:
     add(3)

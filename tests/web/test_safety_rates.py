@@ -65,7 +65,7 @@ def test_too_many_requests_get_429_and_the_time_to_wait(few: None, store: Store,
     assert client.get("/login").status_code == 200
 
 
-def test_passwords_cannot_be_tried_at_will(store: Store, now: list[float]) -> None:
+def test_password_attempts_are_limited(store: Store, now: list[float]) -> None:
     public = public_page(store)
     codes = [public.log_in("anna", f"guess {i}").status_code for i in range(10)]
     assert codes == [403] * 8 + [429] * 2
@@ -73,7 +73,7 @@ def test_passwords_cannot_be_tried_at_will(store: Store, now: list[float]) -> No
     assert public.log_in("anna", PASSWORD).url.path == "/"
 
 
-def test_passwords_of_one_account_cannot_be_tried_from_many_addresses(store: Store, now: list[float]) -> None:
+def test_password_attempts_on_one_account_are_limited_across_addresses(store: Store, now: list[float]) -> None:
     public = public_page(store)
     clients = [Client(public.app, base_url="http://labels.example.org", client=(f"10.0.0.{i}", 1)) for i in range(4)]
     codes = [client.log_in("anna", "guess").status_code for client in clients for _ in range(6)]

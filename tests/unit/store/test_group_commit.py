@@ -91,7 +91,7 @@ def test_a_reader_waits_for_a_smaller_id_that_is_on_its_way(postgres: Server, cl
     assert read == [[first, second]]
 
 
-def test_one_answer_sent_by_several_threads_is_one_event(store: Store) -> None:
+def test_one_label_sent_by_several_threads_is_one_event(store: Store) -> None:
     (number,) = store.add([pair()])
     asked(store, "anna")
     barrier = threading.Barrier(6)
@@ -115,7 +115,7 @@ def test_one_answer_sent_by_several_threads_is_one_event(store: Store) -> None:
     assert store.last_event() == events[0] + 1
 
 
-def test_one_writer_that_fails_takes_nobody_with_him(tmp_path: Path) -> None:
+def test_a_writer_that_fails_does_not_affect_the_others(tmp_path: Path) -> None:
     """In SQLite those who wait share a transaction."""
     with Store(tmp_path / "labels.db") as store:
         ids = store.add(pairs(12))

@@ -14,7 +14,7 @@ from deep_rlhf.feedback.store import Store
 # ---- answers
 
 
-def test_an_answer_is_recorded_as_it_was_given(store: Store, clock: Clock) -> None:
+def test_a_label_is_recorded_as_it_was_given(store: Store, clock: Clock) -> None:
     store.add([pair(policy_version=4, reward_version=2, why_selected="information")])
     (question,) = store.ask("anna")
     clock.passes(5)
@@ -29,7 +29,7 @@ def test_an_answer_is_recorded_as_it_was_given(store: Store, clock: Clock) -> No
     assert tuple(kept) == ("information", 4, 2)
 
 
-def test_the_same_token_again_is_the_same_answer(store: Store) -> None:
+def test_the_same_token_again_is_the_same_label(store: Store) -> None:
     first, second = store.add(pairs(2))
     asked(store, "anna", 2)
     event = store.add_label(first, "anna", token="1", choice="a")
@@ -45,7 +45,7 @@ def test_the_same_token_again_is_the_same_answer(store: Store) -> None:
     assert store.last_event() == event + 1
 
 
-def test_who_may_not_answer_is_refused(store: Store) -> None:
+def test_a_person_who_may_not_label_is_refused(store: Store) -> None:
     first, second = store.add(pairs(2))
     asked(store, "anna")
     with refused("unknown"):
@@ -77,7 +77,7 @@ def test_who_may_not_answer_is_refused(store: Store) -> None:
         {"choice": "a", "token": "x" * 201},
     ],
 )
-def test_an_answer_that_is_none_changes_nothing(tmp_path: Path, given: dict[str, Any]) -> None:
+def test_an_invalid_label_changes_nothing(tmp_path: Path, given: dict[str, Any]) -> None:
     with Store(tmp_path / "labels.db") as store:
         (number,) = store.add([pair()])
         asked(store, "anna")
@@ -100,7 +100,7 @@ def test_a_ranking_has_a_rank_for_each_response(store: Store) -> None:
     assert store.labels()[0].choice == "cant_tell"
 
 
-def test_a_name_must_be_one(store: Store) -> None:
+def test_an_invalid_name_is_refused(store: Store) -> None:
     store.add([pair()])
     for name in ("", "a\x00b", "a\nb", "x" * 201):
         with pytest.raises(StoreError, match="printable"):
@@ -128,7 +128,7 @@ def test_undo_takes_back_a_skip_while_nobody_else_has_the_question(store: Store)
     assert store.labels() == []
 
 
-def test_undo_takes_back_the_newest_answer_by_a_new_event(store: Store) -> None:
+def test_undo_takes_back_the_newest_label_by_a_new_event(store: Store) -> None:
     ids = store.add(pairs(4))
     asked(store, "anna", 3)
     asked(store, "bert")

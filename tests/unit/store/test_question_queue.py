@@ -49,7 +49,7 @@ def test_a_question_says_all_that_was_added(store: Store) -> None:
     assert sorted(question.shown_order) == [0, 1, 2]
 
 
-def test_a_question_that_cannot_be_is_not_taken(store: Store) -> None:
+def test_an_invalid_question_is_refused(store: Store) -> None:
     with pytest.raises(StoreError, match="77"):
         store.add([pair(), pair(repeat_of=77)])
     with pytest.raises(StoreError, match=r"finite priority.* nan"):
@@ -77,7 +77,7 @@ def test_overlap_puts_a_question_to_different_people(store: Store) -> None:
     assert [(label.annotator, label.choice) for label in store.labels()] == [("anna", "a"), ("bert", "b")]
 
 
-def test_a_repeat_goes_only_to_whom_answered_the_original(store: Store) -> None:
+def test_a_repeat_goes_only_to_the_person_who_labelled_the_original(store: Store) -> None:
     (original,) = store.add([pair()])
     (repeat,) = store.add([pair(why_selected="repeat", repeat_of=original, priority=9.0)])
     assert asked(store, "anna", 2) == [original]
@@ -129,7 +129,7 @@ def test_blind_pairs_and_repeats_about_older_policies_are_withdrawn_too_but_neve
     assert asked(store, "anna", 9) == [original, gold]
 
 
-def test_unseen_is_what_anybody_could_be_asked(store: Store, clock: Clock) -> None:
+def test_unseen_counts_the_questions_that_anybody_could_be_asked(store: Store, clock: Clock) -> None:
     ids = store.add([*pairs(4), pair(overlap=2)])
     store.add([pair(why_selected="repeat", repeat_of=ids[0])])
     assert (store.waiting(), store.unseen()) == (6, 5)
@@ -160,7 +160,7 @@ def test_a_lease_that_ran_out_goes_to_somebody_else(store: Store, clock: Clock) 
     assert [label.annotator for label in store.labels()] == ["bert"]
 
 
-def test_a_late_answer_counts_if_nobody_took_the_question(store: Store, clock: Clock) -> None:
+def test_a_late_label_counts_if_nobody_took_the_question(store: Store, clock: Clock) -> None:
     first, second = store.add(pairs(2))
     (question,) = store.ask("anna")
     clock.passes(61)
@@ -174,7 +174,7 @@ def test_a_late_answer_counts_if_nobody_took_the_question(store: Store, clock: C
     assert store.labels()[0].shown_order == question.shown_order
 
 
-def test_who_asks_keeps_what_he_holds(store: Store, clock: Clock) -> None:
+def test_asking_again_renews_the_lease(store: Store, clock: Clock) -> None:
     (number,) = store.add([pair()])
     asked(store, "anna")
     clock.passes(40)

@@ -20,7 +20,7 @@ from deep_rlhf.feedback.store.schema import METADATA, REVISION
 from deep_rlhf.feedback.store.statements import EXPIRED_IDS, HELD_BY, NEXT_UNLOCKED
 
 
-def test_nothing_that_people_did_can_be_changed_or_deleted(store: Store) -> None:
+def test_events_can_be_neither_changed_nor_deleted(store: Store) -> None:
     (number,) = store.add([pair()])
     asked(store, "anna")
     store.add_label(number, "anna", token="1", choice="a")
@@ -48,7 +48,7 @@ def test_a_store_is_opened_again_with_what_it_holds(open_store: Callable[..., St
     assert asked(open_store(), "anna") == [number]
 
 
-def test_what_is_no_store_of_this_version_is_refused(tmp_path: Path) -> None:
+def test_a_database_that_is_no_store_of_this_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "labels.db"
     for change, message in (
         ("UPDATE alembic_version SET version_num = '9999'", "later version"),
@@ -92,7 +92,7 @@ def test_sqlite_syncs_each_commit_to_a_write_ahead_log(tmp_path: Path) -> None:
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
 
 
-def test_a_new_file_is_its_owners(tmp_path: Path) -> None:
+def test_a_new_file_belongs_to_its_owner_alone(tmp_path: Path) -> None:
     with Store(tmp_path / "labels.db") as store:
         store.add_user("anna", "admin", "hash")
         assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {

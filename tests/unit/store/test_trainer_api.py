@@ -45,7 +45,7 @@ def test_only_labels_for_training_are_counted(store: Store) -> None:
     assert (len(store.labels()), store.labelled("anna"), store.labelled("bert")) == (8, 8, 0)
 
 
-def test_pace_is_the_median_of_what_counts(store: Store) -> None:
+def test_the_pace_is_the_median_time_of_the_labels(store: Store) -> None:
     assert store.pace("anna") is None
     ids = store.add(pairs(4))
     asked(store, "anna", 4)
