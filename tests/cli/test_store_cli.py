@@ -17,7 +17,7 @@ from deep_rlhf.models.reward import RewardModel
 
 @pytest.fixture
 def labelled(tmp_path: Path) -> str:
-    """Three answers by two people, one of them can't tell, and a question that waits."""
+    """Three labels by two people, one of them can't tell, and a question that waits."""
     path = tmp_path / "labels.db"
     with Store(path) as store:
         store.add(

@@ -178,11 +178,11 @@ def test_repetition_of_other_lengths() -> None:
 
 def test_win_rate_gap_by_hand() -> None:
     # p' = 0.9 · 0.9 + 0.05 = 0.86; people say 0.5 with a sample variance of 0.25 · 20/19
-    answers = [1.0, 0.0] * 10
-    gap = win_rate_gap([0.9] * 20, answers)
+    labels = [1.0, 0.0] * 10
+    gap = win_rate_gap([0.9] * 20, labels)
     assert gap == pytest.approx(0.36 - 1.959964 * math.sqrt(0.25 * 20 / 19 / 20))
     assert win_rate_gap([0.9] * 20, [1.0] * 20) == pytest.approx(-0.14)
-    assert win_rate_gap([0.9] * 20, answers, label_noise=0.0) == pytest.approx(gap + 0.04)
+    assert win_rate_gap([0.9] * 20, labels, label_noise=0.0) == pytest.approx(gap + 0.04)
     assert win_rate_gap([0.9] * 9, [1.0] * 9) is None
 
 

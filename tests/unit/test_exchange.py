@@ -43,7 +43,7 @@ def other(tmp_path: Path) -> Iterator[Store]:
 
 
 def label_everything(store: Store) -> None:
-    """Two people: pairs of each answer, a ranking with a tie, a gold and a repeated question, and one taken back."""
+    """Two people: pairs with each choice, a ranking with a tie, a gold and a repeated question, and one taken back."""
     original, *_ = store.add(
         [
             Comparison(
@@ -157,8 +157,8 @@ def test_export_import_export_is_the_same(
     first = tmp_path / "first" / target
     second = tmp_path / "second" / target
     export_labels(store, first, everything=everything)
-    answers, _ = read_labels(first)
-    assert (len(answers), import_labels(other, answers)) == ((9, 9) if everything else (6, 6))
+    labels, _ = read_labels(first)
+    assert (len(labels), import_labels(other, labels)) == ((9, 9) if everything else (6, 6))
     assert other.waiting() == 0
     export_labels(other, second, everything=everything)
     if first.is_dir():
@@ -172,8 +172,8 @@ def test_export_import_export_is_the_same(
 def unnumbered(label: Any) -> tuple[Any, ...]:
     c = label.comparison
     question = (c.prompt, c.responses, c.why_selected, c.policy_version, c.reward_version, c.writers, c.predicted)
-    answer = (label.annotator, label.choice, label.ranks, label.strength, label.shown_order, label.seconds)
-    return (*question, c.expected, *answer, label.created)
+    judgement = (label.annotator, label.choice, label.ranks, label.strength, label.shown_order, label.seconds)
+    return (*question, c.expected, *judgement, label.created)
 
 
 def test_a_store_moves_to_postgresql_and_back(
@@ -206,7 +206,7 @@ def test_a_repeated_import_adds_nothing(store: Store, other: Store, tmp_path: Pa
 
 
 def test_imported_labels_join_those_of_the_store(store: Store, other: Store, tmp_path: Path) -> None:
-    """A question of which one answer is in the file keeps its places for others, and its repeat finds the original."""
+    """A question of which one label is in the file keeps its places for others, and its repeat finds the original."""
     label_everything(store)
     export_labels(store, tmp_path / "a.jsonl", everything=True)
     lines = (tmp_path / "a.jsonl").read_text().splitlines()

@@ -4,7 +4,7 @@ from deep_rlhf.feedback.loop.policy_versions import LEAST_WINS, Merit, best_of
 
 
 def merit(number: int, score: float, wins: str = "") -> Merit:
-    """`wins`: a w for each blind answer that was won, l for lost, t for a tie."""
+    """`wins`: a w for each blind label that was won, l for lost, t for a tie."""
     return Merit(number=number, wins=tuple({"w": 1.0, "l": 0.0, "t": 0.5}[letter] for letter in wins), score=score)
 
 

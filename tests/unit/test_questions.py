@@ -52,7 +52,7 @@ def questions(store: Store, **settings: Any) -> Questions:
 
 
 def answer_all(store: Store, *names: str) -> list[Comparison]:
-    """Everybody answers all that he is asked; returns what was asked."""
+    """Everybody answers all that they are asked; returns what was asked."""
     asked = []
     for name in names:
         while found := store.ask(name):
@@ -103,7 +103,7 @@ def test_enough_questions_wait_and_no_more_than_are_wanted(store: Store) -> None
 
 
 def test_somebody_who_skips_everything_is_asked_something_else(store: Store) -> None:
-    """The store still holds the questions for others; for him nothing is left."""
+    """The store still holds the questions for others; for them nothing is left."""
     found = questions(store, questions_ahead=5, win_rate_share=0.0, repeat_share=0.0)
     found.ask(5, models())
     for question in store.ask("ann", count=5):

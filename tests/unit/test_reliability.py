@@ -1,4 +1,4 @@
-"""Error rates by hand, from answers of annotators whose rate is known; α and the figures of small tables."""
+"""Error rates by hand, from labels of annotators whose rate is known; α and the figures of small tables."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from deep_rlhf.feedback.annotators.reliability import JudgedPair, alpha, figures
 from deep_rlhf.feedback.records import Comparison, Label
 
 
-def answers(name: str, count: int, error_rate: float, seed: int = 0, sharpness: float = 1.0) -> list[JudgedPair]:
+def judged_pairs(name: str, count: int, error_rate: float, seed: int = 0, sharpness: float = 1.0) -> list[JudgedPair]:
     """Of an annotator who errs at this rate; the predictions are too sure of themselves by the factor `sharpness`."""
     rng = random.Random(f"{name}/{seed}")
     found = []
@@ -31,7 +31,7 @@ def test_without_informative_labels_the_error_rate_is_the_prior() -> None:
 
 
 def test_the_most_probable_rate_by_hand() -> None:
-    # One right answer, one wrong, flat prior: p' = 0.98 − 0.48 e and 0.02 + 0.48 e, whose product is largest at e = 1
+    # One right label, one wrong, flat prior: p' = 0.98 − 0.48 e and 0.02 + 0.48 e, whose product is largest at e = 1
     sure = [JudgedPair(annotator="ann", predicted=0.98, mu=mu) for mu in (1.0, 0.0)]
     assert fit_error_rates([], gold=sure, prior=(1.0, 1.0))["ann"].rate == pytest.approx(1.0, abs=1e-3)
     # nine right, one wrong: 9/(0.98 − 0.48 e) = 1/(0.02 + 0.48 e), so 0.18 + 4.32 e = 0.98 − 0.48 e
@@ -49,7 +49,7 @@ def test_a_tie_is_half_a_label_each_way() -> None:
 
 @pytest.mark.parametrize("error_rate", [0.0, 0.1, 0.5, 0.8])
 def test_the_interval_holds_the_true_rate(error_rate: float) -> None:
-    found = fit_error_rates(answers("careful", 400, 0.1) + answers("ann", 400, error_rate))["ann"]
+    found = fit_error_rates(judged_pairs("careful", 400, 0.1) + judged_pairs("ann", 400, error_rate))["ann"]
     assert found.low <= max(error_rate, 0.02)
     assert found.high >= error_rate
     assert found.rate == pytest.approx(error_rate, abs=0.15)
@@ -57,7 +57,7 @@ def test_the_interval_holds_the_true_rate(error_rate: float) -> None:
 
 
 def test_more_labels_narrow_the_interval() -> None:
-    few, many = (fit_error_rates(answers("ann", count, 0.3))["ann"] for count in (40, 1000))
+    few, many = (fit_error_rates(judged_pairs("ann", count, 0.3))["ann"] for count in (40, 1000))
     assert many.high - many.low < 0.5 * (few.high - few.low)
 
 
@@ -67,8 +67,8 @@ def test_an_annotator_who_always_says_the_opposite_counts_as_random() -> None:
 
 
 def test_an_overconfident_model_does_not_raise_the_error_rates() -> None:
-    crowd = [answer for i in range(4) for answer in answers(f"ann-{i}", 300, 0.1, sharpness=4.0)]
-    found = fit_error_rates(crowd + answers("careless", 300, 0.6, sharpness=4.0))
+    crowd = [pair for i in range(4) for pair in judged_pairs(f"ann-{i}", 300, 0.1, sharpness=4.0)]
+    found = fit_error_rates(crowd + judged_pairs("careless", 300, 0.6, sharpness=4.0))
     assert all(found[f"ann-{i}"].rate < 0.25 for i in range(4))
     assert found["careless"].rate > 0.4
 

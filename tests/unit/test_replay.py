@@ -1,4 +1,4 @@
-"""Annotators who are a file or a program: every vote arrives once, as the answer of who gave it."""
+"""Annotators who are a file or a program: every vote arrives once, as the label of the person who gave it."""
 
 import gzip
 import json

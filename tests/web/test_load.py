@@ -115,7 +115,7 @@ class Annotator(threading.Thread):
                 self.changed.notify_all()
 
     def decide(self, ahead: list[Any]) -> list[Any]:
-        """Answers or skips the first question, and perhaps takes the answer back; returns what comes then."""
+        """Answers or skips the first question, and perhaps takes the label back; returns what comes then."""
         number, ahead = ahead[0]["id"], ahead[1:]
         # Never what it answered once: everybody else may have gone by then.
         if self.rng.random() < self.wavers and all(number != other for _, other, _ in self.history):
@@ -258,5 +258,5 @@ def test_a_label_takes_less_than_a_tenth_of_a_second_with_twenty_people(page: Pa
         assert one.progress_reads > 1
     seconds = sorted(second for one in annotators for second in one.seconds[1:])  # the first ones warm the server
     p95 = seconds[math.ceil(0.95 * len(seconds)) - 1]
-    print(f"p50 {statistics.median(seconds) * 1000:.0f} ms, p95 {p95 * 1000:.0f} ms of {len(seconds)} answers")  # noqa: T201
+    print(f"p50 {statistics.median(seconds) * 1000:.0f} ms, p95 {p95 * 1000:.0f} ms of {len(seconds)} labels")  # noqa: T201
     assert p95 < 0.1

@@ -35,7 +35,7 @@ def answered(store: Store) -> Callable[..., None]:
 
 
 def learn(store: Store, number: int) -> None:
-    """A reward model learns from all answers."""
+    """A reward model learns from all labels."""
     last = store.last_event()
     store.add_version(Version(kind="reward", number=number, step=0, labels=last, last_event=last))
     ANNOTATORS.write(store, [AnnotatorFigures(name="bert", labels=2, error_rate=0.1, error_rate_interval=(0.0, 0.2))])
@@ -96,7 +96,7 @@ def test_an_annotator_sees_no_label_before_a_reward_model_learned_from_it(
         assert ">gold<" not in page
         assert "Reason for asking" not in page
         assert "only for measurement" not in page
-        assert "Gold correct" not in page  # after each answer it would tell which question was gold
+        assert "Gold correct" not in page  # after each label it would tell which question was gold
         page = root.get(path).text
         assert "Question 2?" in page
         assert "Gold correct" in page

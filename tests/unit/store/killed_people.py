@@ -9,7 +9,7 @@ from deep_rlhf.feedback.store import Store
 
 
 def label(address: str, person: str, told: Connection) -> None:
-    """Answers whatever is asked; tells before each answer and, with the event, after it."""
+    """Answers whatever is asked; tells before each label and, with the event, after it."""
     with Store(address, seed=1) as store:
         while questions := store.ask(person, count=2):
             number = questions[0].id

@@ -72,7 +72,7 @@ def test_an_acknowledged_label_survives_the_death_of_whoever_sent_it(fresh: str)
         acknowledged.extend((number, event) for what, number, event in told if what == "acknowledged")
 
     people = {name: Process(killed_people.label, fresh, name) for name in ("anna", "bert", "carl")}
-    for _ in range(5):  # lives that end too early: in the middle of an answer, or just after it
+    for _ in range(5):  # lives that end too early: in the middle of a label, or just after it
         name = rng.choice(sorted(people))
         for _ in range(rng.randrange(1, 10)):
             hear([told] if (told := people[name].next()) else [])

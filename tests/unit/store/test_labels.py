@@ -1,4 +1,4 @@
-"""What an answer is, who may give it, and how it is taken back."""
+"""What a label is, who may give it, and how it is taken back."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from deep_rlhf.errors import LabelRefused, StoreError
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.store import Store
 
-# ---- answers
+# ---- labels
 
 
 def test_a_label_is_recorded_as_it_was_given(store: Store, clock: Clock) -> None:

@@ -116,7 +116,7 @@ def test_questions_of_older_policies_are_withdrawn_if_nobody_has_begun(store: St
     assert store.waiting() == 4  # held and answered have one place left each
     assert store.withdraw(older_than_policy=2) == 0
     assert asked(store, "bert", 9) == [held, answered, newer, gold]
-    store.add_label(ran_out, "carl", token="2", choice="b")  # a page that was still open: the answer is as good as any
+    store.add_label(ran_out, "carl", token="2", choice="b")  # a page that was still open: the label is as good as any
     assert [label.comparison_id for label in store.labels()] == [answered, ran_out]
 
 
