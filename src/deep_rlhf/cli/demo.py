@@ -98,7 +98,7 @@ def run_demo(config: DemoConfig, scale: Scale) -> dict[str, Any]:
     reports: list[RowReport] = []
     trainer: PPOTrainer | None = None
     for round_ in range(1, scale.rounds + 1):
-        with stages(f"people compare answers, round {round_}") as stage:
+        with stages(f"people compare responses, round {round_}") as stage:
             labelled, rows = compare_responses(model, tokenizer, train_prompts, config.seed * 100 + round_, scale)
             preferences += labelled
             reports.append(rows)
@@ -106,7 +106,7 @@ def run_demo(config: DemoConfig, scale: Scale) -> dict[str, Any]:
         with stages(f"reward model, round {round_}") as stage:
             reward = fit_reward_model(sft_model, tokenizer, preferences, config, run.path / "reward_model")
             accuracy, baseline = reward.metrics["accuracy"], reward.metrics["accuracy_length_baseline"]
-            stage.finish(f"accuracy {accuracy:.2f} on held-out pairs; longer answer wins: {baseline:.2f}")
+            stage.finish(f"accuracy {accuracy:.2f} on held-out pairs; longer response wins: {baseline:.2f}")
         with stages(f"PPO, round {round_}") as stage:
             if trainer is None:
                 trainer = PPOTrainer(
