@@ -39,7 +39,7 @@ def test_the_summary_has_every_figure(finished: tuple[Path, dict]) -> None:
     assert 0 <= written["win_rate_ci"][0] <= written["win_rate"] <= written["win_rate_ci"][1] <= 1
     assert [round_["read"] for round_ in written["comparisons"]] == [48, 48]
     assert [stage["name"] for stage in written["stages"]][3:6] == [
-        *("PPO, round 1", "people compare answers, round 2", "reward model, round 2"),
+        *("PPO, round 1", "people compare responses, round 2", "reward model, round 2"),
     ]
 
 
