@@ -27,6 +27,10 @@ class RewardError(UserError):
     """A reward function or a reward model raised, hung or returned something that is not a reward."""
 
 
+class NotFiniteError(UserError):
+    """A loss, a gradient, an output or a weight is NaN or infinite; it has not reached anything that was saved."""
+
+
 class CheckpointError(UserError):
     """A checkpoint or run folder cannot be written, read, or continued with these settings."""
 

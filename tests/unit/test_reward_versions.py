@@ -5,13 +5,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from facts import assert_names
 
-from deep_rlhf.errors import ResourceError
+from deep_rlhf.errors import NotFiniteError, ResourceError
 from deep_rlhf.feedback.records import Comparison
 from deep_rlhf.feedback.reward_refit import supervisor
+from deep_rlhf.feedback.reward_refit.ensemble import RewardFit
 from deep_rlhf.feedback.reward_refit.preferences import training_preferences
 from deep_rlhf.feedback.reward_refit.supervisor import RefitProcess
 from deep_rlhf.feedback.reward_refit.versions import (
@@ -161,3 +164,31 @@ def test_a_version_is_given_until_it_is_used_and_the_process_ends_with_its_input
     waited(lambda: (tmp_path / "ended").exists())
     process.stop()
     assert process._process is None
+
+
+def test_a_refit_that_fails_is_told_once_and_its_process_lives(
+    program: Callable[[str], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    program("sys.stdin.buffer.read()")
+    process = RefitProcess(JOB, tmp_path, "labels.db")
+    (tmp_path / "failure.json").write_text(json.dumps({"reason": "Update 3, whose loss is nan."}))
+    assert process.poll(4) is None
+    assert process.poll(4) is None
+    assert len(caplog.messages) == 1
+    assert_names(caplog.messages[0], "Update 3", "Version 4")
+    process.stop()
+
+
+def test_after_a_failed_refit_the_next_one_continues_from_the_newest_version(tmp_path: Path) -> None:
+    """What the failed one has changed in memory is forgotten."""
+    with Store(tmp_path / "labels.db") as store:
+        refits = Refits(JOB, tmp_path, store)
+        refits._fit = refits._held_out = cast(RewardFit, SimpleNamespace(fit=_fails))
+        with pytest.raises(NotFiniteError):
+            refits.run()
+    assert refits._fit is None
+    assert refits._held_out is None
+
+
+def _fails(*_: Any, **__: Any) -> None:
+    raise NotFiniteError("the loss is nan")

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deep_rlhf.algorithms.online.learner import NotFiniteError
 from deep_rlhf.algorithms.trpo import TRPOConfig, TRPOTrainer
-from deep_rlhf.errors import ConfigError
+from deep_rlhf.errors import ConfigError, NotFiniteError
 from deep_rlhf.types import Experience, Rollout
 
 WORDS = ["one", "two", "three", "a", "cat", "seventeen"]

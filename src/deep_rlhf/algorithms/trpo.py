@@ -22,11 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online.config import OnlineConfig
-from deep_rlhf.algorithms.online.learner import NotFiniteError
 from deep_rlhf.algorithms.online.optimiser_step import Optimisation
 from deep_rlhf.algorithms.online.state import load_tensors, trainable_tensors
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
-from deep_rlhf.errors import ConfigError
+from deep_rlhf.errors import ConfigError, NotFiniteError
 from deep_rlhf.models.critic import make_critic
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.advantages import gae, token_rewards

@@ -11,6 +11,7 @@ from rich.table import Table
 from deep_rlhf.algorithms.supervised.dpo import DPOConfig, DPOResult, train_dpo
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
 from deep_rlhf.cli.reward import RewardArguments, after_training, load_splits
+from deep_rlhf.models.saving import save_model
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
 from deep_rlhf.runtime.trackers import usable_trackers
 from deep_rlhf.types import RowReport
@@ -61,9 +62,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def write(result: DPOResult, summary: dict[str, Any], arguments: DPOArguments, config: DPOConfig) -> RunDirectory:
     """Writes the policy to `model/` and the resolved flags, the log and the summary beside it."""
-    run = RunDirectory(config.output_dir)
-    result.model.save_pretrained(run.path / "model")
-    result.tokenizer.save_pretrained(run.path / "model")
+    save_model(result.model, result.tokenizer, Path(config.output_dir) / "model")
+    run = RunDirectory(config.output_dir)  # removes the figures of an earlier run
     for row in result.history:
         run.add_metrics(row)
     save_config(run.path / "config.yaml", arguments, config)

@@ -22,6 +22,7 @@ from deep_rlhf.algorithms.supervised.sft import SFTConfig, train_sft
 from deep_rlhf.data.chat import HH
 from deep_rlhf.data.synthetic import corpus, sft_pairs
 from deep_rlhf.errors import ResourceError
+from deep_rlhf.models.saving import save_model
 
 QUIET: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
 RECIPE = 1  # raise it whenever the same texts and sizes would give another policy
@@ -126,8 +127,7 @@ def cached_policy(seed: int = 1, scale: PolicyScale | None = None, on_step: Call
         ) from error
     try:
         tokenizer = build_tokenizer(seed)
-        pretrain(seed, scale, tokenizer, on_step).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_model(pretrain(seed, scale, tokenizer, on_step), tokenizer, temporary)
         os.rename(temporary, folder)
     except OSError as error:
         if not folder.is_dir():  # otherwise another process has just saved the same policy

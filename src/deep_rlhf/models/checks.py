@@ -8,17 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from deep_rlhf.errors import ModelError
+from deep_rlhf.errors import ModelError, NotFiniteError
 from deep_rlhf.models.trunk import Trunk
+from deep_rlhf.runtime.finite import check_finite
 
 
 @torch.no_grad()
 def check_language_model(trunk: Trunk, head: Callable[[Tensor], Tensor]) -> None:
     """Raises ModelError unless `head` maps the trunk's hidden states [..., H] to the model's own logits [..., V].
 
-    A decoder-only model must be causal, too.
+    A decoder-only model must be causal, too. Raises NotFiniteError for a weight that is NaN or infinite.
     """
     model, tolerance = trunk.language_model, _tolerance(trunk)
+    check_finite(model, "The model cannot be used")
     ids, other_end = _two_texts(1, trunk.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     if trunk.is_seq2seq:
@@ -27,6 +29,8 @@ def check_language_model(trunk: Trunk, head: Callable[[Tensor], Tensor]) -> None
     else:
         logits = model(input_ids=ids, attention_mask=mask.long()).logits
         states = trunk.run_trunk(ids, mask, use_cache=False)
+        if logits.isnan().any():
+            raise NotFiniteError("The model cannot be used: its logits are nan, since some weights are too large.")
         other_logits = model(input_ids=other_end, attention_mask=mask.long()).logits
         if not torch.allclose(other_logits[:, 0], logits[:, 0], atol=tolerance, rtol=tolerance):
             raise ModelError(

@@ -18,6 +18,7 @@ from transformers import (
 
 from deep_rlhf.errors import ModelError
 from deep_rlhf.models.quantisation import four_bit_config, keep_trainable
+from deep_rlhf.runtime.finite import check_finite
 
 T = TypeVar("T")
 
@@ -30,10 +31,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 def load_language_model(
     name: str, *, seq2seq: bool = False, in_4bit: bool = False, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A language model in float32 on the CPU, without dropout. Raises ModelError if it cannot be opened.
+    """A language model in float32 on the CPU, without dropout.
 
-    `in_4bit` quantises its linear layers, on the GPU if there is one; embeddings, norms and head stay float32. Without
-    bitsandbytes it raises ResourceError.
+    Raises ModelError if it cannot be opened, and NotFiniteError if a weight is NaN or infinite. `in_4bit` quantises
+    its linear layers, on the GPU if there is one; embeddings, norms and head stay float32. Without bitsandbytes it
+    raises ResourceError.
     """
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     what = "encoder-decoder" if seq2seq else "decoder-only language model"
@@ -47,14 +49,20 @@ def load_language_model(
             " gpt2 (or t5-small with use_seq2seq)."
         )
     keep_trainable(model)
+    check_finite(model, f"'{name}' cannot be used")
     return disable_dropout(model)
 
 
 def load_sequence_classifier(name: str, *, num_labels: int, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A classifier with `num_labels` scalar heads, float32 on the CPU. Raises ModelError if it cannot be opened."""
+    """A classifier with `num_labels` scalar heads, float32 on the CPU.
+
+    Raises ModelError if it cannot be opened, and NotFiniteError if a weight is NaN or infinite.
+    """
     options = _options(trust_remote_code) | {"num_labels": num_labels, "problem_type": "regression"}
     auto = AutoModelForSequenceClassification
-    return _opened("reward model", name, lambda: auto.from_pretrained(name, **options))
+    model = _opened("reward model", name, lambda: auto.from_pretrained(name, **options))
+    check_finite(model, f"'{name}' cannot be used")
+    return model
 
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:

@@ -24,6 +24,8 @@ from deep_rlhf.data.chat import TEMPLATES, get_template
 from deep_rlhf.errors import ModelError
 from deep_rlhf.models.function_scorer import import_function
 from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer, no_configuration
+from deep_rlhf.models.saving import save_model
+from deep_rlhf.runtime.finite import check_finite
 from deep_rlhf.runtime.memory import token_budget_batches
 from deep_rlhf.types import Scorer
 
@@ -86,9 +88,12 @@ class RewardModel:
         return scores
 
     def save(self, folder: str | Path) -> None:
-        """Writes weights (safetensors), tokenizer and `reward_model.json` into `folder`."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Writes weights (safetensors), tokenizer and `reward_model.json` into `folder`.
+
+        Raises NotFiniteError, and writes nothing, if a weight, or the scores' mean or deviation, is not finite.
+        """
+        check_finite({"mean": self.mean, "std": self.std}.items(), f"The reward model is not saved in '{folder}'")
+        save_model(self.model, self.tokenizer, folder)
         card = {
             "template": self.template,
             "template_fingerprint": TEMPLATES[self.template].fingerprint() if self.template else None,

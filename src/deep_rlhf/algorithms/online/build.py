@@ -17,6 +17,7 @@ from deep_rlhf.models.load import load_language_model, load_tokenizer
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.models.quantisation import compute_four_bit_in, is_four_bit
 from deep_rlhf.models.reward import RewardModel, load_scorer
+from deep_rlhf.models.saving import save_model
 from deep_rlhf.runtime.precision import cast_weights, compute_dtype, frozen_copy, hidden_width, multiplies_bf16
 from deep_rlhf.runtime.processes import Runtime
 from deep_rlhf.runtime.trackers import LOOP_TRACKERS, usable_trackers
@@ -126,11 +127,11 @@ def save_policy(
 ) -> None:
     """Writes a plain transformers folder, opens it again and compares the weights.
 
-    Raises ResourceError if the folder cannot be written, ModelError if the saved weights differ.
+    Raises NotFiniteError for a weight that is not finite, ResourceError if the folder cannot be written, ModelError if
+    the saved weights differ.
     """
     try:
-        model.save_pretrained(folder, safe_serialization=True)
-        tokenizer.save_pretrained(folder)
+        save_model(model, tokenizer, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ResourceError(f"The policy could not be written to '{folder}': {reason}.") from error

@@ -1,13 +1,9 @@
-"""The interface of an algorithm, and the error that ends its update at a number that is not finite."""
+"""The interface of an algorithm."""
 
 from typing import Any, Protocol
 
 from deep_rlhf.models.critic import Critic
 from deep_rlhf.types import Rollout
-
-
-class NotFiniteError(Exception):
-    """A NaN or an infinity was found before it reached any weight; the message says where."""
 
 
 class Learner(Protocol):
@@ -19,7 +15,10 @@ class Learner(Protocol):
         ...
 
     def learn(self, rollout: Rollout, *, kl_coef: float, update: int) -> dict[str, float]:
-        """Makes one update from a rollout of all processes and returns its metrics. Raises NotFiniteError."""
+        """Makes one update from a rollout of all processes and returns its metrics.
+
+        Raises NotFiniteError at the first loss or gradient that is not finite, before it reaches a weight.
+        """
         ...
 
     def state(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from deep_rlhf.accel.cpu.allocator import release_freed_memory
 from deep_rlhf.accel.cpu.attention import fast_attention
 from deep_rlhf.accel.cpu.gradients import gradients_in_place
 from deep_rlhf.algorithms.online.config import OnlineConfig
-from deep_rlhf.algorithms.online.learner import NotFiniteError
+from deep_rlhf.errors import NotFiniteError
 from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.masked import masked_sum

@@ -24,12 +24,12 @@ from deep_rlhf.algorithms.online import build
 from deep_rlhf.algorithms.online.bad_batches import rollout_problem, set_aside
 from deep_rlhf.algorithms.online.config import RESUME_MAY_CHANGE, OnlineConfig
 from deep_rlhf.algorithms.online.identity import run_identity
-from deep_rlhf.algorithms.online.learner import Learner, NotFiniteError
+from deep_rlhf.algorithms.online.learner import Learner
 from deep_rlhf.algorithms.online.metrics import rollout_metrics
 from deep_rlhf.algorithms.online.prompts import PromptBatches, count_updates, longest_prompt, usable_prompts
 from deep_rlhf.algorithms.online.score_shaping import ScoreShaping
 from deep_rlhf.algorithms.online.state import copied, load_tensors, trainable_tensors
-from deep_rlhf.errors import CheckpointError, RewardError
+from deep_rlhf.errors import CheckpointError, NotFiniteError, RewardError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.ops.kl import adapted_kl_coef
 from deep_rlhf.rollout.collect import collect, complete, needs_states, prompt_batch
@@ -45,6 +45,7 @@ from deep_rlhf.runtime.checkpoint import (
     save_checkpoint,
     set_random_states,
 )
+from deep_rlhf.runtime.finite import check_finite
 from deep_rlhf.runtime.hub import push_folder
 from deep_rlhf.runtime.processes import Runtime
 from deep_rlhf.types import Rollout, Scorer
@@ -245,10 +246,12 @@ class OnlineTrainer:
     def checkpoint(self) -> None:
         """Writes `<output_dir>/checkpoints/step-<updates done>`; does nothing without an output_dir.
 
-        Raises CheckpointError if it cannot be written; earlier checkpoints stay intact.
+        Raises CheckpointError if it cannot be written and NotFiniteError for a weight that is not finite; earlier
+        checkpoints stay intact.
         """
         if self.config.output_dir is None:
             return
+        self._check_weights()
         random = self.runtime.gather(random_states())  # a reward function may draw differently in each process
         if self.runtime.is_main:
             state = {
@@ -266,8 +269,10 @@ class OnlineTrainer:
     def snapshot(self) -> dict[str, Any]:
         """A copy of everything that learning changes, for `restore`: policy, learner, KL coefficient, score statistics.
 
-        `save_checkpoint` accepts it. History and random states are not part of it.
+        `save_checkpoint` accepts it. History and random states are not part of it. Raises NotFiniteError for a weight
+        that is not finite.
         """
+        self._check_weights()
         return copied(self._trained_state())
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -276,6 +281,13 @@ class OnlineTrainer:
         self.learner.load_state(copied(state["learner"]))  # the optimiser changes the tensors it is given
         self.kl_coef = state["kl_coef"]
         self._shaping.moments = state["score_moments"]
+
+    def _check_weights(self) -> None:
+        """Raises NotFiniteError for a weight of policy or critic that is NaN or infinite."""
+        advice = f"After update {len(self.history)} nothing is saved, start again with a lower learning rate"
+        check_finite(self._policy, advice)
+        if self.learner.critic is not None:
+            check_finite(self.learner.critic, advice)
 
     def _trained_state(self) -> dict[str, Any]:
         return {

@@ -34,6 +34,7 @@ from deep_rlhf.runtime.checkpoint import (
     save_checkpoint,
     set_random_states,
 )
+from deep_rlhf.runtime.finite import check_finite
 from deep_rlhf.runtime.processes import Runtime
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class RunCheckpoints:
         """Writes a checkpoint on the main process. Raises CheckpointError on all if the disk refuses it."""
         trainer = self.trainer
         step = trainer.state.global_step
+        check_finite(trainer.weights().items(), f"No checkpoint is written after update {step}")
         processes = trainer.runtime.gather(
             {"random": random_states(), "loss_since_log": trainer.loss_since_log.item(), "flops": trainer.flops}
         )

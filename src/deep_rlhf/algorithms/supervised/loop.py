@@ -31,7 +31,8 @@ from deep_rlhf.algorithms.supervised.checkpoints import RunCheckpoints
 from deep_rlhf.algorithms.supervised.config import SupervisedConfig
 from deep_rlhf.algorithms.supervised.optimiser import make_optimizer, make_scheduler
 from deep_rlhf.algorithms.supervised.progress import TrainingBar
-from deep_rlhf.errors import ConfigError, DataError
+from deep_rlhf.errors import ConfigError, DataError, NotFiniteError
+from deep_rlhf.runtime.finite import check_finite
 from deep_rlhf.runtime.processes import Runtime
 
 
@@ -51,11 +52,16 @@ class SupervisedTrainer:
         eval_dataset: Sequence[Any] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        """Moves `model` to the device of `config`. Raises ConfigError if evaluations are wanted without a data set."""
+        """Moves `model` to the device of `config`.
+
+        Raises ConfigError if evaluations are wanted without a data set, and NotFiniteError if a weight is NaN or
+        infinite.
+        """
         config.set_seeds()
         self.config = config
         self.runtime = Runtime()
         self.model: Any = model.to(config.device)
+        check_finite(self.model, "The model cannot be trained")
         if hasattr(self.model, "config"):
             self.model.config.use_cache = config.use_cache  # keys and values of texts that are never continued
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
@@ -144,8 +150,9 @@ class SupervisedTrainer:
         """Trains from the beginning, or from the checkpoint that the configuration names; returns the last log entry.
 
         The best evaluated weights are kept with `load_best_model_at_end`. One Ctrl-C saves a checkpoint after the
-        current update and raises KeyboardInterrupt. Raises DataError without enough data for a batch, and
-        CheckpointError if a checkpoint cannot be written or belongs to a run with other flags.
+        current update and raises KeyboardInterrupt. Raises DataError without enough data for a batch,
+        CheckpointError if a checkpoint cannot be written or belongs to a run with other flags, and NotFiniteError at
+        the first loss, gradient or output that is NaN or infinite, before it reaches a weight.
         """
         config = self.config
         per_epoch = len(self._batches(0))
@@ -239,7 +246,13 @@ class SupervisedTrainer:
             with self.autocast():
                 parts.append(self.outputs(batch).float().cpu())
             self._call("on_prediction_step")
-        return in_order_of_rows(self.runtime.gather(parts), len(examples))
+        outputs = in_order_of_rows(self.runtime.gather(parts), len(examples))
+        if not outputs.isfinite().all():
+            raise NotFiniteError(
+                f"After update {self.state.global_step} the model's output is {_not_finite(outputs)} for an example:"
+                f" lower --learning_rate ({self.config.learning_rate:g}), or start from another model."
+            )
+        return outputs
 
     # ---- the parts of an epoch
 
@@ -284,20 +297,32 @@ class SupervisedTrainer:
         count = self.runtime.sum(torch.stack([self.items(batch) for batch in batches]).sum()).float()
         self._call("on_step_begin")
         self.model.train()
-        for loss in self.gradients(batches, count):
-            if config.logging_nan_inf_filter and not loss.isfinite():  # the mean of the others stands in
-                loss = self.loss_since_log / (1 + self.state.global_step - self.last_logged_step)
+        losses = self.gradients(batches, count)
+        for loss in losses:
             self.loss_since_log += loss
         self.flops += sum(map(self._flops_of, batches))
         self.runtime.sum_gradients(weight for weight in self.model.parameters() if weight.grad is not None)
         limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        total = self.runtime.sum(torch.stack(losses).sum().float())
+        grad_norm = self._finite_norm(*torch.stack([total, norm.to(total)]).tolist())
         self._call("on_pre_optimizer_step")
         self.optimizer.step()
         self._call("on_optimizer_step")
-        self._update_figures = {"grad_norm": norm.item(), "learning_rate": float(self.scheduler.get_last_lr()[0])}
+        self._update_figures = {"grad_norm": grad_norm, "learning_rate": float(self.scheduler.get_last_lr()[0])}
         self.scheduler.step()
         self.model.zero_grad()
+
+    def _finite_norm(self, loss: float, norm: float) -> float:
+        """The gradient's norm. Raises NotFiniteError before the optimiser's step if it or the loss is not finite."""
+        for name, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                self.model.zero_grad()
+                raise NotFiniteError(
+                    f"Training stopped in update {self.state.global_step + 1}, whose {name} is {value}: lower"
+                    f" --learning_rate ({self.config.learning_rate:g}), or look for extreme values in data and flags."
+                )
+        return norm
 
     def _log_and_evaluate(self) -> None:
         """What is due at this step; sets `control.should_save` under save_strategy="best"."""
@@ -358,6 +383,10 @@ class SupervisedTrainer:
     def _call(self, moment: str, *given: Any) -> None:
         """Tells every callback; what they ask for is in `control`."""
         self.control = getattr(self.callbacks, moment)(self.config, self.state, self.control, *given)
+
+
+def _not_finite(values: Tensor) -> float:
+    return float(values[~values.isfinite()][0])
 
 
 def _enable_activation_checkpointing(model: Any) -> None:

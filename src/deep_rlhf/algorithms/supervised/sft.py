@@ -48,20 +48,24 @@ def train_sft(
 ) -> dict[str, float]:
     """Trains `model` in place on (prompt, response) texts and returns the last log entry, with `train_loss`.
 
-    The loss is the mean over all response tokens of an update, EOS included. Examples longer than `max_length` are
-    dropped, and a warning counts them. `on_step` is called after each update; an exception that it raises ends the
-    training. Raises DataError if no example fits, and CheckpointError as `SupervisedTrainer.train` does.
+    The loss is the mean over all response tokens of an update, EOS included. Examples longer than `max_length`, and
+    those without any text, are dropped, and a warning counts them. `on_step` is called after each update; an exception
+    that it raises ends the training. Raises DataError if no example fits, and CheckpointError and NotFiniteError as
+    `SupervisedTrainer.train` does.
     """
-    rows = [row for row in _tokenized(tokenizer, examples) if len(row["input_ids"]) <= config.max_length]
+    given = [row for row in _tokenized(tokenizer, examples) if row["labels"].ne(IGNORED).any()]
+    rows = [row for row in given if len(row["input_ids"]) <= config.max_length]
     if not rows:
         raise DataError(
-            f"None of the {len(examples)} examples has at most {config.max_length} tokens: raise max_length."
+            f"None of the {len(examples)} examples has a token to learn and at most {config.max_length} tokens: raise"
+            " max_length, or give longer responses."
         )
-    if len(rows) < len(examples):
-        dropped = len(examples) - len(rows)
-        logger.warning(
-            "%d of %d examples have more than %d tokens: dropped.", dropped, len(examples), config.max_length
-        )
+    for dropped, why in (
+        (len(given) - len(rows), f"have more than {config.max_length} tokens"),
+        (len(examples) - len(given), "are empty"),
+    ):
+        if dropped:
+            logger.warning("%d of %d examples %s: dropped.", dropped, len(examples), why)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     callbacks = [_OnStep(on_step)] if on_step is not None else []
     return _SFTTrainer(model, config, pad_id=pad_id, train_dataset=rows, callbacks=callbacks).train()

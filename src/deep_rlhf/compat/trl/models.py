@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils import cached_file
 
+from deep_rlhf.runtime.finite import check_finite
 from deep_rlhf.runtime.hub import push_folder
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,11 @@ class PreTrainedModelWrapper(nn.Module):
         return {**self.pretrained_model.state_dict(*args, **kwargs), **head}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes a plain transformers folder (or peft's, for adapters), and the value head in a separate file."""
+        """Writes a plain transformers folder (or peft's, for adapters), and the value head in a separate file.
+
+        Raises NotFiniteError, and writes nothing, if a weight is NaN or infinite.
+        """
+        check_finite(self, f"The model is not saved in '{save_directory}'")
         self.pretrained_model.save_pretrained(save_directory, **kwargs)
         head = {_HEAD + name: tensor.detach().cpu().clone() for name, tensor in self.v_head.state_dict().items()}
         save_file(head, Path(save_directory) / HEAD_FILE)

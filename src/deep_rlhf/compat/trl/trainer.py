@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online.bad_batches import rollout_problem
 from deep_rlhf.algorithms.online.build import open_runtime
-from deep_rlhf.algorithms.online.learner import NotFiniteError
 from deep_rlhf.algorithms.online.score_shaping import ScoreShaping
 from deep_rlhf.algorithms.ppo import PPO
 from deep_rlhf.compat.trl import batches
@@ -24,7 +23,7 @@ from deep_rlhf.compat.trl.config import PPOConfig
 from deep_rlhf.compat.trl.core import set_seed
 from deep_rlhf.compat.trl.models import PreTrainedModelWrapper, create_reference_model, push_saved
 from deep_rlhf.compat.trl.stats import step_stats
-from deep_rlhf.errors import RewardError
+from deep_rlhf.errors import NotFiniteError, RewardError
 from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.ops.kl import adapted_kl_coef

@@ -19,7 +19,7 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.accel.cpu.allocator import kept_memory
-from deep_rlhf.errors import StoreUnavailable
+from deep_rlhf.errors import NotFiniteError, StoreUnavailable
 from deep_rlhf.feedback.annotators.base import BackgroundLabeler, Labeler, People
 from deep_rlhf.feedback.loop.build import (
     ensure_start_responses,
@@ -173,10 +173,22 @@ class Session:
         refits = Refits(self.refit_job, self.rewards, self.store, policy=self.start_policy)
         while self.progress.step < self.config.updates:
             self.collect_labels(self._wanted() or 0)
-            self._adopt(refits.run())
+            self._refit(refits)
             for _ in range(min(self.config.batched_updates, self.config.updates - self.progress.step)):
                 self.stop_signal.check()
                 self._update()
+
+    def _refit(self, refits: Refits) -> None:
+        """Adopts the next reward model; one that is not finite is only warned about, and the former stays."""
+        try:
+            refitted = refits.run()
+        except NotFiniteError as error:
+            if self._scorer is None:
+                raise
+            number = self.progress.reward_version
+            logger.warning("A refit failed: version %d of the reward model stays in use. %s", number, error)
+            return
+        self._adopt(refitted)
 
     def collect_labels(self, count: int) -> None:
         """Waits for `count` more labels. Raises StopRequested."""

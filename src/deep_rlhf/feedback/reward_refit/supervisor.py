@@ -1,6 +1,7 @@
 """Starts the process that refits the reward model (`reward_refit.worker`), and restarts it when it dies."""
 
 import contextlib
+import json
 import logging
 import os
 import subprocess
@@ -10,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deep_rlhf.errors import ResourceError
-from deep_rlhf.feedback.reward_refit.versions import JOB, RefitJob, Refitted, newest_version
+from deep_rlhf.feedback.reward_refit.versions import FAILURE, JOB, RefitJob, Refitted, newest_version
 from deep_rlhf.runtime.run_directory import write_summary
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class RefitProcess:
         self._process: subprocess.Popen[bytes] | None = self._start()
 
     def poll(self, known: int) -> Refitted | None:
-        """The newest version, if its number is above `known`.
+        """The newest version, if its number is above `known`; a refit that failed is only warned about.
 
         Restarts the process with a warning if it has died. Raises ResourceError when it has died too often in a row.
         """
@@ -39,6 +40,7 @@ class RefitProcess:
         if found is not None and found.number > known:
             self._failures_in_a_row = 0
             return found
+        self._tell_failure(known)
         if self._process is not None and self._process.poll() is not None:
             self._schedule_restart(self._process.returncode)
             self._process = None
@@ -54,6 +56,17 @@ class RefitProcess:
             if self._process.stdin is not None:
                 self._process.stdin.close()
             self._process = None
+
+    def _tell_failure(self, known: int) -> None:
+        """Warns once of a refit that the process gave up, after which the reward model stays as it is."""
+        path = self.folder / FAILURE
+        try:
+            reason = json.loads(path.read_text(encoding="utf-8"))["reason"]
+            path.unlink()
+        except FileNotFoundError:
+            return
+        stays = f"Version {known} of the reward model stays in use" if known else "There is no reward model yet"
+        logger.warning("A refit ended without a version. %s %s; the next labels start another refit.", reason, stays)
 
     def _schedule_restart(self, code: int) -> None:
         if self._failures_in_a_row == len(PAUSES):

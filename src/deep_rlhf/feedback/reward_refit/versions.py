@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deep_rlhf.errors import CheckpointError, ConfigError
+from deep_rlhf.errors import CheckpointError, ConfigError, UserError
 from deep_rlhf.feedback.annotators import reliability
 from deep_rlhf.feedback.monitoring.forecast import compare_selection, forecast_accuracy
 from deep_rlhf.feedback.records import Label
@@ -31,6 +31,7 @@ from deep_rlhf.runtime.run_directory import replace_folder, write_summary
 logger = logging.getLogger(__name__)
 
 JOB, VERSION, HELD_OUT, START_RESPONSES = "job.json", "version.json", "held_out", "start_responses.json"
+FAILURE = "failure.json"  # why the newest refit ended without a version, for the process that trains the policy
 KEPT = 3  # versions on the disk
 RESUME_MAY_CHANGE = ("learning_rate", "batch_size", "label_noise")
 _NAME = re.compile(r"version-(\d+)")
@@ -91,8 +92,17 @@ class Refits:
     def run(self) -> Refitted:
         """Fits and saves the next version, and stores what it shows about annotators, selection and more labels.
 
-        Raises DataError if no pair is left to learn from, and CheckpointError if the version cannot be written.
+        Raises DataError if no pair is left to learn from, NotFiniteError at the first loss, gradient or weight that is
+        NaN or infinite, and CheckpointError if the version cannot be written. After any of them the newest version is
+        the one before, from which the next call continues.
         """
+        try:
+            return self._run()
+        except UserError:
+            self._fit = self._held_out = None  # they may have changed: the newest version is opened again
+            raise
+
+    def _run(self) -> Refitted:
         event, count = self.store.last_event(), self.store.label_count()
         labels = [label for label in self.store.labels() if label.event_id <= event]
         self._open()

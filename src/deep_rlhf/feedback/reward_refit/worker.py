@@ -5,6 +5,7 @@ versions to FOLDER. Models are passed between processes as files only. It ends w
 happens however its parent ends.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -16,8 +17,9 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from deep_rlhf.errors import StoreUnavailable, UserError
-from deep_rlhf.feedback.reward_refit.versions import JOB, RefitJob, Refits
+from deep_rlhf.feedback.reward_refit.versions import FAILURE, JOB, RefitJob, Refits
 from deep_rlhf.feedback.store import Store
+from deep_rlhf.runtime.run_directory import write_summary
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ def main(folder: Path, store_url: str) -> None:
                 logger.warning("%s", error)
             except UserError as error:
                 logger.warning("%s", error)
+                with contextlib.suppress(OSError):
+                    write_summary(folder / FAILURE, {"reason": str(error)})
                 failed_event = event  # a refit may succeed once there are other labels
             time.sleep(POLL_SECONDS)
 
