@@ -56,4 +56,23 @@ class LabelRefused(StoreError):
 
 
 class StoreUnavailable(StoreError):
-    """The database does not answer. The last change may or may not be saved: send it again with the same token."""
+    """The database does not answer. The last change may or may not be saved: send it again with the same token.
+
+    `shown` is the sentence for visitors of the page, without names of files and hosts.
+    """
+
+    def __init__(self, message: str, shown: str = "The database is not available; try again shortly.") -> None:
+        super().__init__(message)
+        self.shown = shown
+
+
+class StoreDamaged(StoreError):
+    """A store holds something that cannot be read: a damaged file, a missing table, a row that nobody wrote.
+
+    `shown` is the sentence for visitors of the page, without names of files and hosts.
+    """
+
+    def __init__(self, name: str, damage: str) -> None:
+        hint = "Restore a copy, or repair it in the database's own shell; nothing was changed."
+        super().__init__(f"{name} is damaged: {damage}. {hint}")
+        self.shown = f"The store is damaged: {damage}. {hint}"

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         console.print(escape(f"{rows}"))
         console.print(f"{len(labels):,} labels, of which {added:,} are new to the store.")
         return
-    with Store(given.store, must_exist=True) as store:
+    with Store(given.store, read_only=True) as store:
         if given.what == "show":
             _show(store, console)
             return

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, table, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
@@ -23,11 +23,22 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry
-from sqlalchemy.sql import column
 
-from deep_rlhf.errors import StoreError, StoreUnavailable
+from deep_rlhf.errors import StoreDamaged, StoreError, StoreUnavailable
 from deep_rlhf.extras import optional_packages
+from deep_rlhf.feedback.store.damage import (
+    DAMAGED,
+    FORBIDDEN,
+    NOT_TEXT,
+    PASSING,
+    READING_ERRORS,
+    code_of,
+    damaged_row,
+    find_damage,
+)
 from deep_rlhf.feedback.store.group_commit import GroupCommitWriter
+from deep_rlhf.feedback.store.mapping import DamagedRow
+from deep_rlhf.feedback.store.opening import contents, look, read_only_address, revision_of
 from deep_rlhf.feedback.store.schema import REVISION
 
 T = TypeVar("T")
@@ -38,6 +49,7 @@ ATTEMPTS = 5  # for a transaction that conflicts with another one: a deadlock, o
 LOCK = text("SELECT pg_advisory_xact_lock(:number)")
 # Advisory locks, beside one per person. The migration repeats the number of EVENTS_LOCK.
 MIGRATION_LOCK, EVENTS_LOCK, METRICS_LOCK = 7_310_001, 7_310_002, 7_310_003
+REMEMBERED = 10.0  # seconds for which a found damage is not looked for again
 DEADLOCK, SERIALIZATION = "40P01", "40001"
 
 
@@ -52,10 +64,14 @@ class _RetryTransaction(Exception):
 class Database:
     """A configured engine. Several threads may share one; each process opens its own."""
 
-    def __init__(self, address: str | Path, *, must_exist: bool = False) -> None:
+    def __init__(self, address: str | Path, *, must_exist: bool = False, read_only: bool = False) -> None:
+        """Opens a database; `read_only` changes nothing in it, and needs one that exists."""
         self.url = parse_address(address)
+        self._must_exist, self._read_only = must_exist or read_only, read_only
         self.name = display_name(self.url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self._file: tuple[int, int] | None = None  # which file the path led to when it was opened
+        self._found: tuple[float, str | None] | None = None  # when damage was last looked for, and what was found
         try:
             with optional_packages("A store in PostgreSQL"):
                 self.engine = create_engine(self.url, hide_parameters=True, **self._options())
@@ -70,10 +86,10 @@ class Database:
         # SQLite has one writer at a time and makes the others sleep ever longer, so threads of this process queue here.
         self._group_commit = GroupCommitWriter(self._writing) if self.is_sqlite else None
         try:
-            self._open(must_exist)
-        except (DBAPIError, OSError) as error:
+            self._open()
+        except (DBAPIError, sqlite3.Error, OSError, ValueError, PoolTimeoutError) as error:
             self.engine.dispose()
-            raise StoreError(f"{self.name} cannot be opened: {self._reason(error)}.") from None
+            raise self._opening_error(error) from None
         except BaseException:
             self.engine.dispose()
             raise
@@ -114,49 +130,107 @@ class Database:
             raise
 
     def _with_retries(self, transaction: Callable[[], T]) -> T:
-        """Runs a transaction, again if that may help. Raises StoreUnavailable if the database does not answer."""
+        """Runs a transaction, again if that may help.
+
+        Raises StoreUnavailable if the database does not answer, and StoreDamaged for what cannot be read.
+        """
         for attempt in range(ATTEMPTS):
             try:
+                self._check_file()
                 return transaction()
             except (_RetryTransaction, DBAPIError, PoolTimeoutError) as found:
                 error = found.error if isinstance(found, _RetryTransaction) else found
                 if attempt < ATTEMPTS - 1 and (found is not error or _is_retryable(error)):
                     continue
-                if not isinstance(error, (OperationalError, InterfaceError, PoolTimeoutError)):
-                    raise
-                reason = f"{self.name} does not answer ({self._reason(error)})"
-                raise StoreUnavailable(f"{reason}: the last change may be lost, send it again.") from None
+                raise self._fault(error) from error
+            except READING_ERRORS as error:
+                raise self._fault(error) from error
         raise AssertionError
+
+    def _check_file(self) -> None:
+        """Raises StoreUnavailable if the file was moved or deleted: SQLite would go on writing to it, unseen."""
+        if self._file is not None and self._file != _identity(self.url):
+            raise self._unavailable("is gone: its file was moved, deleted or replaced while it was open")
+
+    def _fault(self, error: Exception) -> Exception:
+        """The exception that says what is the matter; `error` itself if it is a mistake of this program."""
+        code = code_of(error)
+        if code in PASSING:
+            waited = f" for more than {BUSY_SECONDS:.0f} seconds" if code == sqlite3.SQLITE_BUSY else ""
+            return self._unavailable(PASSING[code] + waited, self._reason(error))
+        if code == FORBIDDEN:
+            return StoreError(f"{self.name} cannot be used: {self._reason(error)}.")
+        if isinstance(error, PoolTimeoutError) or _is_away(error):
+            reason = f"{self.name} does not answer ({self._reason(error)})"
+            return StoreUnavailable(f"{reason}: the last change may be lost, send it again.")
+        damage = str(error) if isinstance(error, DamagedRow) else self._damage()
+        if damage is None and code in DAMAGED:
+            damage = self._reason(error)
+        if damage is not None:
+            return StoreDamaged(self.name, damage)
+        if isinstance(error, (OperationalError, InterfaceError)) and code is None:
+            reason = f"{self.name} does not answer ({self._reason(error)})"
+            return StoreUnavailable(f"{reason}: the last change may be lost, send it again.")
+        return error
+
+    def _unavailable(self, what: str, reason: str = "") -> StoreUnavailable:
+        hint = "The last change was not saved: send it again when this is mended."
+        return StoreUnavailable(f"{self.name} {what}{f' ({reason})' if reason else ''}. {hint}", f"The store {what}.")
+
+    def _damage(self) -> str | None:
+        """What is damaged, None if nothing is. Remembered for a while, because a page asks again every second."""
+        moment = time.monotonic()
+        if self._found is None or moment - self._found[0] > REMEMBERED:
+            try:
+                with self.engine.connect() as connection:
+                    self._found = moment, find_damage(connection)
+            except DBAPIError as error:
+                return self._reason(error) if code_of(error) in DAMAGED else None
+            except UnicodeDecodeError:
+                return NOT_TEXT
+        return self._found[1]
 
     def _options(self) -> dict[str, Any]:
         pool: dict[str, Any] = {"pool_size": 10, "max_overflow": 40, "pool_timeout": BUSY_SECONDS}
-        if self.is_sqlite:
-            return {**pool, "connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False}}
-        return {**pool, "isolation_level": "READ COMMITTED"}
+        if not self.is_sqlite:
+            return {**pool, "isolation_level": "READ COMMITTED"}
+        options: dict[str, Any] = {"timeout": BUSY_SECONDS, "check_same_thread": False}
+        if not self._read_only:
+            return {**pool, "connect_args": options}
+        path = Path(str(self.url.database))
+        return {**pool, "creator": lambda: sqlite3.connect(read_only_address(path), uri=True, **options)}
 
     # ---- opening
 
-    def _open(self, must_exist: bool) -> None:
+    def _open(self) -> None:
+        exists = True
         if self.is_sqlite:
             path = Path(str(self.url.database))
-            if must_exist and not path.exists():
-                raise StoreError(f"{self.name} does not exist: is the path right?")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise StoreError(f"{self.name} is a folder: give a file for the store.")
-            # It holds password hashes, so only the owner may read a new file. Its write-ahead log gets the same mode.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._switch_to_wal()
+            exists = look(
+                path, self.name, must_exist=self._must_exist, writes=not self._read_only, timeout=BUSY_SECONDS
+            )
+            if not exists:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # It holds password hashes, so only the owner may read a new file. Its log gets the same mode.
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            if not self._read_only:
+                self._switch_to_wal()
         else:
             self._check_version()
         with self.engine.connect() as connection:
             found = self._revision(connection)
-        if found is None and must_exist:
-            raise StoreError(f"{self.name} is empty: no labels were ever stored there.")
+            if found is None and self._must_exist:
+                raise StoreError(f"{self.name} is empty: no labels were ever stored there.")
+            damage = damaged_row(connection) if found == REVISION else None
+        if damage is not None:
+            raise StoreDamaged(self.name, damage)
         if found != REVISION:
             self._migrate()
+        self._file = _identity(self.url) if self.is_sqlite else None
 
     def _migrate(self) -> None:
+        if self._read_only:
+            raise StoreError(f"{self.name} was made by an earlier version: open it once with `deep-rlhf label`.")
         with self._writing.begin() as connection:
             if not self.is_sqlite:
                 lock(connection, MIGRATION_LOCK)
@@ -168,14 +242,18 @@ class Database:
             upgrade(connection, self.name)
 
     def _revision(self, connection: Connection) -> str | None:
-        """The revision of the store, None for an empty database; raises StoreError if it holds other tables."""
-        names = inspect(connection).get_table_names()
-        if "alembic_version" not in names:
-            if set(names) & {"comparisons", "events", "users"}:
-                raise StoreError(f"{self.name} holds tables that are not a store's: give an empty database.")
-            return None
-        version = table("alembic_version", column("version_num"))
-        return connection.scalar(select(version.c.version_num))
+        """The revision of the store, None for an empty database; raises StoreError if it is none of ours."""
+        dialect = connection.dialect.name
+        return revision_of(contents(connection.exec_driver_sql, dialect), self.name, dialect)
+
+    def _opening_error(self, error: Exception) -> StoreError:
+        """The sentence for a database that cannot be opened."""
+        code = code_of(error) or getattr(error, "sqlite_errorcode", None)
+        if code in DAMAGED or isinstance(error, UnicodeDecodeError):
+            return StoreDamaged(self.name, self._reason(error) if code in DAMAGED else NOT_TEXT)
+        if code in PASSING:
+            return StoreUnavailable(f"{self.name} {PASSING[code]} ({self._reason(error)}).")
+        return StoreError(f"{self.name} cannot be opened: {self._reason(error)}.")
 
     def _switch_to_wal(self) -> None:
         """Switches the file to the write-ahead log. SQLite does not wait for other processes here, so this does."""
@@ -189,10 +267,8 @@ class Database:
                     connection.close()
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise StoreError(f"{self.name} cannot be opened: {self._reason(error)}.") from None
+                    raise
                 time.sleep(0.01)
-            except sqlite3.DatabaseError as error:
-                raise StoreError(f"{self.name} cannot be opened: {self._reason(error)}.") from None
             else:
                 if mode != "wal":
                     raise StoreError(
@@ -208,7 +284,8 @@ class Database:
 
     def _reason(self, error: BaseException) -> str:
         """The first line of the error, without the password."""
-        lines = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
+        words = getattr(error, "strerror", None) or str(getattr(error, "orig", None) or error)
+        lines = words.strip().splitlines() or [type(error).__name__]
         reason = lines[0].rstrip(".")
         secrets = [self.url.password, *(value for name, value in self.url.query.items() if "pass" in name.lower())]
         for secret in secrets:
@@ -288,3 +365,20 @@ def _is_retryable(error: BaseException) -> bool:
     if isinstance(error, IntegrityError):
         return True
     return getattr(getattr(error, "orig", None), "sqlstate", None) in (DEADLOCK, SERIALIZATION)
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether PostgreSQL closed or refused the connection, which then has no SQLSTATE or one of these classes."""
+    state = getattr(getattr(error, "orig", None), "sqlstate", None)
+    if state is not None:
+        return str(state)[:2] in ("08", "28", "3D", "53", "55", "57")
+    return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+def _identity(url: URL) -> tuple[int, int] | None:
+    """The device and number of a file, None if there is none."""
+    try:
+        found = os.stat(str(url.database))
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -12,6 +12,13 @@ from deep_rlhf.feedback.records import Comparison, Label
 from deep_rlhf.feedback.store.statements import EFFECTIVE, C, E
 
 
+class DamagedRow(Exception):
+    """A row whose columns do not fit together: the table, the row and the problem."""
+
+    def __init__(self, table: str, key: object, problem: str) -> None:
+        super().__init__(f"table {table}, row {key}: {problem}")
+
+
 def comparison_values(comparison: Comparison, now: datetime) -> dict[str, Any]:
     """The columns of a new comparison."""
     return {
@@ -34,7 +41,9 @@ def comparison_values(comparison: Comparison, now: datetime) -> dict[str, Any]:
 
 
 def comparison_of(row: RowMapping) -> Comparison:
-    """The record of a row that has all columns of comparisons, and maybe others."""
+    """The record of a row that has all columns of comparisons, and maybe others. Raises DamagedRow."""
+    if (row[C.c.why_selected] == "gold") != (row[C.c.expected] is not None):
+        raise DamagedRow("comparisons", row[C.c.id], "column expected does not fit column why_selected")
     return Comparison(
         prompt=row[C.c.prompt],
         responses=tuple(row[C.c.answers]),
@@ -51,8 +60,8 @@ def comparison_of(row: RowMapping) -> Comparison:
 
 
 def label_of(row: RowMapping) -> Label:
-    """The record of a row that joins events and comparisons."""
-    return Label(
+    """The record of a row that joins events and comparisons. Raises DamagedRow."""
+    label = Label(
         event_id=row[E.c.id],
         comparison_id=row[C.c.id],
         comparison=comparison_of(row),
@@ -65,6 +74,22 @@ def label_of(row: RowMapping) -> Label:
         created=row[E.c.created],
         imported=row[E.c.imported],
     )
+    problem = _problem_of(label)
+    if problem is not None:
+        raise DamagedRow("events", label.event_id, problem)
+    return label
+
+
+def _problem_of(label: Label) -> str | None:
+    """What does not fit together in a label, None for one that some version of this program wrote."""
+    responses = len(label.comparison.responses)
+    if sorted(label.shown_order) != list(range(responses)):
+        return "column shown_order does not name each response once"
+    if label.ranks is None:
+        fits = label.choice == "cant_tell" or (responses == 2 and label.choice is not None)
+        return None if fits else "column choice does not fit the responses"
+    fits = label.choice is None and responses > 2 and len(label.ranks) == responses and min(label.ranks) == 1
+    return None if fits and max(label.ranks) <= responses else "column ranks does not fit the responses"
 
 
 def effective_labels(db: Connection, after: int, until: int) -> Iterator[RowMapping]:

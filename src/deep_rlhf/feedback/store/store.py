@@ -22,9 +22,11 @@ class Store:
     """Questions, labels, versions and accounts. Several threads may share one; each process opens its own.
 
     `url` is a file (SQLite) or postgresql+psycopg://…; a missing store is created (unless it `must_exist`), an old one
-    is migrated. A lease lasts `lease_seconds`. `seed` makes the shown order of responses reproducible, `clock` replaces
-    the time in tests. A method that writes returns after the commit has reached the disk. Every method raises
-    StoreUnavailable if the database does not answer; opening raises StoreError if the store cannot be used.
+    is migrated; one that is `read_only` must exist and is not changed in any way. A database of another program is
+    never changed. A lease lasts `lease_seconds`. `seed` makes the shown order of responses reproducible, `clock`
+    replaces the time in tests. A method that writes returns after the commit has reached the disk. Every method raises
+    StoreUnavailable if the database does not answer, and StoreDamaged for a row, table or file that cannot be read;
+    opening raises StoreError if the store cannot be used.
     """
 
     def __init__(
@@ -35,11 +37,12 @@ class Store:
         seed: int | None = None,
         clock: Callable[[], datetime] = utc_now,
         must_exist: bool = False,
+        read_only: bool = False,
     ) -> None:
         self.lease = timedelta(seconds=lease_seconds)
         self.url = str(url)  # may contain a password
         self._seed, self._clock = seed, clock
-        self._database = Database(url, must_exist=must_exist)
+        self._database = Database(url, must_exist=must_exist, read_only=read_only)
 
     def __repr__(self) -> str:
         return self._database.name

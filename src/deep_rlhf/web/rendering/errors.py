@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from deep_rlhf.errors import LabelRefused, StoreError, StoreUnavailable
+from deep_rlhf.errors import LabelRefused, StoreDamaged, StoreError, StoreUnavailable
 from deep_rlhf.web.access.headers import TOO_LARGE
 from deep_rlhf.web.problem import Problem, wants_json
 from deep_rlhf.web.rendering.templates import page, redirect
@@ -30,9 +30,9 @@ def add_error_handlers(app: FastAPI) -> None:
         return _refusal(request, error.status, str(error), error.headers)
 
     async def on_store_error(request: Request, error: Exception) -> Response:
-        if isinstance(error, StoreUnavailable):
+        if isinstance(error, (StoreUnavailable, StoreDamaged)):
             logger.warning("%s", error)
-            return _refusal(request, 503, "The database is not available; try again shortly.")
+            return _refusal(request, 503, error.shown)
         return _refusal(request, 409 if isinstance(error, LabelRefused) else 400, str(error))
 
     async def on_invalid(request: Request, error: Exception) -> Response:

@@ -31,6 +31,11 @@ def upgrade(connection: Connection, name: str) -> None:
         raise StoreError(f"{name} was made by a later version of deep-rlhf: update this one ({error}).") from None
 
 
+def scripts() -> ScriptDirectory:
+    """The migrations."""
+    return ScriptDirectory.from_config(configuration())
+
+
 def head() -> str | None:
     """The newest revision."""
-    return ScriptDirectory.from_config(configuration()).get_current_head()
+    return scripts().get_current_head()
