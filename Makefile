@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo teach quick test test-all test-lowest system lint format bars algorithms curves bench growth headline architecture clean
+.PHONY: demo teach quick test test-all test-lowest fuzz kill system lint format bars algorithms curves bench growth headline architecture clean
 demo: $(VENV)/.installed
 	$(BIN)/deep-rlhf demo --seed=$(SEED)
 
@@ -30,6 +30,17 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(BIN)/pytest $(IN_PARALLEL) -m 'not timing'
 	$(BIN)/pytest -m timing
+
+# Commands on damaged input, 1,000 cases chosen by a seed. FUZZ takes options, as in
+# make fuzz FUZZ='--seed 7 --cases 200 --kinds stores,flags', or FUZZ='--case 7:123 --keep' to repeat one case.
+FORKED = PYTHONPATH=tests OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true JE_ARROW_MALLOC_CONF=background_thread:false
+fuzz: $(VENV)/.installed
+	$(FORKED) $(BIN)/python -m fuzz $(FUZZ)
+
+# Training commands killed 50 times at random moments, continued and compared with undisturbed runs, bit for bit.
+# KILL takes options, as in make kill KILL='--seed 7 --chains dpo'.
+kill: $(VENV)/.installed
+	$(FORKED) $(BIN)/python -m fuzz.kills $(KILL)
 
 # The browser and the database server that some tests need, and skip without; on Debian, as root.
 system:
