@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from facts import assert_names
 from grids import slow_but
 from torch import Tensor
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from deep_rlhf import ConfigError, PPOConfig, PPOTrainer, RewardModel
+from deep_rlhf.errors import RewardError
 from deep_rlhf.models.critic import make_critic
+from deep_rlhf.models.function_scorer import FunctionScorer
 from deep_rlhf.types import Experience
 
 PROMPTS = ["the cat sees", "red", "a very old dog finds the small house and not", "two fish", "moon or sun", "bad", "a"]
@@ -298,6 +301,48 @@ def test_a_critic_made_from_the_reward_model_begins_with_its_scores(
     before = [p.clone() for p in reward_model.model.parameters()]
     trainer.train()
     assert all(torch.equal(p, b) for p, b in zip(reward_model.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"critic": "reward"}, {"frozen_precision": "bf16"}])
+def test_the_callers_reward_model_stays_as_it_was(
+    settings: dict[str, Any], make_trainer: Make, reward_model: RewardModel
+) -> None:
+    def state() -> dict[str, Any]:
+        parameters = {name: (p.dtype, p.requires_grad, p.grad) for name, p in reward_model.model.named_parameters()}
+        fields = {name: value for name, value in vars(reward_model).items() if name not in ("mean", "std", "model")}
+        return {"parameters": parameters, "fields": fields, "training": reward_model.model.training}
+
+    before, weights = state(), {name: w.clone() for name, w in reward_model.model.state_dict().items()}
+    make_trainer(reward=reward_model, reward_timeout=7.0, steps=6, **settings).train()
+    assert state() == before
+    assert all(torch.equal(weights[name], weight) for name, weight in reward_model.model.state_dict().items())
+
+
+def test_the_callers_scorer_keeps_its_time_limit(make_trainer: Make) -> None:
+    scorer = FunctionScorer(reward, "reward", timeout=5.0)
+    trainer = make_trainer(reward=scorer, reward_timeout=600.0, steps=6)
+    trainer.train()
+    assert (scorer.timeout, trainer.scorer.timeout) == (5.0, 5.0)
+    assert make_trainer(reward_timeout=7.0, steps=6).scorer.timeout == 7.0
+
+
+@pytest.mark.parametrize(
+    "returned", [torch.zeros(6), torch.zeros(1, 6), torch.zeros(6, 0), [0.0] * 6, None, torch.zeros(6, 1) * 1j]
+)
+def test_a_scorer_that_returns_no_score_per_response(returned: Any, make_trainer: Make) -> None:
+    class Broken:
+        def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Any:
+            return returned
+
+    with pytest.raises(RewardError) as caught:
+        make_trainer(reward=Broken()).train()
+    assert_names(caught.value, "Broken.score", "[6, K]")
+
+
+@pytest.mark.parametrize("not_a_reward", [Members, 5, None, lambda prompts: []])
+def test_what_is_no_reward_is_refused_before_training(not_a_reward: Any, make_trainer: Make) -> None:
+    with pytest.raises(RewardError):
+        make_trainer(reward=not_a_reward)
 
 
 def test_a_reward_model_that_cannot_be_a_critic_is_refused(

@@ -135,6 +135,17 @@ def test_settings_that_cannot_work_are_refused(
         BestOfN(reference_model(make_model, "gpt2", 1), make_tokenizer(WORDS), scorer, **settings)
 
 
+def test_the_reward_may_be_a_function(make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]) -> None:
+    model, tokenizer = reference_model(make_model, "gpt2", 1), make_tokenizer(WORDS)
+    sampler = BestOfN(model, tokenizer, lambda prompts, responses: [float(r == "b") for r in responses], n=8)
+    best = sampler.generate([PROMPT])
+    assert best.scores.item() == best.candidate_scores.max()
+    with pytest.raises(ConfigError):
+        sampler.generate([])
+    with pytest.raises(RewardError):
+        BestOfN(model, tokenizer, lambda texts: [], n=2)
+
+
 def test_a_reward_of_nan_is_refused(make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]) -> None:
     scorer = FunctionScorer(lambda prompts, responses: [math.nan] * len(responses), "broken")
     sampler = BestOfN(reference_model(make_model, "gpt2", 1), make_tokenizer(WORDS), scorer, n=2, max_new_tokens=1)

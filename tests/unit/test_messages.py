@@ -163,7 +163,8 @@ def test_an_earlier_run_in_the_output_folder(
     def trainer(**settings: Any) -> PPOTrainer:
         sizes = {"batch_size": 2, "mini_batch_size": 2, "steps": 16, "max_new_tokens": 2}
         config = PPOConfig(**sizes, output_dir=str(tmp_path), **settings)
-        return PPOTrainer(config, model=make_model("gpt2"), tokenizer=make_tokenizer(), prompts=["red"], reward=len)
+        parts = {"model": make_model("gpt2"), "tokenizer": make_tokenizer(), "prompts": ["red"]}
+        return PPOTrainer(config, **parts, reward=lambda prompts, responses: [0.0] * len(responses))
 
     identity = trainer(learning_rate=1e-3)._identity
     save_checkpoint(tmp_path / "checkpoints", 6, {"updates": 8, "identity": identity | {"seed": 5}})

@@ -6,7 +6,7 @@ optimum of every algorithm here, as n grows. It is the baseline that training mu
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.errors import ConfigError, RewardError
 from deep_rlhf.models.policy import Policy
+from deep_rlhf.models.reward import as_scorer, member_scores
 from deep_rlhf.rollout.collect import complete, prompt_batch
 from deep_rlhf.rollout.engine import Engine
 from deep_rlhf.rollout.generate import eos_token_ids
@@ -39,34 +40,43 @@ class BestOfN:
         self,
         model: PreTrainedModel | Policy,
         tokenizer: PreTrainedTokenizerBase,
-        scorer: Scorer,
+        scorer: Scorer | Callable[[list[str], list[str]], Sequence[float]] | str,
         *,
         n: int,
         beta: float = 0.0,
         max_new_tokens: int = 32,
         temperature: float = 1.0,
     ) -> None:
-        """`beta` is in units of the reward; 0 keeps the best. Raises ConfigError for arguments out of range."""
+        """`scorer` is a Scorer, a function of (prompts, responses), or a value of the flag `--reward_model`.
+
+        `beta` is in units of the reward; 0 keeps the best. Raises ConfigError for arguments out of range, and
+        RewardError or ModelError for a reward that cannot be used.
+        """
         if n < 1 or max_new_tokens < 1:
             raise ConfigError(f"n={n} and max_new_tokens={max_new_tokens} must both be 1 or more.")
         if not 0 <= beta < math.inf or not 0 < temperature < math.inf:
             raise ConfigError(f"beta={beta} must be 0 or more, and temperature={temperature} greater than 0.")
         self.policy = model if isinstance(model, Policy) else Policy(model)
-        self.tokenizer, self.scorer = tokenizer, scorer
+        self.tokenizer, self.scorer = tokenizer, as_scorer(scorer)
         self.n, self.beta, self.max_new_tokens = n, beta, max_new_tokens
         self.sampler = Engine(
             self.policy, eos_ids=eos_token_ids(self.policy.language_model, tokenizer), temperature=temperature
         )
 
     def generate(self, prompts: Sequence[str], *, seed: int = 0) -> BestResponses:
-        """Returns one response to each prompt. Raises RewardError if a reward is not finite."""
+        """Returns one response to each prompt.
+
+        Raises RewardError if a reward is not finite, ConfigError without prompts.
+        """
+        if not prompts:
+            raise ConfigError("Best-of-n needs at least one prompt.")
         n, count = self.n, len(prompts)
         repeated = [prompt for prompt in prompts for _ in range(n)]
         continues = not self.policy.is_seq2seq
         batch = prompt_batch(repeated, self.tokenizer, self.policy.device, left=continues)
         uniforms = sampling_uniforms(seed, 0, count * n, self.max_new_tokens)
         responses = complete(batch, self.sampler.sample(batch, uniforms), self.tokenizer, continues=continues).responses
-        scores = self.scorer.score(repeated, responses).mean(1)
+        scores = member_scores(self.scorer, repeated, responses).mean(1)
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0])
             raise RewardError(

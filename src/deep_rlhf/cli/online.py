@@ -38,7 +38,7 @@ def main(command: str, argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     output_dir = output_folder(config.output_dir or f"outputs/{config.exp_name}")
     config = dataclasses.replace(config, output_dir=str(output_dir))
-    scorer = load_scorer(config.reward_model, trust_remote_code=config.trust_remote_code)
+    scorer = load_scorer(config.reward_model, trust_remote_code=config.trust_remote_code, timeout=config.reward_timeout)
     template = _template(config, scorer)
     prompts, rows = load_prompts(
         config.query_dataset,

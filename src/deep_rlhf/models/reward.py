@@ -6,6 +6,7 @@ scores, the template of the texts, the maximum length and the metrics of the tra
 """
 
 import copy
+import inspect
 import json
 import logging
 import math
@@ -21,8 +22,8 @@ from transformers.utils import cached_file
 
 from deep_rlhf.accel.cpu.kernels import use_fast_kernels
 from deep_rlhf.data.chat import TEMPLATES, get_template
-from deep_rlhf.errors import ModelError
-from deep_rlhf.models.function_scorer import import_function
+from deep_rlhf.errors import ModelError, RewardError
+from deep_rlhf.models.function_scorer import TIMEOUT, FunctionScorer, import_function
 from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer, no_configuration
 from deep_rlhf.models.saving import save_model
 from deep_rlhf.runtime.finite import check_finite
@@ -127,11 +128,39 @@ class RewardModel:
         return cls(disable_dropout(model), tokenizer, **settings)
 
 
-def load_scorer(spec: str, *, trust_remote_code: bool = False) -> Scorer:
-    """Opens the scorer `spec`: a folder or Hub name (raises ModelError) or python:module:function (RewardError)."""
+def load_scorer(spec: str, *, trust_remote_code: bool = False, timeout: float = TIMEOUT) -> Scorer:
+    """Opens the scorer `spec`: a folder or Hub name (raises ModelError) or python:module:function (RewardError).
+
+    `timeout`: seconds that the import and each call of a function may take.
+    """
     if spec.startswith("python:"):
-        return import_function(spec)
+        return import_function(spec, timeout=timeout)
     return RewardModel.load(spec, trust_remote_code=trust_remote_code)
+
+
+def as_scorer(reward: Any, *, trust_remote_code: bool = False, timeout: float = TIMEOUT) -> Scorer:
+    """A Scorer from a Scorer, which is returned as it is, a function, or what `load_scorer` opens.
+
+    Raises RewardError for anything else.
+    """
+    if isinstance(reward, str):
+        return load_scorer(reward, trust_remote_code=trust_remote_code, timeout=timeout)
+    if not inspect.isclass(reward) and callable(getattr(reward, "score", None)):
+        return reward
+    return FunctionScorer(reward, str(getattr(reward, "__name__", "reward")), timeout=timeout)
+
+
+def member_scores(scorer: Scorer, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    """What `scorer.score` returns, [N, K] float32. Raises RewardError if a user's Scorer returns anything else."""
+    scores = scorer.score(prompts, responses)
+    is_valid = isinstance(scores, Tensor) and scores.dim() == 2 and len(scores) == len(responses) and scores.shape[1]
+    if not is_valid or scores.is_complex() or scores.is_meta:
+        shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise RewardError(
+            f"{type(scorer).__name__}.score must return a tensor [{len(responses)}, K] with one score per response and"
+            f" ensemble member, and it returned {shape}: correct it."
+        )
+    return scores.detach().float().cpu()
 
 
 def render(template: str | None, prompt: str, response: str) -> str:

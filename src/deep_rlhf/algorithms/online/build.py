@@ -12,11 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deep_rlhf.algorithms.online.config import OnlineConfig
 from deep_rlhf.errors import ConfigError, ModelError, ResourceError
 from deep_rlhf.models.adapters import add_lora
-from deep_rlhf.models.function_scorer import FunctionScorer
 from deep_rlhf.models.load import load_language_model, load_tokenizer
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.models.quantisation import compute_four_bit_in, is_four_bit
-from deep_rlhf.models.reward import RewardModel, load_scorer
+from deep_rlhf.models.reward import RewardModel, as_scorer
 from deep_rlhf.models.saving import save_model
 from deep_rlhf.runtime.precision import cast_weights, compute_dtype, frozen_copy, hidden_width, multiplies_bf16
 from deep_rlhf.runtime.processes import Runtime
@@ -106,19 +105,15 @@ def open_reference(policy: Policy, config: OnlineConfig) -> Reference:
 def open_scorer(reward: Any, device: torch.device, config: OnlineConfig) -> Scorer:
     """Makes a Scorer from a Scorer, a function, or a value of `--reward_model`.
 
-    A RewardModel that needs another dtype or device is copied; the caller's object stays as it is.
+    A RewardModel that needs another dtype or device is copied; the caller's object stays as it is, and a FunctionScorer
+    keeps its own time limit. Raises RewardError for anything else.
     """
-    if isinstance(reward, str):
-        reward = load_scorer(reward, trust_remote_code=config.trust_remote_code)
+    reward = as_scorer(reward, trust_remote_code=config.trust_remote_code, timeout=config.reward_timeout)
     if isinstance(reward, RewardModel):
         dtype, device = _frozen_placement(reward.model, device, config)
         if any(weight.dtype != dtype or weight.device != device for weight in reward.model.parameters()):
             reward = copy.copy(reward)
             reward.model = frozen_copy(reward.model, dtype, device)
-    if not hasattr(reward, "score"):
-        reward = FunctionScorer(reward, getattr(reward, "__name__", "reward"))
-    if isinstance(reward, FunctionScorer):
-        reward.timeout = config.reward_timeout
     return reward
 
 

@@ -31,6 +31,7 @@ from deep_rlhf.algorithms.online.score_shaping import ScoreShaping
 from deep_rlhf.algorithms.online.state import copied, load_tensors, trainable_tensors
 from deep_rlhf.errors import CheckpointError, NotFiniteError, RewardError
 from deep_rlhf.models.policy import Policy
+from deep_rlhf.models.reward import member_scores
 from deep_rlhf.ops.kl import adapted_kl_coef
 from deep_rlhf.rollout.collect import collect, complete, needs_states, prompt_batch
 from deep_rlhf.rollout.engine import Engine
@@ -206,7 +207,7 @@ class OnlineTrainer:
         prompts = prompt_batch(texts, self.tokenizer, self.runtime.device, left=is_decoder)
         sampled = self.sampler.sample(prompts, uniforms)
         completions = complete(prompts, sampled, self.tokenizer, continues=is_decoder, group=group)
-        scores = self.scorer.score(completions.prompts, completions.responses)
+        scores = member_scores(self.scorer, completions.prompts, completions.responses)
         shaped_scores = self._shaping.shaped(scores, completions.finished, self.runtime)
         release_freed_memory()  # the sampler's cache left holes
         own_rollout = collect(
