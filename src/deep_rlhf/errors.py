@@ -76,3 +76,8 @@ class StoreDamaged(StoreError):
         hint = "Restore a copy, or repair it in the database's own shell; nothing was changed."
         super().__init__(f"{name} is damaged: {damage}. {hint}")
         self.shown = f"The store is damaged: {damage}. {hint}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of a library says, in one line; its class if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from facts import assert_line_names
+from facts import assert_line_names, assert_names
 from transformers import HfArgumentParser
 
 from deep_rlhf.algorithms.ppo import PPOConfig
@@ -98,6 +98,7 @@ def test_gradient_checkpointing_is_understood_without_a_warning() -> None:
         (["--size"], "--size: expected one argument"),
         (["--config"], "--config: expected one argument"),
         (["--config=nowhere.yaml"], "There is no configuration file 'nowhere.yaml'."),
+        (["--config="], "--config needs the name of a YAML file"),
         (["--config=."], "Cannot read the configuration file '.'"),
     ],
 )
@@ -119,6 +120,12 @@ def test_a_wrong_flag_is_one_sentence(argv: list[str], said: str) -> None:
         (b"size: many\n", "In '{path}': --size: invalid int value: 'many'"),
         (b"size: [1, 2]\n", "In '{path}'"),
         (b"size: {a: 1}\n", "In '{path}'"),
+        (b"rate: [1]\n", "In '{path}': rate takes one value, not a list"),
+        (b"size: 1\nrate: 2\nsize: 3\n", "line 3, is not valid YAML: the key 'size' is there twice"),
+        (b"size: " + b"9" * 5000, "Cannot read the configuration file '{path}'"),
+        (b"size: " + b"[" * 20_000, "Cannot read the configuration file '{path}'"),
+        (b"size: &a {b: *a}\n", "In '{path}': size"),
+        (b"size: {b: 2020-01-01}\n", "In '{path}': size"),
         (b"\xff\xfe\x00", "Cannot read the configuration file '{path}'"),
     ],
 )
@@ -129,6 +136,21 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path, content: bytes, said: str)
         parsed(f"--config={path}")
     assert said.format(path=path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_old_and_a_new_spelling_in_one_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "both.yaml").write_text("evaluation_strategy: epoch\neval_strategy: steps\n")
+    with pytest.raises(ConfigError) as caught:
+        reward(f"--config={tmp_path / 'both.yaml'}")
+    assert_names(caught.value, "evaluation_strategy", "eval_strategy", "both.yaml")
+
+
+@pytest.mark.parametrize("text", ["on_bad_rows: maybe", "model_name_or_path: ''", "output_dir: ' '"])
+def test_names_and_choices_of_a_reward_run_are_checked(tmp_path: Path, text: str) -> None:
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        reward(f"--config={tmp_path / 'wrong.yaml'}")
+    assert_names(caught.value, text.split(":")[0])
 
 
 def test_help_is_short_and_takes_a_per_cent_sign_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

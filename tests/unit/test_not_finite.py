@@ -141,14 +141,13 @@ def test_examples_without_a_token_to_learn_are_dropped(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("steps", [0, 2])
 def test_a_base_model_with_a_bad_weight_is_not_trained(
-    make_model: MakeModel, tokenizer: Any, tmp_path: Path, value: float, steps: int
+    make_model: MakeModel, tokenizer: Any, tmp_path: Path, value: float
 ) -> None:
-    config = SFTConfig(output_dir=str(tmp_path), save_strategy="no", max_steps=steps, **QUIET)
+    config = SFTConfig(output_dir=str(tmp_path), save_strategy="no", max_steps=2, **QUIET)
     for train in (
-        lambda: fit_dpo(spoilt(make_model("gpt2"), value), tokenizer, tmp_path, max_steps=steps),
-        lambda: fit_reward(spoilt(classifier(), value), tokenizer, tmp_path, max_steps=steps),
+        lambda: fit_dpo(spoilt(make_model("gpt2"), value), tokenizer, tmp_path, max_steps=2),
+        lambda: fit_reward(spoilt(classifier(), value), tokenizer, tmp_path, max_steps=2),
         lambda: train_sft(config, spoilt(make_model("gpt2"), value), tokenizer, [("the cat", "sees")] * 4),
     ):
         with pytest.raises(NotFiniteError) as caught:

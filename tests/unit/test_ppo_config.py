@@ -31,7 +31,7 @@ AT_LEAST_1 = [
         *(({name: -1}, f"{name} must be greater than 0, not -1.") for name in GREATER_THAN_0),
         *(({name: 0}, f"{name} must be at least 1, not 0.") for name in AT_LEAST_1),
         *(({name: -2}, f"{name} must be at least 1, not -2.") for name in AT_LEAST_1),
-        ({"learning_rate": float("nan")}, "learning_rate must be greater than 0, not nan."),
+        ({"learning_rate": float("nan")}, "learning_rate must be greater than 0 and finite, not nan."),
         ({"gamma": 1.01}, "gamma must be at least 0 and at most 1, not 1.01."),
         ({"lam": -0.1}, "lam must be at least 0 and at most 1, not -0.1."),
         ({"init_kl_coef": -0.1}, "init_kl_coef must be at least 0, not -0.1."),

@@ -20,6 +20,9 @@ class Config:
     options: dict[str, Any] | None = setting(None, "options by name")
     names: list[str] = setting([], "names")
     seed: int = seed_setting(0, "a seed")
+    scale: float = 1.0  # without bounds
+    name: str = setting("x", "a name")
+    large: int = setting(1, "slips are kept out", least=1, most=2**20)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,14 @@ def test_values_within_the_bounds_pass(values: dict[str, Any]) -> None:
         ({"optional_kind": "c"}, ("optional_kind", "a, b")),
         ({"options": "x"}, ("options", "mapping")),
         ({"seed": -1}, ("seed", "at least 0")),
+        ({"scale": math.nan}, ("scale", "finite", "nan")),
+        ({"scale": -math.inf}, ("scale", "finite", "-inf")),
+        ({"scale": 1e308}, ("scale", "1e+308")),
+        ({"scale": "1.0"}, ("scale", "a number", "'1.0'")),
+        ({"count": 10**5000}, ("count", "1e5000")),
+        ({"count": 1.5}, ("count", "whole", "1.5")),
+        ({"name": " "}, ("name", "empty")),
+        ({"large": 2**20 + 1}, ("large", "at least 1", f"at most {2**20}")),
         ({"seed": 2**32}, ("seed", str(2**32 - 1))),
     ],
 )
@@ -51,6 +62,12 @@ def test_the_field_and_its_bounds_are_named(values: dict[str, Any], facts: tuple
     assert isinstance(caught.value, ValueError)
     for fact in facts:
         assert fact in str(caught.value)
+
+
+def test_a_field_of_another_library_has_bounds_of_its_own() -> None:
+    check_settings(Config(scale=2.0), {"scale": {"above": 1}})
+    with pytest.raises(ConfigError, match=r"scale must be greater than 1, not 1\.0"):
+        check_settings(Config(scale=1.0), {"scale": {"above": 1}})
 
 
 def test_transformers_parser_reads_settings() -> None:

@@ -56,7 +56,7 @@ class TRPOConfig(OnlineConfig):
     precision: Precision = setting(
         "fp32", "dtype of the trained models; only fp32: bf16 is too coarse for products with the Fisher matrix"
     )
-    learning_rate: float = setting(1.41e-5, "initial learning rate of AdamW for the critic", above=0)
+    learning_rate: float = setting(1.41e-5, "initial learning rate of AdamW for the critic", above=0, most=1e3)
     max_kl: float = setting(
         0.01,
         "upper limit of the KL between the policies before and after an update, in nats per token; falls with the"
@@ -65,7 +65,9 @@ class TRPOConfig(OnlineConfig):
     )
     cg_iterations: int = setting(10, "products with the Fisher matrix per update (conjugate gradient)", least=1)
     cg_damping: float = setting(0.1, "number added to the diagonal of the Fisher matrix", least=0)
-    line_search_steps: int = setting(10, "largest number of steps tried per update, each half as long", least=1)
+    line_search_steps: int = setting(
+        10, "largest number of steps tried per update, each half as long", least=1, most=1000
+    )
     value_epochs: int = setting(5, "optimiser steps of the critic per update, each on the whole batch", least=1)
     gamma: float = setting(1.0, "discount factor γ per token", least=0, most=1)
     lam: float = setting(0.95, "λ of generalised advantage estimation", least=0, most=1)

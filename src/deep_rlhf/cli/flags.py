@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.hf_argparser import HfArgumentParser
 
-from deep_rlhf.errors import CheckpointError, ConfigError, ResourceError, UserError
+from deep_rlhf.errors import CheckpointError, ConfigError, ResourceError, UserError, one_line
 
 # Names of transformers' arguments that scripts still use and newer releases dropped.
 RENAMED = {
@@ -26,6 +26,22 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader, which keeps the last of two values for a key, with an error instead."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As SafeLoader's. Raises ConstructorError for a key that is there twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key '{key.value}' is there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -131,7 +147,7 @@ def _mapping(text: str) -> dict[str, Any]:
     """Parses the JSON object of a flag."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected JSON like '{{\"name\": 1}}', not {text}")
@@ -171,38 +187,55 @@ def _flags_of_file(parser: _Parser, argv: list[str]) -> list[str]:
     path = only_config.parse_known_args(argv)[0].config
     if path is None:
         return []
-    flags = _as_flags(_read_yaml(Path(path), list(parser.flags)))
+    if not path:
+        raise ConfigError("--config needs the name of a YAML file.")
+    values = _read_yaml(Path(path), list(parser.flags))
     try:
+        flags = _as_flags(values, lists={name for name, action in parser.flags.items() if action.nargs in ("+", "*")})
         parser.parse_args(flags)
     except ConfigError as error:
         raise ConfigError(f"In '{path}': {error}") from None
     return flags
 
 
-def _as_flags(values: dict[str, Any]) -> list[str]:
-    """Returns the values of a file as command-line flags, to be checked alike; null and [] mean the default."""
+def _as_flags(values: dict[str, Any], *, lists: set[str]) -> list[str]:
+    """Returns the values of a file as command-line flags, to be checked alike; null and [] mean the default.
+
+    lists: the flags that take several values. Raises ConfigError for a list or a mapping that no flag can be.
+    """
     flags = []
     for name, value in values.items():
         if isinstance(value, list):
+            if name not in lists and value:
+                raise ConfigError(f"{name} takes one value, not a list.")
             flags += [f"--{name}", *map(str, value)] if value else []
         elif value is not None:
-            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+            try:
+                flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+            except (
+                TypeError,
+                ValueError,
+                RecursionError,
+            ) as error:  # a date, or a mapping in itself
+                raise ConfigError(f"{name} is no mapping that JSON can hold: {one_line(error)}.") from error
     return flags
 
 
 def _read_yaml(path: Path, known: list[str]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
         raise ConfigError(f"There is no configuration file '{path}'.") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"'{path}', line {line}, is not valid YAML: {error.problem}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"Cannot read the configuration file '{path}': {reason}.") from None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"Cannot read the configuration file '{path}': {one_line(error)}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"The configuration file '{path}' must hold `name: value` lines, one per flag.")
+    for old, new in RENAMED.items():
+        if old in values and new in values:
+            raise ConfigError(f"'{path}' has both '{old}' and '{new}', which are the same flag: leave out one of them.")
     values = {RENAMED.get(name, name): value for name, value in values.items()}
     for name in values:
         if name not in known:
@@ -219,6 +252,6 @@ def _built(kind: Any, values: dict[str, Any]) -> Any:
     except UserError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(one_line(error)) from error
     except ImportError as error:
-        raise ResourceError(" ".join(str(error).split())) from error
+        raise ResourceError(one_line(error)) from error

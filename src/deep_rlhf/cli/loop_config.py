@@ -55,7 +55,7 @@ class LoopConfig(SessionConfig):
     )
     output_dir: str = setting("outputs/teach", "folder of the run: policy, reward model and checkpoints")
     labeler: str = setting("web", "who labels: web (people on the page), simulated, or replay:FILE")
-    annotators: int = setting(3, "number of simulated annotators", least=1)
+    annotators: int = setting(3, "number of simulated annotators", least=1, most=10_000)
     taste: Taste = setting("judge", "what simulated annotators prefer")
 
     def __post_init__(self) -> None:

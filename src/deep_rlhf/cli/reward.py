@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,7 @@ from deep_rlhf.data.sources import split_names
 from deep_rlhf.errors import DataError, ResourceError
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
 from deep_rlhf.runtime.trackers import usable_trackers
+from deep_rlhf.settings import check_settings
 from deep_rlhf.types import Preference, RowReport
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,11 @@ class RewardArguments:
         metadata={"help": "Split to evaluate on; 5 % of the prompts are held out if there is only one split."},
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder inside the data set."})
-    on_bad_rows: str = field(default="error", metadata={"help": "Treatment of malformed rows: error or skip."})
+    on_bad_rows: Literal["error", "skip"] = field(default="error", metadata={"help": "Treatment of malformed rows."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code from the model's repository."})
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 def main(argv: list[str] | None = None) -> None:

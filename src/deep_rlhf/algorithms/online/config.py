@@ -27,8 +27,8 @@ class ScriptArguments:
     use_seq2seq: bool = setting(False, "the policy is an encoder-decoder such as T5")
     trust_remote_code: bool = setting(False, "run Python code from a model's repository")
     use_peft: bool = setting(False, "train LoRA adapters; the reference model is the base without them")
-    lora_alpha: float = setting(16, "scale of the LoRA update, applied as lora_alpha / lora_r", above=0)
-    lora_r: int = setting(16, "rank of the LoRA matrices", least=1)
+    lora_alpha: float = setting(16, "scale of the LoRA update, applied as lora_alpha / lora_r", above=0, most=1e6)
+    lora_r: int = setting(16, "rank of the LoRA matrices", least=1, most=2**16)
     load_in_4bit: bool = setting(False, "with use_peft: load the base in 4-bit NF4 (QLoRA); needs bitsandbytes")
 
 
@@ -60,12 +60,12 @@ class OnlineConfig(ScriptArguments):
     )
     query_config: str | None = setting(None, "configuration (subset) of a data set on the Hub")
     query_column: str | None = setting(None, "column of the prompts; default: the first column with a known name")
-    dataset_num_proc: int | None = setting(None, "number of processes that read the data set", least=1)
+    dataset_num_proc: int | None = setting(None, "number of processes that read the data set", least=1, most=1024)
     reward_model: str = setting(
         "./reward_modeling_anthropic_hh",
         "reward: a folder, a Hub name, or python:module:function taking (prompts, responses)",
     )
-    reward_timeout: float = setting(600.0, "seconds that one call of a reward function may take", above=0)
+    reward_timeout: float = setting(600.0, "seconds that one call of a reward function may take", above=0, most=1e9)
     output_dir: str | None = setting(None, "folder of the results; default: outputs/<exp_name>")
     resume: bool = setting(False, "continue from the newest complete checkpoint in output_dir")
     save_freq: int = setting(10, "updates between two checkpoints", least=1)
@@ -79,21 +79,21 @@ class OnlineConfig(ScriptArguments):
     )
 
     max_prompt_length: int = setting(512, "longest prompt in tokens; longer prompts are dropped and counted", least=1)
-    max_new_tokens: int = setting(32, "longest response in tokens", least=1)
-    temperature: float = setting(1.0, "divisor of the logits, in sampling and in training", above=0)
+    max_new_tokens: int = setting(32, "longest response in tokens", least=1, most=2**20)
+    temperature: float = setting(1.0, "divisor of the logits, in sampling and in training", above=0, most=1e4)
     steps: int | None = setting(
         None,
         "responses sampled in all: updates = steps / batch_size, rounded up; default: one pass over the prompts",
         least=1,
     )
-    batch_size: int = setting(128, "responses per update, over all processes", least=1)
+    batch_size: int = setting(128, "responses per update, over all processes", least=1, most=2**20)
     forward_batch_size: int | None = setting(
         None, "upper limit of responses in one forward pass; default: as many as fit its token budget", least=1
     )
     optimizer: OptimizerName = setting(
         "adamw", "AdamW with moments in 32 bits, or in 8 bits (adamw_8bit, needs bitsandbytes)"
     )
-    learning_rate: float = setting(1.41e-5, "initial learning rate of AdamW", above=0)
+    learning_rate: float = setting(1.41e-5, "initial learning rate of AdamW", above=0, most=1e3)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting(
         "constant", "learning-rate schedule over the updates; linear and cosine fall to 0 at the last update"
     )

@@ -43,6 +43,8 @@ class DPOConfig(SupervisedConfig):
     bounds.
     """
 
+    FIGURES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
+
     output_dir: str = field(default="outputs/dpo", metadata={"help": "Folder for the policy and its figures."})
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of AdamW."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training pairs."})
@@ -52,7 +54,7 @@ class DPOConfig(SupervisedConfig):
         default=1, metadata={"help": "Number of newest checkpoints to keep, besides the best."}
     )
 
-    beta: float = setting(0.1, "Cost β of moving away from the reference model.", above=0.0)
+    beta: float = setting(0.1, "Cost β of moving away from the reference model.", above=0.0, most=1e6)
     label_noise: float = setting(0.0, "Share of labels assumed to be random, for example 0.1.", least=0.0, below=1.0)
     max_length: int = setting(512, "Tokens of prompt and response; longer pairs are dropped.", least=2)
     eval_samples: int = setting(
@@ -62,8 +64,8 @@ class DPOConfig(SupervisedConfig):
     use_peft: bool = field(
         default=False, metadata={"help": "Train LoRA adapters; they are merged into the saved model."}
     )
-    lora_r: int = setting(16, "Rank of the adapters.", least=1)
-    lora_alpha: float = field(default=16.0, metadata={"help": "Scale of the adapters, divided by lora_r."})
+    lora_r: int = setting(16, "Rank of the adapters.", least=1, most=2**16)
+    lora_alpha: float = setting(16.0, "Scale of the adapters, divided by lora_r.", above=0, most=1e6)
     template: str = field(default="hh", metadata={"help": "Format of a dialogue: hh or plain."})
 
     def __post_init__(self) -> None:

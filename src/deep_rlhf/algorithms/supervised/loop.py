@@ -345,11 +345,6 @@ class SupervisedTrainer:
         if name is None:
             return False
         name = name if name.startswith("eval_") else f"eval_{name}"
-        if name not in metrics:
-            known = ", ".join(metrics)
-            raise ConfigError(
-                f"--metric_for_best_model={name} is not a figure of the evaluation: choose among {known}."
-            )
         sign = 1 if self.config.greater_is_better else -1
         best = self.state.best_metric
         if not sign * metrics[name] > (-math.inf if best is None else sign * best):

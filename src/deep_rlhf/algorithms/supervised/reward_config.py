@@ -22,6 +22,8 @@ class RewardConfig(SupervisedConfig):
     is also a checkpoint every ten minutes, for `resume`. Raises ConfigError for a value out of bounds.
     """
 
+    FIGURES = ("loss", "accuracy", "accuracy_length_baseline")
+
     output_dir: str = field(default="outputs/reward", metadata={"help": "Folder for the reward model."})
     learning_rate: float = field(default=1.41e-5, metadata={"help": "The initial learning rate of AdamW."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training pairs."})
@@ -42,17 +44,17 @@ class RewardConfig(SupervisedConfig):
     eval_samples: int = setting(
         200, "Held-out pairs evaluated during training; the final evaluation takes all.", least=1
     )
-    ensemble_size: int = setting(1, "Heads, each trained on its own bootstrap of the pairs.", least=1)
+    ensemble_size: int = setting(1, "Heads, each trained on its own bootstrap of the pairs.", least=1, most=1024)
     label_noise: float = setting(0.0, "Share of labels assumed to be random, for example 0.1.", least=0.0, below=1.0)
     center_rewards_coefficient: float | None = setting(
-        None, "Weight of the squared sum of a pair's rewards, which keeps them near 0."
+        None, "Weight of the squared sum of a pair's rewards, which keeps them near 0.", least=0, most=1e6
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
     use_peft: bool = field(
         default=False, metadata={"help": "Train LoRA adapters; they are merged into the saved model."}
     )
-    lora_r: int = setting(16, "Rank of the adapters.", least=1)
-    lora_alpha: float = field(default=16.0, metadata={"help": "Scale of the adapters, divided by lora_r."})
+    lora_r: int = setting(16, "Rank of the adapters.", least=1, most=2**16)
+    lora_alpha: float = setting(16.0, "Scale of the adapters, divided by lora_r.", above=0, most=1e6)
     bf16: bool = field(default=False, metadata={"help": "The same as --precision=bf16."})
     precision: Precision = field(
         default="auto",

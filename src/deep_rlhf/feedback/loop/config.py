@@ -27,13 +27,18 @@ class SessionConfig:
         None, "total label budget, spent at a decaying rate; default: every label that people give"
     )
     label_decay: float = setting(50.0, "with --labels: updates after which the label rate has halved", above=0)
-    questions_ahead: int = setting(16, "questions that wait for people, at least three per active person", least=1)
+    questions_ahead: int = setting(
+        16, "questions that wait for people, at least three per active person", least=1, most=10_000
+    )
     choose_by: AcquisitionRule = setting(
         "variance", "acquisition rule: random, ensemble variance, or expected information gain"
     )
     random_share: float = setting(0.2, "share of questions always selected at random (control arm)", least=0, most=1)
     samples_per_prompt: int = setting(
-        5, "responses sampled per prompt; their pairs are the candidates for a question (5 make 10 pairs)"
+        5,
+        "responses sampled per prompt; their pairs are the candidates for a question (5 make 10 pairs)",
+        least=2,
+        most=1024,
     )
     ranked_responses: int = setting(
         2, f"responses per question: 2 to compare, 3 to {MOST_RESPONSES} to rank", least=2, most=MOST_RESPONSES
@@ -46,29 +51,32 @@ class SessionConfig:
     gold_questions: str | None = setting(None, "file of questions with a known answer: prompt, a, b and expected")
     gold_share: float = setting(0.03, "share of questions taken from --gold_questions", least=0, most=1)
 
-    members: int = setting(4, "size of the reward-model ensemble", least=2)
+    members: int = setting(4, "size of the reward-model ensemble", least=2, most=1024)
     label_noise: float = setting(0.1, "lower bound of the share of labels assumed to be random", least=0, below=1)
     refit_after: int = setting(8, "minimum new labels before a refit of the reward model", least=1)
     refit_growth: float = setting(0.1, "minimum new labels before a refit, as a share of all labels", least=0)
     reward_learning_rate: float | None = setting(
-        None, "learning rate of the reward model; default: 5e-4 for a small policy, otherwise 1e-5", above=0
+        None, "learning rate of the reward model; default: 5e-4 for a small policy, otherwise 1e-5", above=0, most=1e3
     )
-    reward_batch_size: int = setting(16, "pairs per optimiser step of the reward model", least=1)
+    reward_batch_size: int = setting(16, "pairs per optimiser step of the reward model", least=1, most=2**20)
     held_out_members: int = setting(
-        2, "size of a held-out ensemble, used only to detect over-optimisation; 0 for none", least=0
+        2, "size of a held-out ensemble, used only to detect over-optimisation; 0 for none", least=0, most=1024
     )
     template: Literal["hh", "plain"] = setting("hh", "how prompts and dialogues become text")
 
-    batch_size: int = setting(64, "responses per policy update", least=1)
+    batch_size: int = setting(64, "responses per policy update", least=1, most=2**20)
     mini_batch_size: int = setting(16, "responses per optimiser step", least=1)
     ppo_epochs: int = setting(2, "optimisation epochs per batch of responses", least=1)
     learning_rate: float | None = setting(
-        None, "learning rate of the policy; default: 3e-4 for a small one (10 million weights), otherwise 1e-5", above=0
+        None,
+        "learning rate of the policy; default: 3e-4 for a small one (10 million weights), otherwise 1e-5",
+        above=0,
+        most=1e3,
     )
     init_kl_coef: float = setting(0.1, "coefficient of the KL penalty against the start policy", least=0)
-    max_new_tokens: int = setting(64, "longest response, in tokens", least=1)
+    max_new_tokens: int = setting(64, "longest response, in tokens", least=1, most=2**20)
     max_prompt_length: int = setting(512, "longest prompt, in tokens; longer ones are left out", least=1)
-    temperature: float = setting(1.0, "sampling temperature, in sampling and in training", above=0)
+    temperature: float = setting(1.0, "sampling temperature, in sampling and in training", above=1e-4, most=1e4)
 
     version_every: int = setting(10, "policy updates between versions, in addition to one per refit", least=1)
     save_every: int = setting(5, "policy updates between checkpoints", least=1)
@@ -80,7 +88,10 @@ class SessionConfig:
     batched_updates: int = setting(4, "with --mode=batched: policy updates between two refits", least=1)
     pace: float = setting(3.0, "seconds per label of simulated and replayed annotators", least=0, below=3600)
     threads: int | None = setting(
-        None, "threads of the policy's process and of the refits' process; default: half of the cores each", least=1
+        None,
+        "threads of the policy's process and of the refits' process; default: half of the cores each",
+        least=1,
+        most=1024,
     )
 
     def __post_init__(self) -> None:
