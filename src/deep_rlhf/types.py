@@ -86,7 +86,8 @@ class Rollout(Completions):
     scores: Tensor  # [N] reward of the whole response, mean of the K members
     score_std: Tensor  # [N] standard deviation across the K members (0 for one member)
     shaped_scores: Tensor  # [N] the maximised score: after ensemble rule, missing-EOS penalty, scaling and clipping
-    # [N, R] nats, the policy's: the sampler's log-probabilities, unless `collect` recomputed them
+    # [N, R] nats, the policy's before the update: the sampler's, or those of a forward pass of the trainer where the
+    # settings ask for one (`recomputes_logprobs`) or states are needed that the sampler did not keep
     logprobs: Tensor = field(metadata=RESPONSE_TOKENS)
     ref_logprobs: Tensor = field(metadata=RESPONSE_TOKENS)  # [N, R] nats, the reference model's
     kl: Tensor = field(metadata=RESPONSE_TOKENS)  # [N, R] nats, by the configured estimator

@@ -1,6 +1,7 @@
 """One update of RLOO, GRPO and REINFORCE++ against a slow, plain reference: one response and one token at a time."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,38 @@ def test_one_rloo_step_is_plain_reinforce(make_trainer: Callable[..., OnlineTrai
         total = total - (score - rollout.scores[others].mean()) * logprob / 9
     total.backward()
     assert norm == pytest.approx(math.sqrt(sum(float((p.grad**2).sum()) for p in policy.parameters())), rel=1e-4)
+
+
+class Rounding:
+    """A sampler whose log-probabilities are rounded otherwise than the trainer's: half a nat on each response."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def sample(self, *inputs: Any) -> Any:
+        sampled = self.sampler.sample(*inputs)
+        wrong = torch.where(torch.arange(len(sampled.logprobs)) % 2 == 0, 0.5, -0.5).unsqueeze(1)
+        lengths = sampled.response_mask.sum(1, keepdim=True)
+        return dataclasses.replace(sampled, logprobs=sampled.logprobs + sampled.response_mask * wrong / lengths)
+
+
+@pytest.mark.parametrize("settings", [{}, {"ppo_epochs": 2}, {"mini_batch_size": 3}])
+def test_the_samplers_rounding_clips_no_response_of_rloo(
+    settings: dict[str, Any], make_trainer: Callable[..., OnlineTrainer]
+) -> None:
+    settings = settings | {"init_kl_coef": 0.0, "learning_rate": 1e-4}
+    exact, rounded = make_trainer("rloo", **settings), make_trainer("rloo", **settings)
+    rounded.sampler = Rounding(rounded.sampler)  # type: ignore[assignment]
+    (expected,), (metrics,) = exact.train(), rounded.train()
+    assert metrics["sampler_logprob_gap"] > 0.05
+    assert metrics["policy_clip_fraction"] == expected["policy_clip_fraction"]
+    assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert exact.last_rollout is not None
+    assert rounded.last_rollout is not None
+    is_sampled = torch.equal(rounded.last_rollout.logprobs, rounded.last_rollout.sampler_logprobs)
+    assert is_sampled == exact.config.has_one_step  # type: ignore[attr-defined]
+    if not is_sampled:
+        torch.testing.assert_close(rounded.last_rollout.logprobs, exact.last_rollout.logprobs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -203,6 +203,15 @@ def test_a_minibatch_whose_ratio_is_too_large_is_left_out(make_trainer: Make) ->
     assert metrics["ratio"] <= 1.2
 
 
+def test_early_stopping_sees_the_kl_of_minibatches_that_are_left_out(make_trainer: Make) -> None:
+    settings = {"learning_rate": 0.3, "ppo_epochs": 6, "steps": 6, "max_grad_norm": None, "ratio_threshold": 1.01}
+    (without,) = make_trainer(**settings).train()
+    assert (without["optimizer_steps"], without["skipped_minibatches"]) == (1, 5)
+    assert without["approx_kl"] < 1e-6  # the mean over the steps, here the first alone
+    (stopped,) = make_trainer(**settings, early_stopping=True, target_kl=0.01).train()
+    assert (stopped["optimizer_steps"], stopped["skipped_minibatches"]) == (1, 1)
+
+
 def test_scores_are_scaled_by_all_scores_so_far(make_trainer: Make) -> None:
     trainer = make_trainer(use_score_scaling=True, use_score_norm=True, score_clip=1.0)
     seen: list[float] = []

@@ -182,6 +182,7 @@ def test_a_saved_fit_continues_as_if_it_had_not_been_saved(new_fit, tmp_path):
         fit.fit(pairs[:40])
     left.save(tmp_path)
     back = RewardFit.load(tmp_path)
+    assert back.settings == stayed.settings
     assert torch.equal(scores(back, "a"), scores(stayed, "a"))
     first, second = stayed.fit(pairs), back.fit(pairs)
     assert torch.equal(scores(back, "a"), scores(stayed, "a"))

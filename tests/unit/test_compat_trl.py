@@ -123,6 +123,11 @@ def test_batch_sizes_of_one_process_become_those_of_all() -> None:
     assert native.max_grad_norm is None
 
 
+def test_compare_steps_without_a_repository_is_left_out_as_trl_does() -> None:
+    assert PPOConfig(compare_steps=5).native(1).compare_steps == 1
+    assert PPOConfig(compare_steps=5, push_to_hub_if_best_kwargs={"repo_id": "me/best"}).native(1).compare_steps == 5
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "sentence"),
     [

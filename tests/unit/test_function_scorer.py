@@ -273,6 +273,19 @@ def test_a_value_whose_methods_raise_or_return_the_wrong_type(act: Callable[[], 
     assert_names(message, "f", "instead of a number", *sample(1))
 
 
+def test_a_value_without_a_text_of_its_own_is_named_by_its_type() -> None:
+    message = error_message(lambda prompts, responses: [object()], rows=1)
+    assert_names(message, "f", "a object", *sample(0))
+    assert "0x" not in message
+
+
+def test_control_characters_in_an_error_are_escaped() -> None:
+    def raising(prompts: list[str], responses: list[str]) -> Any:
+        raise ValueError("a\n\x1b[2Jb\0\ud800")
+
+    assert r"a \x1b[2Jb\x00\ud800" in error_message(raising, rows=1)
+
+
 def test_a_value_whose_methods_exit() -> None:
     assert_names(error_message(lambda prompts, responses: [Hostile(exit)], rows=1), "f", "SystemExit", *sample(0))
 
@@ -383,8 +396,9 @@ def test_no_responses_have_no_rewards() -> None:
     assert FunctionScorer(lambda prompts, responses: a_key_error(), "f").score([], []).shape == (0, 1)
 
 
-def test_what_a_function_sets_for_the_process_is_put_back(tmp_path: Path) -> None:
-    before = (os.getcwd(), sys.stdout, sys.getrecursionlimit(), torch.get_num_threads())
+def test_what_a_function_sets_for_the_process_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (os.getcwd(), sys.stdout, sys.getrecursionlimit(), torch.get_num_threads(), os.environ["PATH"])
+    monkeypatch.setenv("OF_THE_FUNCTION", "")
     (tmp_path / "there").mkdir()
 
     def sets(prompts: list[str], responses: list[str]) -> list[float]:
@@ -393,6 +407,9 @@ def test_what_a_function_sets_for_the_process_is_put_back(tmp_path: Path) -> Non
         sys.stdout = io.StringIO()
         sys.setrecursionlimit(500)
         warnings.simplefilter("error")
+        os.umask(0o777)
+        os.environ.pop("PATH")
+        os.environ["OF_THE_FUNCTION"] = "stays"
         torch.set_default_dtype(torch.float64)
         torch.set_default_device("meta")
         torch.set_grad_enabled(False)
@@ -411,7 +428,11 @@ def test_what_a_function_sets_for_the_process_is_put_back(tmp_path: Path) -> Non
             else:
                 assert FunctionScorer(sets, "f").score(["q"], ["r"]).tolist() == [[1.0]]
                 (tmp_path / "there").mkdir()
-            assert (os.getcwd(), sys.stdout, sys.getrecursionlimit(), torch.get_num_threads()) == before
+            after = (os.getcwd(), sys.stdout, sys.getrecursionlimit(), torch.get_num_threads(), os.environ["PATH"])
+            assert after == before
+            assert os.environ["OF_THE_FUNCTION"] == "stays"
+            (tmp_path / f"file {fails}").touch()
+            assert (tmp_path / f"file {fails}").stat().st_mode & 0o600 == 0o600
             assert (torch.get_default_dtype(), torch.ones(1).device.type) == (torch.float32, "cpu")
             assert torch.is_grad_enabled()
             assert not torch.is_inference_mode_enabled()
@@ -419,6 +440,16 @@ def test_what_a_function_sets_for_the_process_is_put_back(tmp_path: Path) -> Non
             assert torch.get_float32_matmul_precision() == "highest"
             assert not torch.is_anomaly_enabled()
             warnings.warn("no error", stacklevel=1)
+
+
+def test_a_function_that_closes_the_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+
+    def closes(prompts: list[str], responses: list[str]) -> list[float]:
+        sys.stdout.close()
+        return [1.0]
+
+    assert_names(error_message(closes, rows=1), "f", "closed the standard output")
 
 
 def test_a_function_that_removes_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

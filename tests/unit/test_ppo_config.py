@@ -87,6 +87,7 @@ def test_a_configuration_of_trl_is_understood(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"compare_steps": 2}, "compare_steps=2 does nothing without push_to_hub_if_best_kwargs"),
         ({"use_score_norm": True}, "use_score_norm does nothing without use_score_scaling"),
         ({"kl_in_loss": True}, "kl_in_loss needs kl_penalty=mse or k3"),
         ({"kl_in_loss": True, "kl_penalty": "full"}, "not full: use one of them"),

@@ -146,12 +146,13 @@ class PPO:
         metrics = {"learning_rate": self.optimisation.learning_rate, **_value_metrics(experience)}
         generator = torch.Generator().manual_seed(config.seed * 104_729 + update)
         steps: list[dict[str, float]] = []
-        skipped = 0
+        skipped, approx_kl = 0, 0.0
         for _ in range(config.ppo_epochs):
             for minibatch in minibatches(
                 generator, len(rollout.scores), config.optimizer_batch_size, self.runtime.device
             ):
                 step = self.optimisation.backward(experience, minibatch, lambda part: self._losses(part, kl_coef))
+                approx_kl = step["approx_kl"]  # also of a minibatch that is skipped
                 if step["ratio"] > config.ratio_threshold:
                     logger.warning("A minibatch is skipped: its mean policy ratio is %.1f.", step["ratio"])
                     self.optimisation.clear_gradients()
@@ -160,7 +161,7 @@ class PPO:
                 if update < config.critic_warmup_updates:
                     self._drop_policy_gradients()
                 steps.append({**step, "grad_norm": self.optimisation.step()})
-            if config.early_stopping and steps and steps[-1]["approx_kl"] > 1.5 * config.target_kl:
+            if config.early_stopping and approx_kl > 1.5 * config.target_kl:
                 break
         self.optimisation.schedule.step()
         return metrics | {"skipped_minibatches": float(skipped), **mean_of_steps(steps)}

@@ -4,9 +4,10 @@ A whole response y is one action, and the k responses to one prompt give each ot
 
     ∇J = mean over i of (R_i − mean of R_j, j ≠ i) ∇log π(y_i),  R = score − β Σ_t KL_t,  log π(y) = Σ_t log π(y_t)
 
-Where this departs from the paper: the loss is PPO's clipped surrogate on the ratio π(y)/π_old(y) of whole responses. In
-the first optimiser step of a batch, by default the only one, its gradient is the one above; in further steps it keeps
-the policy near the one that sampled.
+With one optimiser step per batch, the default, that is the gradient. Where this departs from the paper: with several
+steps per batch, the loss is PPO's clipped surrogate on the ratio π(y)/π_old(y) of whole responses, which keeps the
+policy near the one that sampled. log π_old is then the trainer's own: rounding differences to the sampler's add up over
+a response, and below float32 the clip range would already exclude responses that the policy has just sampled.
 """
 
 from dataclasses import dataclass
@@ -34,6 +35,16 @@ class RLOOConfig(CriticFreeConfig):
     @property
     def samples_per_prompt(self) -> int:
         return self.group_size
+
+    @property
+    def has_one_step(self) -> bool:
+        """Whether each batch gets one optimiser step."""
+        return self.ppo_epochs == 1 and self.optimizer_batch_size == self.batch_size
+
+    @property
+    def recomputes_logprobs(self) -> bool:
+        """For the ratio of whole responses, which only further steps use."""
+        return not self.has_one_step
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,9 +80,10 @@ class RLOO(CriticFreeLearner):
     def _losses(self, part: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over the responses of `part`, and the metrics per token [n, R]."""
         logprobs = self.logprobs(part)
+        old_logprobs = logprobs.detach() if self.config.has_one_step else part.logprobs  # with itself the ratio is 1
         # every response has a first token, whose advantage is that of the response
         losses, clipped = policy_loss(
-            logprobs.sum(1), part.logprobs.sum(1), part.advantages[:, 0], cliprange=self.config.cliprange
+            logprobs.sum(1), old_logprobs.sum(1), part.advantages[:, 0], cliprange=self.config.cliprange
         )
         return losses.sum(), policy_metrics(logprobs, part, clipped.unsqueeze(1))
 

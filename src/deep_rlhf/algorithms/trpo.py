@@ -276,7 +276,7 @@ class TRPO:
         """Makes optimiser steps of the critic towards the returns; returns the mean of its losses."""
 
         def losses(part: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-            values = self.critic(part, part.values)  # a critic with its own trunk reads no states of the policy
+            values = self.critic(part, None)  # it has a trunk of its own
             loss, _ = value_loss(values, part.values, part.returns, cliprange_value=math.inf)
             return masked_sum(loss, part.response_mask), {}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deep_rlhf.errors import ConfigError, RewardError
-from deep_rlhf.models.guarded_call import CallFailed, call_guarded, cut
+from deep_rlhf.models.guarded_call import CallFailed, call_guarded, cut, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -189,11 +189,12 @@ def _number(value: Any) -> float | None:
 
 
 def _shown(value: Any) -> str:
-    """The value's repr in one short line, or its type where that raises."""
+    """The value's repr in one short line, or its type where that raises or is an address."""
     try:
-        return cut(" ".join(repr(value).split()))
+        text = one_line(repr(value))
     except BaseException:
-        return f"a {type(value).__name__}"
+        text = ""
+    return cut(text) if text and not text.startswith("<") else f"a {type(value).__name__}"
 
 
 def _short(text: str) -> str:

@@ -76,10 +76,15 @@ def call_guarded(seconds: float, call: Callable[[], T]) -> T:
 def describe(error: BaseException) -> str:
     """The type and the message of an exception, in one line; the message may itself raise."""
     try:
-        text = " ".join(str(error).split())
+        text = one_line(str(error))
     except BaseException:
         text = ""
     return f"{type(error).__name__}: {cut(text, LONGEST_REASON)}" if text else type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """The text with each stretch of white space as one space, and with control characters escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def cut(text: str, length: int = 60) -> str:
@@ -92,6 +97,12 @@ def _stop(thread: threading.Thread) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
 
 
+def _umask() -> int:
+    mask = os.umask(0o77)  # it cannot be read without being set
+    os.umask(mask)
+    return mask
+
+
 # What a function may set for the whole process, and what later results depend on: how it is read, and set again.
 _PROCESS_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -99,6 +110,7 @@ _PROCESS_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = 
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     (sys.getrecursionlimit, sys.setrecursionlimit),
+    (_umask, os.umask),
     (lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
     (lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
 )
@@ -108,11 +120,12 @@ _PROCESS_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = 
 def _process_settings_kept() -> Iterator[None]:
     """Puts back the working directory and the settings of the process. Random states are left: a function may draw.
 
-    Raises CallFailed if the working directory no longer exists.
+    Raises CallFailed if the working directory no longer exists, or standard output or error was closed.
     """
     directory = _working_directory()
     before = [read() for read, _ in _PROCESS_SETTINGS]
-    filters = list(warnings.filters)
+    filters, environment = list(warnings.filters), dict(os.environ)
+    is_open = not _is_closed(sys.stdout) and not _is_closed(sys.stderr)
     try:
         yield
     finally:
@@ -122,11 +135,19 @@ def _process_settings_kept() -> Iterator[None]:
         # filters that silence a library may stay, but a warning must not become an error in our code
         if added := [rule for rule in warnings.filters if rule[0] == "error" and rule not in filters]:
             warnings.filters[:] = [rule for rule in warnings.filters if rule not in added]  # type: ignore[index]
+        for name, text in environment.items():
+            os.environ.setdefault(name, text)
+        if is_open and (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
+            raise CallFailed("closed the standard output or error")
         if directory is not None and _working_directory() != directory:
             try:
                 os.chdir(directory)
             except OSError as error:
                 raise CallFailed(f"left the working directory '{directory}', which cannot be entered again") from error
+
+
+def _is_closed(stream: Any) -> bool:
+    return bool(getattr(stream, "closed", False))
 
 
 def _working_directory() -> str | None:

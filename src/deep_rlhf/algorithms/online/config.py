@@ -71,11 +71,12 @@ class OnlineConfig(ScriptArguments):
     save_freq: int = setting(10, "updates between two checkpoints", least=1)
     max_bad_batches: int = setting(3, "number of batches in a row with a NaN or infinity that stops the run", least=1)
     compare_steps: int = setting(
-        1, "updates between two comparisons of the score with the best one, for push_to_hub_if_best_kwargs", least=1
+        1, "with push_to_hub_if_best_kwargs: updates between two comparisons of the score with the best one", least=1
     )
     push_to_hub_if_best_kwargs: dict[str, Any] | None = setting(
         None,
-        'JSON with the Hub repository that gets the policy after each best score, such as {"repo_id": "me/policy"}',
+        "JSON with the Hub repository that gets the policy (also saved in best/) after each best score, such as"
+        ' {"repo_id": "me/policy"}',
     )
 
     max_prompt_length: int = setting(512, "longest prompt in tokens; longer prompts are dropped and counted", least=1)
@@ -177,6 +178,11 @@ class OnlineConfig(ScriptArguments):
         if self.missing_eos_penalty is None and self.missing_eos_mode == "subtract":
             raise ConfigError(
                 "missing_eos_mode=subtract does nothing without missing_eos_penalty: give both, or neither."
+            )
+        if self.compare_steps != 1 and not self.push_to_hub_if_best_kwargs:
+            raise ConfigError(
+                f"compare_steps={self.compare_steps} does nothing without push_to_hub_if_best_kwargs: give both, or"
+                " neither."
             )
         if self.push_to_hub_if_best_kwargs:
             check_push_options(self.push_to_hub_if_best_kwargs)

@@ -116,6 +116,8 @@ class PPOConfig:
         """This configuration as this project's PPOConfig, whose batch sizes are totals over `processes` processes."""
         same: dict[str, Any] = {name: getattr(self, name) for name in _SAME}
         dicts: dict[str, Any] = {name: getattr(self, name) or None for name in _DICTS}
+        if not self.push_to_hub_if_best_kwargs:
+            del same["compare_steps"]  # it has no effect, which TRL does not mind
         return ppo.PPOConfig(
             **same,
             **dicts,

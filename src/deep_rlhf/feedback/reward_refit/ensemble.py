@@ -159,7 +159,9 @@ class RewardFit:
         try:
             model = RewardModel.load(folder)
             card = json.loads((Path(folder) / CARD).read_text(encoding="utf-8"))
-            settings = RefitSettings(**card["settings"] | {"ratio": tuple(card["settings"]["ratio"])})
+            settings = RefitSettings(
+                **card["settings"] | {name: tuple(card["settings"][name]) for name in ("ratio", "pairs")}
+            )
             history = [(int(labels), float(share), int(pairs)) for labels, share, pairs in card["state"]["history"]]
             state = FitState(**card["state"] | {"history": history})
             anchor = load_file(Path(folder) / ANCHOR)
