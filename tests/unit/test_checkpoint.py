@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes out to the last bit, and no kill, full disk or torn file costs the previous one."""
 
+import hashlib
 import json
 import logging
 import math
@@ -333,9 +334,12 @@ def test_changed_flags_are_named_unless_they_are_free() -> None:
     assert changed_flags(began, dict(began), free=()) == ""
 
 
-def test_the_tree_is_json_with_the_digest_of_the_tensors(tmp_path: Path) -> None:
+def test_the_tree_is_json_with_the_digests_of_the_tensors_and_of_itself(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 7, {"a": torch.zeros(2), "b": (1,)})
-    content = json.loads((path / "state.json").read_text())
+    text = (path / "state.json").read_text()
+    written = json.loads(text)
+    content = written["content"]
+    assert written["sha256"] == hashlib.sha256(json.dumps(content).encode()).hexdigest()
     assert content["step"] == 7
     assert content["sha256"] == checkpoint.file_digest(path / "state.safetensors")
     assert content["state"] == {"dict": [["a", {"tensor": "0"}], ["b", {"tuple": [1]}]]}

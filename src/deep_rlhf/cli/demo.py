@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 def run_demo(config: DemoConfig, scale: Scale) -> dict[str, Any]:
     """Runs all stages and returns the content of summary.json."""
     run = RunDirectory(config.output_dir)
+    run.start()
     save_config(run.path / "config.yaml", config)
     stages = Stages()
     train_prompts = [HH.prompt(text) for text in generate_prompts(config.seed, "train")]

@@ -63,9 +63,8 @@ def main(argv: list[str] | None = None) -> None:
 def write(result: DPOResult, summary: dict[str, Any], arguments: DPOArguments, config: DPOConfig) -> RunDirectory:
     """Writes the policy to `model/` and the resolved flags, the log and the summary beside it."""
     save_model(result.model, result.tokenizer, Path(config.output_dir) / "model")
-    run = RunDirectory(config.output_dir)  # removes the figures of an earlier run
-    for row in result.history:
-        run.add_metrics(row)
+    run = RunDirectory(config.output_dir)
+    run.write_metrics(result.history)
     save_config(run.path / "config.yaml", arguments, config)
     write_summary(run.path / "summary.json", summary)
     return run

@@ -18,6 +18,7 @@ from rich.table import Table
 from transformers.hf_argparser import HfArgumentParser
 
 from deep_rlhf.errors import CheckpointError, ConfigError, ResourceError, UserError, one_line
+from deep_rlhf.runtime.run_files import check_names
 
 # Names of transformers' arguments that scripts still use and newer releases dropped.
 RENAMED = {
@@ -107,7 +108,7 @@ def parse_flags(argv: list[str] | None, *dataclass_types: Any, prog: str, descri
 
 
 def output_folder(name: str | Path) -> Path:
-    """Creates the folder of a run's results. Raises CheckpointError if files cannot be written there."""
+    """Creates the folder of a run's results. Raises CheckpointError if they cannot be written there."""
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +116,7 @@ def output_folder(name: str | Path) -> Path:
             pass
     except OSError as error:
         raise CheckpointError(f"Cannot write to --output_dir '{folder}': {error.strerror}.") from error
+    check_names(folder)
     return folder
 
 

@@ -17,12 +17,13 @@ from deep_rlhf.feedback.loop.session import Session
 from deep_rlhf.feedback.loop.stop_signal import StopRequested
 from deep_rlhf.feedback.state import STOP, report_status, stop_requested
 from deep_rlhf.feedback.store import Store
+from deep_rlhf.runtime.signals import Stopped
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the loop until its updates are done, the stop button or Ctrl-C; the same command continues it."""
+    """Runs the loop until its updates are done, the stop button or a signal; the same command continues it."""
     (config,) = parse_flags(argv, LoopConfig, prog="deep-rlhf loop", description=__doc__.split("\n")[0])
     is_guarded = bool(os.environ.get(GUARDED))
     if is_guarded:
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         ending = session.run()
     if ending == "interrupted":
         logger.info("The same command continues. The current policy: %s", folder / "model")
-        raise KeyboardInterrupt
+        raise Stopped(session.stop_signal.signal_number or signal.SIGINT)
     what = "All updates are done." if ending == "done" else "The loop was stopped; the same command continues."
     logger.info("%s The policy: %s   The reward model: %s", what, folder / "model", folder / "reward_model")
 

@@ -2,13 +2,16 @@
 
 import logging
 import os
+import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 
 from deep_rlhf import __version__
 from deep_rlhf.cli.commands import ALGORITHMS, COMMANDS
 from deep_rlhf.errors import ConfigError, UserError
 from deep_rlhf.extras import optional_packages
+from deep_rlhf.runtime.signals import Stopped
 
 
 def main() -> None:
@@ -28,7 +31,8 @@ def main() -> None:
 def run(command: str, argv: list[str] | None = None) -> None:
     """Runs one command with the given arguments (default: those of the process).
 
-    Exits with code 2 and one line on stderr after a UserError, and with code 130 after Ctrl-C.
+    Exits with code 2 and one line on stderr after a UserError, and with code 130 after Ctrl-C, or 128 + n after
+    another signal n that the run was stopped and saved by.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     is_main_process = os.environ.get("RANK", "0") == "0"
@@ -47,9 +51,10 @@ def run(command: str, argv: list[str] | None = None) -> None:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped\n")
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        with suppress(OSError):  # the terminal may be closed
+            sys.stderr.write("stopped\n")
+        sys.exit(128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT))
 
 
 if __name__ == "__main__":

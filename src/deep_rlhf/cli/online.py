@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from deep_rlhf.algorithms.online.config import OnlineConfig
-from deep_rlhf.algorithms.online.trainer import OnlineTrainer, Stopped
+from deep_rlhf.algorithms.online.metrics import sample_rows
+from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.cli.commands import ALGORITHMS, COMMANDS
 from deep_rlhf.cli.flags import output_folder, parse_flags, print_config, save_config
 from deep_rlhf.data.prompts import load_prompts
@@ -21,17 +22,17 @@ from deep_rlhf.evaluation.comparison import build_samples
 from deep_rlhf.evaluation.report import write_report_if_installed
 from deep_rlhf.models.reward import RewardModel, load_scorer
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
+from deep_rlhf.runtime.signals import Stopped
 from deep_rlhf.types import RowReport, Scorer
 
 REPORT_PROMPTS = 16  # prompts whose responses before and after training are in the report
-SAMPLES_PER_UPDATE = 4  # lines in samples.jsonl
 
 console = Console()
 logger = logging.getLogger(__name__)
 
 
 def main(command: str, argv: list[str] | None = None) -> None:
-    """Trains with the algorithm `command`. After Ctrl-C a checkpoint and the policy as it is are saved."""
+    """Trains with the algorithm `command`. After a signal to stop, a checkpoint and the policy as it is are saved."""
     config_class, trainer_class = algorithm(command)
     prog = "ppo.py" if command == "ppo" else f"deep-rlhf {command}"
     (config,) = parse_flags(argv, config_class, prog=prog, description=COMMANDS[command])
@@ -55,11 +56,16 @@ def main(command: str, argv: list[str] | None = None) -> None:
     if is_main:
         print_config(_public(config))
         console.print(f"Prompts: {rows}.{_dropped(trainer.prompt_report)} Template: {template}.", highlight=False)
-    run = RunDirectory(output_dir, resume_from=len(trainer.history) or None) if is_main else None
-    if run:
-        save_config(run.path / "config.yaml", _resolved(config, template, trainer))
     report_prompts = trainer.prompts[:REPORT_PROMPTS]
     before = trainer.generate(report_prompts, seed=config.seed, reference=True)
+    run = RunDirectory(output_dir) if is_main else None
+    if run:
+        with _disk_errors(output_dir):
+            if trainer.history:
+                run.resume(trainer.logged)
+            else:
+                run.start(inputs=(config.model_name, config.reward_model, config.query_dataset))
+            save_config(run.path / "config.yaml", _resolved(config, template, trainer))
     _train(trainer, run, output_dir / "model")
     after = trainer.generate(report_prompts, seed=config.seed)
     if run is None:
@@ -102,7 +108,7 @@ def algorithm(command: str) -> tuple[type[OnlineConfig], type[OnlineTrainer]]:
 
 
 def _train(trainer: OnlineTrainer, run: RunDirectory | None, folder: Path) -> None:
-    """Trains and saves the policy, also when an error or one Ctrl-C ends the training."""
+    """Trains and saves the policy, also when an error or a signal ends the training."""
     try:
         trainer.train(on_update=_recorder(trainer, run))
     except Stopped:
@@ -160,13 +166,8 @@ def _recorder(trainer: OnlineTrainer, run: RunDirectory | None) -> Callable[[dic
         rollout = trainer.last_rollout
         if run is None or rollout is None:
             return
-        texts = zip(rollout.prompts, rollout.responses, rollout.scores.tolist(), strict=True)
-        rows: list[dict[str, Any]] = [
-            {"step": metrics["step"], "prompt": prompt, "response": response, "score": score}
-            for prompt, response, score in texts
-        ]
         with _disk_errors(run.path):
             run.add_metrics(metrics)
-            run.add_samples(rows[:SAMPLES_PER_UPDATE])
+            run.add_samples(sample_rows(rollout, metrics["step"]))
 
     return on_update

@@ -128,8 +128,7 @@ def write(result: RewardResult, summary: dict[str, Any], arguments: RewardArgume
     try:
         result.model.save(config.output_dir)
         run = RunDirectory(config.output_dir)
-        for row in result.history:
-            run.add_metrics(row)
+        run.write_metrics(result.history)
         save_config(run.path / "config.yaml", arguments, config)
         write_summary(run.path / "summary.json", summary)
     except (OSError, SafetensorError) as error:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from deep_rlhf.cli.status_line import StatusLine
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.state import STOP
 from deep_rlhf.feedback.store import Store
+from deep_rlhf.runtime.signals import signals_raise_stopped
 from deep_rlhf.settings import setting
 
 HOST = "127.0.0.1"
@@ -39,13 +41,13 @@ class TeachConfig(LoopConfig):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serves the page and runs the trainer until Ctrl-C, which stops both."""
+    """Serves the page and runs the trainer until Ctrl-C, SIGTERM or SIGHUP, which stop both."""
     (config,) = parse_flags(argv, TeachConfig, prog="deep-rlhf teach", description=__doc__.split("\n")[0])
     from deep_rlhf.web.app import WebSettings, create_app
     from deep_rlhf.web.server import Server
 
     folder = output_folder(config.output_dir)
-    with Store(config.store_address) as store:
+    with signals_raise_stopped(), Store(config.store_address) as store:
         STOP.write(store, None)
         page = create_app(store, WebSettings(host=HOST, port=config.port))
         with Server(page, HOST, config.port) as server:
@@ -57,9 +59,10 @@ def main(argv: list[str] | None = None) -> None:
                     _wait(trainer, folder)
             except KeyboardInterrupt:
                 _stop(trainer)
-                console.print(f"\nStopped and saved. To continue: [bold]{_command(config, folder)}[/bold]")
-                policy = f"The policy: {folder / 'model'}   " if (folder / "model").is_dir() else ""
-                console.print(f"{policy}The labels: {str(store).removeprefix('The store ')}", markup=False)
+                with suppress(OSError):  # the terminal may be closed
+                    console.print(f"\nStopped and saved. To continue: [bold]{_command(config, folder)}[/bold]")
+                    policy = f"The policy: {folder / 'model'}   " if (folder / "model").is_dir() else ""
+                    console.print(f"{policy}The labels: {str(store).removeprefix('The store ')}", markup=False)
                 raise
             finally:
                 if trainer.poll() is None:
@@ -105,12 +108,14 @@ def _ending(code: int, log: Path) -> str:
 
 def _stop(trainer: subprocess.Popen[bytes]) -> None:
     if trainer.poll() is None:
-        console.print("\nStopping and saving the policy …")
         trainer.send_signal(signal.SIGINT)
+        with suppress(OSError):  # the terminal may be closed
+            console.print("\nStopping and saving the policy …")
         try:
             trainer.wait(SECONDS_TO_SAVE)
         except subprocess.TimeoutExpired:
-            console.print("Saving takes too long; the same command continues from the newest checkpoint.")
+            with suppress(OSError):
+                console.print("Saving takes too long; the same command continues from the newest checkpoint.")
 
 
 def _greet(address: str, config: TeachConfig) -> None:

@@ -1,8 +1,10 @@
 """Checkpoints that survive a kill at any moment: supervised and online training share this one format.
 
 `<folder>/step-<N>/{state.safetensors, state.json}` holds the tensors and the tree around them, without pickle;
-`state.json` also holds the digest of the tensors. Both files are written and synced under a temporary name, which is
-renamed when they are complete. Only then are older checkpoints removed.
+`<folder>/history.jsonl` the rows that all checkpoints share (`runtime.history`). `state.json` holds the digests of the
+tensors, of its part of the history and of itself, so a change of any byte is found. Both files are written and synced
+under a temporary name, which is renamed when they are complete. Only then are older checkpoints removed, the oldest
+first.
 """
 
 import hashlib
@@ -13,22 +15,29 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from deep_rlhf.errors import CheckpointError
+from deep_rlhf.runtime.history import HISTORY, History
+
+if TYPE_CHECKING:
+    from deep_rlhf.runtime.processes import Runtime
 
 logger = logging.getLogger(__name__)
 
 TENSORS, TREE = "state.safetensors", "state.json"
-_NAME = re.compile(r"step-(\d+)|\.step-(\d+)\.old")  # the second while it is replaced by one of the same step
+# The second name is given while a checkpoint is replaced by one of the same step.
+_NAME = re.compile(r"step-(0|[1-9]\d*)|\.step-(0|[1-9]\d*)\.old", re.ASCII)
+_HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})", "content": ')  # of state.json; a brace ends the file
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, SafetensorError)  # what reading a damaged checkpoint raises
 
 
@@ -39,18 +48,25 @@ class Checkpoint:
     path: Path
     step: int
     state: dict[str, Any]
+    history: History  # the rows up to this step; none if it was saved without a history
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: Mapping[str, Any], *, keep: int | None = 2, needs: Sequence[int] = ()
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    keep: int | None = 2,
+    needs: Sequence[int] = (),
+    history: History | None = None,
 ) -> Path:
     """Writes `state` to `<folder>/step-<step>`, then removes older checkpoints.
 
     state: any nesting of dicts (keys str or int), lists, tuples, None, bool, int, float, str and tensors; tensors that
     are the same view of one storage are written once. keep: how many of the newest checkpoints up to `step` stay (None:
-    all). needs: steps of earlier checkpoints that this one refers to; they stay as long as it does. Call it on one
-    process. Raises CheckpointError if the disk refuses the write, which leaves the earlier checkpoints intact, and
-    TypeError for a value that cannot be stored.
+    all). needs: steps of earlier checkpoints that this one refers to; they stay as long as it does. history: rows that
+    are appended to those of the earlier checkpoints. Call it on one process. Raises CheckpointError if the disk refuses
+    the write, which leaves the earlier checkpoints intact, and TypeError for a value that cannot be stored.
     """
     tensors: dict[str, Tensor] = {}
     tree = _encode(dict(state), tensors, {})
@@ -59,8 +75,15 @@ def save_checkpoint(
         _remove(folder.glob(".step-*.tmp"))
         temporary.mkdir(parents=True)
         save_file(_unshared(tensors), temporary / TENSORS)
-        content = {"step": step, "needs": [*needs], "sha256": file_digest(temporary / TENSORS), "state": tree}
-        (temporary / TREE).write_text(json.dumps(content), encoding="utf-8")
+        content = {
+            "step": step,
+            "needs": [*needs],
+            "bytes": (temporary / TENSORS).stat().st_size,
+            "sha256": file_digest(temporary / TENSORS),
+            "history": history.save(folder) if history is not None else None,
+            "state": tree,
+        }
+        (temporary / TREE).write_bytes(_sealed(content))
         for path in (temporary / TENSORS, temporary / TREE, temporary):
             sync(path)
         replaced = folder / f".step-{step}.old"
@@ -75,22 +98,58 @@ def save_checkpoint(
     own = {number: path for number, path in _checkpoints(folder) if number <= step and path.name[0] != "."}
     newest = list(own)[:keep] if keep else list(own)
     kept = {*newest, *(needed for number in newest for needed in _needs(own[number]))}
-    _remove(path for number, path in _checkpoints(folder) if number not in kept or path.name[0] == ".")
+    _remove(path for number, path in _checkpoints(folder)[::-1] if number not in kept or path.name[0] == ".")
     return whole
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest complete checkpoint in `folder`, or None; a warning names each damaged one.
+    """The newest complete checkpoint in `folder`, or None; a warning names each damaged one and what is wrong with it.
 
     A checkpoint is complete if those that it needs are complete, too.
     """
+    for _, path in _checkpoints(folder):
+        try:
+            return _read(path)
+        except _DAMAGE as error:
+            logger.warning("The checkpoint %s is damaged and skipped (%s).", path, _reason(error))
+    return None
+
+
+def latest_on_all(folder: Path, runtime: "Runtime") -> Checkpoint | None:
+    """As `latest_checkpoint`, on every process the one that the main process finds.
+
+    Raises CheckpointError on all processes if one of them cannot read it.
+    """
+    found = latest_checkpoint(folder) if runtime.is_main else None
+    path = runtime.from_main(found.path if found else None)
+    failure: CheckpointError | None = None
+    if path is not None and found is None:
+        try:
+            found = read_checkpoint(path)
+        except CheckpointError as error:
+            failure = error
+    runtime.raise_first(failure)
+    return found
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether there is a checkpoint in `folder`, complete or not."""
+    return bool(_checkpoints(folder))
+
+
+def newest_step(folder: Path, key: str) -> tuple[int, Any] | None:
+    """Step and the entry `key`, which holds no tensor, of the newest checkpoint whose state.json can be read.
+
+    Its tensors are not read. None without checkpoints. Raises CheckpointError if no state.json can be read.
+    """
+    reasons = []
     for step, path in _checkpoints(folder):
         try:
-            for needed in _needs(path):
-                _read_tree(path.with_name(f"step-{needed}"))
-            return Checkpoint(path, step, _decode(_read_tree(path), load_file(path / TENSORS).__getitem__))
+            return step, _decode(dict(_read_content(path)["state"]["dict"])[key], _no_tensor)
         except _DAMAGE as error:
-            logger.warning("The checkpoint %s is damaged and skipped (%s).", path, error)
+            reasons.append(f"{path}: {_reason(error)}")
+    if reasons:
+        raise CheckpointError(f"No checkpoint in '{folder}' can be read ({'; '.join(reasons)})")
     return None
 
 
@@ -102,21 +161,23 @@ def is_checkpoint(path: Path) -> bool:
 def read_checkpoint(path: Path, keys: Collection[str] | None = None) -> Checkpoint:
     """The checkpoint at `path`; of its state only the entries named by `keys`, so that less memory is needed.
 
-    Raises CheckpointError if it is damaged.
+    With `keys` the history is not read. Raises CheckpointError if it is damaged.
     """
     try:
-        tree = dict(_read_tree(path)["dict"])
-        chosen = {"dict": [[key, value] for key, value in tree.items() if keys is None or key in keys]}
-        step = json.loads((path / TREE).read_text(encoding="utf-8"))["step"]
-        with safe_open(path / TENSORS, framework="pt") as tensors:
-            return Checkpoint(path, step, _decode(chosen, tensors.get_tensor))
+        return _read(path, keys)
     except _DAMAGE as error:
-        raise CheckpointError(f"The checkpoint '{path}' cannot be read ({error}): choose another one.") from error
+        raise CheckpointError(
+            f"The checkpoint '{path}' cannot be read ({_reason(error)}): choose another one."
+        ) from error
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Removes every checkpoint in `folder`, complete or not, so that a later run cannot resume them."""
-    _remove([path for _, path in _checkpoints(folder)] + list(folder.glob(".step-*.tmp")))
+    """Removes every checkpoint in `folder`, complete or not, so that a later run cannot resume them.
+
+    The oldest goes first and the history last, so that a kill in between leaves the newest one whole.
+    """
+    _remove([path for _, path in _checkpoints(folder)[::-1]] + list(folder.glob(".step-*.tmp")))
+    (folder / HISTORY).unlink(missing_ok=True)
 
 
 def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any], *, free: Collection[str]) -> str:
@@ -187,7 +248,7 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def _newest_complete(folder: Path) -> Path | None:
     for _, path in _checkpoints(folder):
         try:
-            _read_tree(path)
+            _verified(path)
         except _DAMAGE:
             continue
         return path
@@ -197,22 +258,88 @@ def _newest_complete(folder: Path) -> Path | None:
 def _needs(path: Path) -> list[int]:
     """The steps of the checkpoints that the one at `path` refers to; none if it cannot be read."""
     try:
-        return json.loads((path / TREE).read_text(encoding="utf-8"))["needs"]
+        return _read_content(path)["needs"]
     except _DAMAGE:
         return []
 
 
-def _read_tree(path: Path) -> Any:
-    """The tree of the checkpoint at `path`. Raises one of _DAMAGE if the checkpoint is not complete."""
-    content = json.loads((path / TREE).read_text(encoding="utf-8"))
+def _read(path: Path, keys: Collection[str] | None = None) -> Checkpoint:
+    """As `read_checkpoint`. Raises one of _DAMAGE if the checkpoint, or one that it needs, is not complete."""
+    content = _verified(path)
+    for step in content["needs"]:
+        needed = path.with_name(f"step-{step}")
+        try:
+            _verified(needed)
+        except _DAMAGE as error:
+            raise ValueError(f"it needs {needed}, which is damaged: {_reason(error)}") from error
+    marked = content["history"] is not None and keys is None
+    history = History.read(path.parent, content["history"]) if marked else History()
+    tree = [[key, value] for key, value in content["state"]["dict"] if keys is None or key in keys]
+    for extra in sorted({child.name for child in path.iterdir()} - {TENSORS, TREE}):
+        logger.warning("'%s' in the checkpoint %s is not part of it and is ignored.", extra, path)
+    with safe_open(path / TENSORS, framework="pt") as tensors:
+        names: dict[str, Tensor] = {}  # a tensor that occurs twice is one object
+
+        def tensor(name: str) -> Tensor:
+            if name not in names:
+                names[name] = tensors.get_tensor(name)
+            return names[name]
+
+        return Checkpoint(path, content["step"], _decode({"dict": tree}, tensor), history)
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The content of state.json, once all digests are those that it names. Raises one of _DAMAGE otherwise."""
+    content = _read_content(path)
+    size = (path / TENSORS).stat().st_size
+    if size != content["bytes"]:
+        raise ValueError(f"{TENSORS} has {size} of {content['bytes']} bytes")
     if file_digest(path / TENSORS) != content["sha256"]:
-        raise ValueError(f"{TENSORS} has another digest than when it was written")
-    return content["state"]
+        raise ValueError(f"{TENSORS} was changed: it has another digest than when it was written")
+    return content
+
+
+def _sealed(content: Mapping[str, Any]) -> bytes:
+    """The bytes of state.json: the content and its digest."""
+    text = json.dumps(content).encode()
+    return b'{"sha256": "%s", "content": %s}' % (hashlib.sha256(text).hexdigest().encode(), text)
+
+
+def _read_content(path: Path) -> dict[str, Any]:
+    """The content of state.json. Raises one of _DAMAGE if it is not as it was written."""
+    written = (path / TREE).read_bytes()
+    head = _HEAD.match(written)
+    text = written[head.end() : -1] if head else b""
+    if head and written.endswith(b"}") and hashlib.sha256(text).hexdigest().encode() == head[1]:
+        return json.loads(text)
+    if written.startswith(b'{"step": '):
+        raise ValueError(f"{TREE} was written by an earlier version of this program, or changed")
+    raise ValueError(f"{TREE} is empty" if not written else f"{TREE} was cut or changed: it has another digest")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, with the name of the file."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _no_tensor(name: str) -> Tensor:
+    raise LookupError(f"the tensor {name} is not read")
 
 
 def _remove(paths: Iterable[Path]) -> None:
+    """Removes checkpoints; each loses its name first, so that a kill leaves none that looks damaged."""
     for path in list(paths):
-        shutil.rmtree(path, ignore_errors=True)
+        unnamed = path if path.suffix == ".tmp" else path.with_name(f".{path.name.lstrip('.')}.tmp")
+        with suppress(OSError):  # what cannot be removed stays
+            if unnamed != path:
+                shutil.rmtree(unnamed, ignore_errors=True)
+                os.rename(path, unnamed)
+            if unnamed.is_dir() and not unnamed.is_symlink():
+                shutil.rmtree(unnamed, ignore_errors=True)
+            else:
+                unnamed.unlink(missing_ok=True)
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], names: dict[Any, str]) -> Any:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object
 from torch import Tensor, nn
 
-from deep_rlhf.errors import ConfigError
+from deep_rlhf.errors import ConfigError, UserError
 from deep_rlhf.runtime.memory import resident_peak
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class Runtime:
         self.rank: int = self._accelerator.process_index
         self.processes: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
+        self._tracked = False  # whether the trackers were opened
 
     @property
     def accelerator(self) -> Accelerator:
@@ -83,6 +84,28 @@ class Runtime:
         """Whether `flag` is True on at least one process."""
         return any(self.gather(flag))
 
+    def from_main(self, value: T) -> T:
+        """The value of the main process, on every process."""
+        return self.gather(value)[0]
+
+    def raise_first(self, failure: Exception | None) -> None:
+        """Raises the first process's failure on every process, so that none waits for those that failed."""
+        failures = [error for error in self.gather(failure) if error is not None]
+        if failures:
+            raise failures[0]
+
+    def on_main(self, act: Callable[[], T]) -> T:
+        """Calls `act` on the main process and returns its result on all; a UserError is raised on all, too."""
+        result: Any = None
+        failure: UserError | None = None
+        if self.is_main:
+            try:
+                result = act()
+            except UserError as error:
+                failure = error
+        self.raise_first(failure)
+        return self.from_main(result)
+
     def wait(self) -> None:
         """Waits until every process has called it."""
         self._accelerator.wait_for_everyone()
@@ -104,8 +127,12 @@ class Runtime:
     ) -> None:
         """Opens a run of `project` in every tracker, with that tracker's arguments from `tracker_kwargs`.
 
-        Raises ConfigError for arguments that a tracker refuses; any other failure of a tracker is only a warning.
+        A run is opened once: further calls before `finish` do nothing. Raises ConfigError for arguments that a tracker
+        refuses; any other failure of a tracker is only a warning.
         """
+        if self._tracked:
+            return
+        self._tracked = True
         simple = {name: value for name, value in config.items() if isinstance(value, int | float | str | bool)}
         try:
             self._accelerator.init_trackers(project, config=simple, init_kwargs=tracker_kwargs)
@@ -124,6 +151,7 @@ class Runtime:
         """Closes the trackers; unlike Accelerator.end_training it keeps the process group for the next run."""
         for tracker in self._accelerator.trackers:
             tracker.finish()
+        self._tracked = False
 
     def peak_memory_gb(self) -> float:
         """The peak memory of this process in 1e9 bytes: allocated on the GPU, or resident on a CPU."""

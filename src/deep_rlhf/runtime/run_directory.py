@@ -1,33 +1,46 @@
 """The folder of a run: metrics and samples as JSON lines, and a summary that is replaced as a whole."""
 
 import json
+import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deep_rlhf.runtime.checkpoint import sync
+from deep_rlhf.runtime.run_files import check_names, set_aside_earlier_run
+
+logger = logging.getLogger(__name__)
 
 
 class RunDirectory:
-    """`<output_dir>/{metrics.jsonl, samples.jsonl}`; a new run removes the files of an earlier one.
+    """`<output_dir>/{metrics.jsonl, samples.jsonl}`, for one run at a time."""
 
-    With `resume_from` it is the same run: lines up to that step stay, and later ones are removed, since the resumed run
-    writes them again.
-    """
-
-    def __init__(self, path: str | Path, *, resume_from: int | None = None) -> None:
+    def __init__(self, path: str | Path) -> None:
+        """Creates the folder. Raises CheckpointError as `check_names`."""
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if resume_from is None:
-                (self.path / name).unlink(missing_ok=True)
-            elif (self.path / name).exists():
-                _keep_until(self.path / name, resume_from)
+        check_names(self.path)
+
+    def start(self, inputs: Iterable[str] = ()) -> None:
+        """Makes room for a new run, as `set_aside_earlier_run`."""
+        set_aside_earlier_run(self.path, inputs)
+
+    def resume(self, logged: Sequence[Mapping[str, Any]]) -> None:
+        """Writes metrics.jsonl and samples.jsonl anew from what the run's checkpoint holds (`metrics`, `samples`).
+
+        Lines of later updates go, since the resumed run makes these updates again. Says so if a file was damaged.
+        """
         for name in ("summary.json", "report.html"):
             (self.path / name).unlink(missing_ok=True)
+        self._restore("metrics.jsonl", [row["metrics"] for row in logged])
+        self._restore("samples.jsonl", [sample for row in logged for sample in row["samples"]])
+
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the whole metrics.jsonl."""
+        _replace(self.path / "metrics.jsonl", _lines(rows))
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl."""
@@ -39,7 +52,14 @@ class RunDirectory:
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+            file.write(_lines(rows))
+
+    def _restore(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        path, text = self.path / name, _lines(rows)
+        found = path.read_bytes() if path.exists() else b""
+        if not found.startswith(text.encode()):
+            logger.warning("'%s' is not as the run wrote it: it is written again from the checkpoint's history.", path)
+        _replace(path, text)
 
 
 def write_summary(path: str | Path, summary: dict[str, Any]) -> None:
@@ -72,10 +92,8 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _keep_until(path: Path, step: int) -> None:
-    lines = path.read_bytes().splitlines(keepends=True)
-    complete = [line.decode() for line in lines if line.endswith(b"\n")]  # a kill may have cut the last one
-    _replace(path, "".join(line for line in complete if json.loads(line)["step"] <= step))
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(_finite(dict(row)), ensure_ascii=False) + "\n" for row in rows)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,10 +1,14 @@
 """The metrics of an update: what a batch was like, and how far the policy moved."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from deep_rlhf.ops.masked import masked_mean
 from deep_rlhf.types import Experience, Rollout
+
+SAMPLES_PER_UPDATE = 4  # that are logged
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
@@ -21,6 +25,20 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "response_tokens": float(mask.sum(1).float().mean()),
         "missing_eos": float(1.0 - rollout.finished.float().mean()),
     }
+
+
+def sample_rows(rollout: Rollout, step: float) -> list[dict[str, Any]]:
+    """The first samples of a batch, as the log holds them."""
+    count = min(SAMPLES_PER_UPDATE, len(rollout.responses))
+    return [
+        {
+            "step": step,
+            "prompt": rollout.prompts[row],
+            "response": rollout.responses[row],
+            "score": float(rollout.scores[row]),
+        }
+        for row in range(count)
+    ]
 
 
 def policy_metrics(logprobs: Tensor, part: Experience, clipped: Tensor) -> dict[str, Tensor]:

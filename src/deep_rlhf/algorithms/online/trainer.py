@@ -7,11 +7,8 @@ first NaN or infinity, and its batch is written to a file.
 
 import dataclasses
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,10 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from deep_rlhf.accel.cpu.allocator import kept_memory, release_freed_memory
 from deep_rlhf.algorithms.online import build
 from deep_rlhf.algorithms.online.bad_batches import rollout_problem, set_aside
+from deep_rlhf.algorithms.online.checkpoints import OnlineCheckpoints
 from deep_rlhf.algorithms.online.config import RESUME_MAY_CHANGE, OnlineConfig
 from deep_rlhf.algorithms.online.identity import run_identity
 from deep_rlhf.algorithms.online.learner import Learner
-from deep_rlhf.algorithms.online.metrics import rollout_metrics
+from deep_rlhf.algorithms.online.metrics import rollout_metrics, sample_rows
 from deep_rlhf.algorithms.online.prompts import PromptBatches, count_updates, longest_prompt, usable_prompts
 from deep_rlhf.algorithms.online.score_shaping import ScoreShaping
 from deep_rlhf.algorithms.online.state import copied, load_tensors, trainable_tensors
@@ -38,24 +36,14 @@ from deep_rlhf.rollout.engine import Engine
 from deep_rlhf.rollout.generate import eos_token_ids, generate_text
 from deep_rlhf.rollout.records import concatenate, to_device
 from deep_rlhf.rollout.sampler import sampling_uniforms
-from deep_rlhf.runtime.checkpoint import (
-    changed_flags,
-    latest_checkpoint,
-    random_states,
-    remove_checkpoints,
-    save_checkpoint,
-    set_random_states,
-)
+from deep_rlhf.runtime.checkpoint import random_states, set_random_states
 from deep_rlhf.runtime.finite import check_finite
 from deep_rlhf.runtime.hub import push_folder
 from deep_rlhf.runtime.processes import Runtime
+from deep_rlhf.runtime.signals import Stopped, first_signal_deferred
 from deep_rlhf.types import Rollout, Scorer
 
 logger = logging.getLogger(__name__)
-
-
-class Stopped(KeyboardInterrupt):
-    """Raised after one Ctrl-C, when the running update is finished and a checkpoint is written."""
 
 
 class OnlineTrainer:
@@ -111,7 +99,7 @@ class OnlineTrainer:
         self._shaping = ScoreShaping(config)
         self._best_score = -float("inf")
         self._bad_batches = self._bad_in_a_row = 0
-        self._interrupted = False
+        self._signal = 0  # that asked for a stop
         self._identity = run_identity(
             config,
             self.prompts,
@@ -121,7 +109,14 @@ class OnlineTrainer:
             processes=self.runtime.processes,
             without=RESUME_MAY_CHANGE,
         )
-        self._find_earlier_run()
+        self._checkpoints = OnlineCheckpoints(config, self.runtime, self._identity, updates=self.updates)
+        if (found := self._checkpoints.find()) is not None:
+            self._load(found.state)
+
+    @property
+    def logged(self) -> list[dict[str, Any]]:
+        """The `metrics` and `samples` of every update so far, as checkpoints hold them; empty without an output_dir."""
+        return self._checkpoints.history.rows
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -133,16 +128,17 @@ class OnlineTrainer:
     ) -> list[dict[str, float]]:
         """Makes the next `updates` updates (default: all that are left); returns `history`, one dict of metrics each.
 
-        `on_update` may add to each dict. Between two calls `scorer` may be replaced, for example by one refitted to
-        new labels. After Ctrl-C the running update is finished, a checkpoint written and Stopped raised; a second
-        Ctrl-C raises KeyboardInterrupt at once. Raises RewardError after `max_bad_batches` batches in a row with a
-        number that is not finite.
+        `on_update` may add to each dict; if it raises, the update is done and a checkpoint holds it. Between two calls
+        `scorer` may be replaced, for example by one refitted to new labels. After Ctrl-C, SIGTERM or SIGHUP the running
+        update is finished, a checkpoint written and Stopped raised; a second signal ends the run at once. Raises
+        RewardError after `max_bad_batches` batches in a row with a number that is not finite.
         """
         done = len(self.history)
         end = self.updates if updates is None else min(self.updates, done + updates)
-        self.runtime.start_trackers(
-            self.config.tracker_project_name or "deep-rlhf", dataclasses.asdict(self.config), self.config.tracker_kwargs
-        )
+        self._checkpoints.start()
+        if done < end:
+            name = self.config.tracker_project_name or "deep-rlhf"
+            self.runtime.start_trackers(name, dataclasses.asdict(self.config), self.config.tracker_kwargs)
         bar = tqdm(
             range(done, end),
             desc=self.config.exp_name,
@@ -151,24 +147,46 @@ class OnlineTrainer:
             total=end,
             disable=not self.runtime.is_main,
         )
-        with self._ctrl_c_deferred(), kept_memory():
+        self._signal = 0
+        with first_signal_deferred(self._ask_to_stop), kept_memory():
             for update in bar:
                 metrics = self.step(update)
                 bar.set_postfix(score=f"{metrics['score_mean']:.3f}", kl=f"{metrics['kl']:.2f}")
-                if on_update is not None:
-                    on_update(metrics)
-                self.history.append(metrics)
-                self.runtime.log(metrics, update + 1)
-                interrupted = self.runtime.any(self._interrupted)
+                self._end_update(metrics, on_update)
+                number = max(self.runtime.gather(self._signal))
                 # no checkpoint between bad batches, so that the newest one is from before they began
                 due = (update + 1) % self.config.save_freq == 0 and not self._bad_in_a_row
-                if interrupted or due or update + 1 == self.updates:
+                if number or due or update + 1 == self.updates:
                     self.checkpoint()
-                if interrupted:
-                    raise Stopped
+                if number:
+                    raise Stopped(number)
         if end == self.updates:
             self.runtime.finish()
         return self.history
+
+    def _end_update(self, metrics: dict[str, float], on_update: Callable[[dict[str, float]], None] | None) -> None:
+        """Adds the update to the history; whatever `on_update` raises, the update is not lost."""
+        self.history.append(metrics)
+        failure: Exception | None = None
+        try:
+            if on_update is not None:
+                on_update(metrics)
+        except Exception as error:
+            failure = error
+        samples = sample_rows(self.last_rollout, metrics["step"]) if self.last_rollout is not None else []
+        self._checkpoints.add_update(metrics, samples)
+        if failure is None:
+            self.runtime.log(metrics, len(self.history))
+            return
+        if self.runtime.processes == 1 and not self._bad_in_a_row:  # the others do not know of the failure
+            try:
+                self.checkpoint()
+            except CheckpointError as error:  # it must not hide the failure
+                logger.warning("%s", error)
+        raise failure
+
+    def _ask_to_stop(self, number: int) -> None:
+        self._signal = number
 
     def step(self, update: int) -> dict[str, float]:
         """Makes one update: sample, score, learn. Returns its metrics."""
@@ -254,18 +272,13 @@ class OnlineTrainer:
             return
         self._check_weights()
         random = self.runtime.gather(random_states())  # a reward function may draw differently in each process
-        if self.runtime.is_main:
-            state = {
-                "identity": self._identity,
-                "updates": self.updates,
-                **self._trained_state(),
-                "best_score": self._best_score,
-                "bad_batches": (self._bad_batches, self._bad_in_a_row),
-                "history": self.history,
-                "random": random,
-            }
-            save_checkpoint(self._checkpoints, len(self.history), state)
-        self.runtime.wait()
+        state = {
+            **self._trained_state(),
+            "best_score": self._best_score,
+            "bad_batches": (self._bad_batches, self._bad_in_a_row),
+            "random": random,
+        }
+        self._checkpoints.save(len(self.history), state)
 
     def snapshot(self) -> dict[str, Any]:
         """A copy of everything that learning changes, for `restore`: policy, learner, KL coefficient, score statistics.
@@ -298,47 +311,11 @@ class OnlineTrainer:
             "score_moments": self._shaping.moments,
         }
 
-    @property
-    def _checkpoints(self) -> Path:
-        return Path(self.config.output_dir or ".") / "checkpoints"
-
-    def _find_earlier_run(self) -> None:
-        """Resumes from the newest checkpoint in output_dir if `resume` is set; never overwrites an unfinished run.
-
-        Raises CheckpointError for an unfinished run without `resume`, and for a checkpoint of another run.
-        """
-        if self.config.output_dir is None:
-            return
-        found = latest_checkpoint(self._checkpoints)
-        if not self.config.resume:
-            if found is not None and found.step < found.state["updates"]:
-                raise CheckpointError(
-                    f"'{self.config.output_dir}' holds a run that stopped after {found.step} of"
-                    f" {found.state['updates']} updates: add --resume to continue it, give another output_dir, or"
-                    f" remove '{self._checkpoints}'."
-                )
-            if self.runtime.is_main:
-                remove_checkpoints(self._checkpoints)
-            return
-        if found is None:
-            logger.info("There is no complete checkpoint in '%s': starting from the beginning.", self._checkpoints)
-            return
-        changed = changed_flags(found.state["identity"], self._identity, free=())
-        if changed:
-            raise CheckpointError(
-                f"This is not the run in '{self.config.output_dir}': {changed}. Undo that, or start a new run."
-            )
-        self._load(found.state)
-        if found.step == self.updates:
-            logger.info("All %d updates are already done in '%s'.", found.step, found.path)
-        else:
-            logger.info("Resuming after update %d of %d from '%s'.", found.step, self.updates, found.path)
-
     def _load(self, state: dict[str, Any]) -> None:
         self.restore(state)
         self._best_score = state["best_score"]
         self._bad_batches, self._bad_in_a_row = state["bad_batches"]
-        self.history = state["history"]
+        self.history = [row["metrics"] for row in self.logged]
         set_random_states(state["random"][self.runtime.rank % len(state["random"])])
 
     def _adapt_kl_coef(self, kl: float) -> None:
@@ -356,8 +333,8 @@ class OnlineTrainer:
             path = Path(self.config.output_dir) / "bad_batches" / f"step-{update + 1}.json"
             set_aside(path, rollout, step=update + 1, reason=reason)
         if self._bad_in_a_row >= min(self.config.max_bad_batches, self.updates):
-            found = latest_checkpoint(self._checkpoints) if self.config.output_dir is not None else None
-            good = f"add --resume to continue from '{found.path}', the last good checkpoint" if found else "start again"
+            newest = self._checkpoints.newest
+            good = f"add --resume to continue from '{newest}', the last good checkpoint" if newest else "start again"
             raise RewardError(
                 f"{self._bad_in_a_row} batches in a row could not be learned from, the last because {reason}: correct"
                 f" the reward and {good}, or start again with a lower learning rate."
@@ -373,23 +350,3 @@ class OnlineTrainer:
         self.save(folder)
         if self.runtime.is_main:
             push_folder(folder, **options)
-
-    @contextmanager
-    def _ctrl_c_deferred(self) -> Iterator[None]:
-        """Within this context the first Ctrl-C requests a stop after the update; the second one interrupts."""
-
-        def ask_to_stop(*_: Any) -> None:
-            self._interrupted = True
-            logger.warning("Stopping after this update; press Ctrl-C again to stop at once.")
-            signal.signal(signal.SIGINT, before)
-
-        self._interrupted = False
-        before = signal.getsignal(signal.SIGINT)
-        if before in (None, signal.SIG_IGN) or threading.current_thread() is not threading.main_thread():
-            yield  # another program handles signals, or ignores Ctrl-C
-            return
-        signal.signal(signal.SIGINT, ask_to_stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)

@@ -149,10 +149,10 @@ class SupervisedTrainer:
     def train(self) -> dict[str, float]:
         """Trains from the beginning, or from the checkpoint that the configuration names; returns the last log entry.
 
-        The best evaluated weights are kept with `load_best_model_at_end`. One Ctrl-C saves a checkpoint after the
-        current update and raises KeyboardInterrupt. Raises DataError without enough data for a batch,
-        CheckpointError if a checkpoint cannot be written or belongs to a run with other flags, and NotFiniteError at
-        the first loss, gradient or output that is NaN or infinite, before it reaches a weight.
+        The best evaluated weights are kept with `load_best_model_at_end`. Ctrl-C, SIGTERM and SIGHUP save a checkpoint
+        after the current update and raise Stopped. Raises DataError without enough data for a batch, CheckpointError if
+        a checkpoint cannot be written or belongs to a run with other flags, and NotFiniteError at the first loss,
+        gradient or output that is NaN or infinite, before it reaches a weight.
         """
         config = self.config
         per_epoch = len(self._batches(0))
@@ -168,7 +168,7 @@ class SupervisedTrainer:
         self.scheduler = make_scheduler(self.optimizer, config, max_steps)
         self.callbacks.optimizer, self.callbacks.lr_scheduler = self.optimizer, self.scheduler
         checkpoints = RunCheckpoints(self)
-        random = checkpoints.resume()
+        random = checkpoints.resume(max_steps)
         state = self.state
         state.train_batch_size = config.per_device_train_batch_size
         state.max_steps, state.num_train_epochs = max_steps, -(-max_steps // updates_per_epoch)
@@ -178,7 +178,7 @@ class SupervisedTrainer:
         self._call("on_train_begin")
         if config.eval_on_start and not first_step:
             self.evaluate()
-        with checkpoints.saved_on_interrupt():
+        with checkpoints.saved_on_signal():
             first_epoch = first_step // updates_per_epoch
             last_epoch = (
                 state.num_train_epochs if first_step < max_steps else first_epoch

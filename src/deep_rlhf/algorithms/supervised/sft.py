@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from deep_rlhf.algorithms.supervised.batches import Batch
+from deep_rlhf.algorithms.supervised.checkpoints import fingerprint
 from deep_rlhf.algorithms.supervised.config import SupervisedConfig
 from deep_rlhf.algorithms.supervised.loop import SupervisedTrainer
 from deep_rlhf.errors import ConfigError, DataError
@@ -68,7 +69,9 @@ def train_sft(
             logger.warning("%d of %d examples %s: dropped.", dropped, len(examples), why)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     callbacks = [_OnStep(on_step)] if on_step is not None else []
-    return _SFTTrainer(model, config, pad_id=pad_id, train_dataset=rows, callbacks=callbacks).train()
+    trainer = _SFTTrainer(model, config, pad_id=pad_id, train_dataset=rows, callbacks=callbacks)
+    trainer.run_flags["examples"] = fingerprint(rows)
+    return trainer.train()
 
 
 class _SFTTrainer(SupervisedTrainer):

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,9 @@ from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.errors import CheckpointError, StoreError
 from deep_rlhf.feedback.state import ACTIVE_LOOP, HEARTBEAT, START_POLICY
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
+from deep_rlhf.runtime.checkpoint import has_checkpoints, latest_checkpoint, save_checkpoint
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 SILENCE = timedelta(seconds=15)  # without a heartbeat for this long, a loop counts as dead
@@ -45,7 +48,9 @@ class SessionCheckpoints:
                 f"{store!r} holds labels about another policy: give another --store, or the --model that it began with."
             )
         found = latest_checkpoint(self._folder)
-        if found is not None and found.state["policy"] != policy:
+        if found is None and has_checkpoints(self._folder):
+            logger.warning("No checkpoint in '%s' is whole: the loop starts from the beginning.", self._folder)
+        if found is not None and found.state.get("policy") != policy:
             raise CheckpointError(f"'{folder}' holds the run of another policy: give another --output_dir.")
         START_POLICY.write(store, policy)
         self._found = found.state if found is not None else None

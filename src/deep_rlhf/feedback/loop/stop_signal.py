@@ -1,7 +1,6 @@
-"""Stops the training loop within seconds, from the web page or by Ctrl-C."""
+"""Stops the training loop within seconds, from the web page or by a signal: Ctrl-C, SIGTERM or SIGHUP."""
 
 import logging
-import signal
 import threading
 import time
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from torch import nn
 from deep_rlhf.errors import StoreError
 from deep_rlhf.feedback.state import HEARTBEAT, stop_requested
 from deep_rlhf.feedback.store import Store
+from deep_rlhf.runtime.signals import first_signal_deferred
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class StopSignal:
     """Within its context, `check` and `wait` raise StopRequested once the loop is to stop, and a heartbeat is stored.
 
     Sampling raises it too, token by token, but only in the thread that entered; an optimiser step always completes.
-    The first Ctrl-C requests a stop, the second one raises KeyboardInterrupt.
+    The first signal requests a stop, the second one ends the process at once.
     """
 
     def __init__(self, store: Store, trunk: nn.Module) -> None:
@@ -42,8 +42,9 @@ class StopSignal:
         self._ending: Literal["stopped", "interrupted"] | None = None
         self._stop_event = threading.Event()
         self._left = threading.Event()
-        self._previous_handler: Any = None
+        self._signals: Any = None
         self._hook: Any = None
+        self.signal_number: int | None = None  # of the signal that requested the stop
 
     def __enter__(self) -> Self:
         self._left.clear()
@@ -56,20 +57,15 @@ class StopSignal:
                 self.check()
 
         self._hook = self._trunk.register_forward_pre_hook(check_while_sampling)
-        if threading.current_thread() is threading.main_thread():
-            handler = signal.getsignal(signal.SIGINT)
-            if handler not in (None, signal.SIG_IGN):  # a background process leaves Ctrl-C to the foreground
-                self._previous_handler = handler
-                signal.signal(signal.SIGINT, self._interrupt)
+        self._signals = first_signal_deferred(self._interrupt, stops="and saving")
+        self._signals.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._hook.remove()
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
+        self._signals.__exit__(None, None, None)
         self._left.set()
         self._thread.join()
 
@@ -88,9 +84,8 @@ class StopSignal:
         self._ending = self._ending or ending
         self._stop_event.set()
 
-    def _interrupt(self, *_: Any) -> None:
-        logger.warning("Stopping and saving; press Ctrl-C again to stop at once.")
-        signal.signal(signal.SIGINT, self._previous_handler)
+    def _interrupt(self, number: int) -> None:
+        self.signal_number = number
         self.stop("interrupted")
 
     def _poll(self) -> None:
