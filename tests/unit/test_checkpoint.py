@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,16 @@ from deep_rlhf.runtime import checkpoint
 from deep_rlhf.runtime.checkpoint import (
     changed_flags,
     latest_checkpoint,
+    latest_on_all,
+    newest_step,
     random_states,
     read_checkpoint,
     remove_checkpoints,
     save_checkpoint,
     set_random_states,
 )
+from deep_rlhf.runtime.history import History
+from deep_rlhf.runtime.processes import Runtime
 
 
 def names(folder: Path) -> list[str]:
@@ -185,30 +190,146 @@ def test_a_part_of_a_checkpoint_can_be_read(tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        ("state.safetensors", lambda path: os.truncate(path, 100)),
-        ("state.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x7f")),
-        ("state.safetensors", Path.unlink),
-        ("state.json", lambda path: os.truncate(path, path.stat().st_size - 1)),
-        ("state.json", lambda path: path.write_text("{}")),
-        ("state.json", Path.unlink),
-    ],
-)
-def test_a_torn_checkpoint_is_skipped_with_a_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: Callable[[Path], Any]
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "a flipped bit": lambda path: path.write_bytes(path.read_bytes()[:-40] + b"\x7f" + path.read_bytes()[-39:]),
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "empty": lambda path: os.truncate(path, 0),
+    "missing": Path.unlink,
+    "a folder": folder_instead,
+    "not a checkpoint's": lambda path: path.write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file", ["step-2/state.safetensors", "step-2/state.json", "history.jsonl"])
+def test_damage_of_any_file_is_named_and_the_newest_whole_checkpoint_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
+) -> None:
+    history = History()
+    for step in (1, 2):
+        history.add({"step": step})
+        save_checkpoint(tmp_path, step, {"weights": torch.full((64,), float(step))}, history=history)
+    if file == "history.jsonl" and damage == "a flipped bit":  # in what step 2 added
+        content = (tmp_path / file).read_bytes()
+        (tmp_path / file).write_bytes(content.replace(b"2", b"3"))
+    else:
+        DAMAGE[damage](tmp_path / file)
+    with caplog.at_level(logging.WARNING):
+        read = latest_checkpoint(tmp_path)
+    assert_names(caplog.messages[0], tmp_path / "step-2", "damaged", Path(file).name)
+    with pytest.raises(CheckpointError, match=Path(file).name):
+        read_checkpoint(tmp_path / "step-2")
+    if file == "history.jsonl" and damage not in ("a flipped bit", "cut"):  # step 1 has lost its rows, too
+        assert read is None
+        return
+    assert read is not None
+    assert (read.step, read.history.rows) == (1, [{"step": 1}])
+    assert read.state["weights"].tolist() == [1.0] * 64
+
+
+def test_every_bit_of_the_tree_counts(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, {"kl_coef": 0.2})
+    tree = tmp_path / "step-1" / "state.json"
+    whole = tree.read_bytes()
+    for place in range(len(whole)):
+        tree.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError):
+            read_checkpoint(tmp_path / "step-1")
+    tree.write_bytes(whole)
+    assert read_checkpoint(tmp_path / "step-1").state == {"kl_coef": 0.2}
+
+
+def test_a_file_that_does_not_belong_there_is_named_and_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):
-        save_checkpoint(tmp_path, step, {"weights": torch.full((64,), float(step))})
-    damage(tmp_path / "step-2" / file)
+        save_checkpoint(tmp_path, step, {"step": step})
+    (tmp_path / "step-2" / "notes.txt").write_text("mine")
+    (tmp_path / "step-7").write_text("a file")
     with caplog.at_level(logging.WARNING):
         read = latest_checkpoint(tmp_path)
     assert read is not None
-    assert read.step == 1
-    assert read.state["weights"].tolist() == [1.0] * 64
-    (line,) = caplog.messages
-    assert line.startswith(f"The checkpoint {tmp_path / 'step-2'} is damaged and skipped (")
+    assert read.step == 2
+    assert_names(caplog.messages[0], tmp_path / "step-7", "damaged")
+    assert_names(caplog.messages[1], "notes.txt", "ignored")
+
+
+def test_the_history_is_stored_once_and_later_rows_are_cut_off(tmp_path: Path) -> None:
+    history = History()
+    for step in (1, 2, 3):
+        history.add({"step": step, "score": math.inf, "of numpy": np.float32(0.5)})
+        save_checkpoint(tmp_path, step, {"step": step}, history=history, keep=None)
+    rows = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
+    assert not any("score" in (tmp_path / f"step-{step}" / "state.json").read_text() for step in (1, 2, 3))
+    back = read_checkpoint(tmp_path / "step-2").history
+    assert back.rows == [{"step": step, "score": math.inf, "of numpy": 0.5} for step in (1, 2)]
+    back.add({"step": "other"})
+    save_checkpoint(tmp_path, 3, {}, history=back)
+    rows = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, "other"]
+    (tmp_path / "history.jsonl").unlink()  # while the run goes on
+    back.add({"step": "last"})
+    save_checkpoint(tmp_path, 4, {}, history=back)
+    read = latest_checkpoint(tmp_path)
+    assert read is not None
+    assert [row["step"] for row in read.history.rows] == [1, 2, "other", "last"]
+
+
+def test_the_oldest_checkpoints_are_removed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (8, 9, 10):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=None)
+    removed: list[str] = []
+    rmtree = checkpoint.shutil.rmtree
+
+    def note(path: Path, **options: Any) -> None:
+        removed.append(path.name) if path.exists() else None
+        rmtree(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", note)
+    remove_checkpoints(tmp_path)
+    assert removed == [".step-8.tmp", ".step-9.tmp", ".step-10.tmp"]  # unnamed, so that a kill leaves no damaged one
+
+
+def test_an_entry_can_be_read_without_the_tensors(tmp_path: Path) -> None:
+    assert newest_step(tmp_path, "updates") is None
+    save_checkpoint(tmp_path, 3, {"updates": 8, "w": torch.ones(2)})
+    (tmp_path / "step-3" / "state.safetensors").unlink()
+    assert newest_step(tmp_path, "updates") == (3, 8)
+    (tmp_path / "step-3" / "state.json").write_text("")
+    with pytest.raises(CheckpointError, match=r"step-3.*state\.json"):
+        newest_step(tmp_path, "updates")
+
+
+class TwoProcesses:
+    """The runtime of process `rank`, whose partner sends `other`."""
+
+    def __init__(self, rank: int, other: list[Any]) -> None:
+        self.is_main, self.other = rank == 0, other
+        self.raise_first = partial(Runtime.raise_first, self)
+        self.from_main = partial(Runtime.from_main, self)
+
+    def gather(self, value: Any) -> list[Any]:
+        other = self.other.pop(0)
+        return [value, other] if self.is_main else [other, value]
+
+
+def test_the_main_process_decides_which_checkpoint_is_read(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"step": step})
+    runtime: Any = TwoProcesses(1, [tmp_path / "step-1", None])  # it has found the newer one damaged
+    found = latest_on_all(tmp_path, runtime)
+    assert found is not None
+    assert found.step == 1
+    assert latest_on_all(tmp_path, TwoProcesses(1, [None, None])) is None  # type: ignore[arg-type]
+    failure = CheckpointError("process 1 cannot read it")
+    with pytest.raises(CheckpointError, match="process 1"):
+        latest_on_all(tmp_path, TwoProcesses(0, [None, failure]))  # type: ignore[arg-type]
 
 
 STATE = {"weights": torch.arange(50_000.0)}

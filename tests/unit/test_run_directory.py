@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from facts import assert_names
 
+from deep_rlhf.cli.flags import output_folder, save_config
+from deep_rlhf.errors import CheckpointError
 from deep_rlhf.runtime.run_directory import RunDirectory, replace_folder, write_summary
 
 
@@ -26,38 +29,119 @@ def test_metrics_and_samples_are_lines_and_a_new_run_starts_afresh(tmp_path: Pat
     assert lines(run.path / "samples.jsonl")[0] == {"prompt": "línea\nuna", "response": "…"}
     assert "línea" in (run.path / "samples.jsonl").read_text(encoding="utf-8")
     again = RunDirectory(run.path)
-    assert list(again.path.iterdir()) == []
+    save_config(again.path / "config.yaml")  # it is the folder of a run
+    again.start()
+    assert [file.name for file in again.path.iterdir()] == ["config.yaml"]  # the log of a run without a result
     again.add_metrics({"step": 1.0})
-    assert [file.name for file in again.path.iterdir()] == ["metrics.jsonl"]  # no samples, no file of them
     assert lines(again.path / "metrics.jsonl") == [{"step": 1.0}]
+    assert not (again.path / "samples.jsonl").exists()
+    again.write_metrics([{"step": 5}])
+    assert lines(again.path / "metrics.jsonl") == [{"step": 5}]
 
 
-def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    for step in (1, 2, 3, 10):
-        run.add_metrics({"step": step, "loss": 1 / step})
-    run.add_samples([{"step": 2, "response": "línea\u2028una"}, {"step": 3, "response": "b"}])
+LOGGED = [
+    {"metrics": {"step": 1, "loss": math.nan}, "samples": []},
+    {"metrics": {"step": 2, "loss": 0.5}, "samples": [{"step": 2, "response": "línea\u2028una"}]},
+]
+METRICS = '{"step": 1, "loss": null}\n{"step": 2, "loss": 0.5}\n'
+SAMPLES = '{"step": 2, "response": "línea\u2028una"}\n'
+
+
+@pytest.mark.parametrize(
+    ("metrics", "is_damaged"),
+    [
+        (METRICS, False),
+        (METRICS + '{"step": 3}\n{"step": 4, "lo', False),  # killed later
+        (METRICS[:-5], True),
+        (METRICS.replace("0.5", "0.6"), True),
+        ("\0" * 9, True),
+        (None, True),
+    ],
+)
+def test_a_resumed_run_has_the_lines_of_its_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, metrics: str | None, is_damaged: bool
+) -> None:
+    if metrics is not None:
+        (tmp_path / "metrics.jsonl").write_text(metrics)
+    (tmp_path / "samples.jsonl").write_text(SAMPLES)
     write_summary(tmp_path / "summary.json", {})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "lo')  # killed while it was written
-    again = RunDirectory(tmp_path, resume_from=2)
-    again.add_metrics({"step": 3, "loss": 0.5})
-    assert lines(tmp_path / "metrics.jsonl") == [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": 0.5},
-        {"step": 3, "loss": 0.5},
-    ]
-    samples = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
-    assert samples == '{"step": 2, "response": "línea\u2028una"}\n'
+    run = RunDirectory(tmp_path)
+    run.resume(LOGGED)
+    assert (tmp_path / "metrics.jsonl").read_text() == METRICS
+    assert (tmp_path / "samples.jsonl").read_text(encoding="utf-8") == SAMPLES
     assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+    assert [("metrics.jsonl" in message) for message in caplog.messages] == [True] * is_damaged
 
 
-def test_a_run_resumed_before_its_first_line_has_no_lines(tmp_path: Path) -> None:
-    again = RunDirectory(tmp_path / "new", resume_from=0)
-    assert list(again.path.iterdir()) == []
-    again.add_metrics({"step": 1})
-    RunDirectory(tmp_path / "new", resume_from=0)
-    assert (tmp_path / "new" / "metrics.jsonl").read_text() == ""
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "model/config.json")
+
+
+def test_the_results_of_an_earlier_run_are_set_aside(tmp_path: Path) -> None:
+    make(tmp_path, *RUN, "best/config.json", "bad_batches/step-1.json", "notes.txt", "checkpoints/step-1/state.json")
+    RunDirectory(tmp_path).start()
+    kept = {"notes.txt", "checkpoints/step-1/state.json"}
+    aside = {f"earlier_run/{name}" for name in (*RUN, "best/config.json", "bad_batches/step-1.json")}
+    assert files(tmp_path) == kept | aside
+    make(tmp_path, "config.yaml", "metrics.jsonl")  # a run that was stopped before it had a result
+    RunDirectory(tmp_path).start()
+    assert files(tmp_path) == kept | aside | {"config.yaml"}
+    make(tmp_path, "model/second")
+    RunDirectory(tmp_path).start()
+    assert files(tmp_path) == kept | {"earlier_run/model/second", "earlier_run/config.yaml"}
+
+
+def test_a_move_that_was_killed_is_completed_without_loss(tmp_path: Path) -> None:
+    make(tmp_path, *RUN, "earlier_run/best/config.json")  # moved before, and the settings were not
+    RunDirectory(tmp_path).start()
+    assert files(tmp_path) == {f"earlier_run/{name}" for name in (*RUN, "best/config.json")}
+    make(tmp_path / "other", *RUN, "earlier_run/model/mine")  # not of a run
+    RunDirectory(tmp_path / "other").start()
+    assert "earlier_run/model/mine" in files(tmp_path / "other")
+    assert "earlier_run-2/model/config.json" in files(tmp_path / "other")
+
+
+def test_what_is_not_of_a_run_stays(tmp_path: Path) -> None:
+    mine = ("model/config.json", "metrics.jsonl", "summary.json", "reward_model.json", "model.safetensors")
+    make(tmp_path, *mine)  # no settings of a run
+    RunDirectory(tmp_path).start()
+    assert files(tmp_path) == set(mine)
+
+
+def test_what_the_new_run_reads_stays(tmp_path: Path) -> None:
+    reward = ("reward_model.json", "config.json", "model.safetensors", "tokenizer.json")
+    make(tmp_path, *RUN, *reward)
+    RunDirectory(tmp_path).start([str(tmp_path / "model"), str(tmp_path)])
+    assert {"model/config.json", *reward} <= files(tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    make(tmp_path, "config.yaml")
+    RunDirectory(tmp_path).start(["elsewhere"])
+    assert files(tmp_path) == {f"earlier_run/{name}" for name in ("config.yaml", "model/config.json", *reward)}
+
+
+@pytest.mark.parametrize("name", ["report.html", "metrics.jsonl", "config.yaml", "model.safetensors"])
+def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError) as told:
+        RunDirectory(tmp_path)
+    assert_names(told.value, tmp_path / name, "folder", "output_dir")
+
+
+@pytest.mark.parametrize("name", ["model", "checkpoints", "best"])
+def test_a_file_with_the_name_of_a_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(CheckpointError) as told:
+        output_folder(tmp_path)
+    assert_names(told.value, tmp_path / name, "file", "output_dir")
 
 
 def test_summary_is_replaced_whole(tmp_path: Path) -> None:
