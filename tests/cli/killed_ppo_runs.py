@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from stopped_runs import Run, at_update, interrupt, kill, limit_files
+from stopped_runs import Run, at_update, flip_bit, interrupt, kill, limit_files, terminate
 
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.runtime import checkpoint
@@ -100,6 +100,18 @@ def tear(folder: Path) -> None:
     os.truncate(newest / "state.safetensors", 1000)
 
 
+def change_tree(folder: Path) -> None:
+    """A bit of state.json of the newest checkpoint changes, and the log is cut."""
+    flip_bit(folder / "checkpoints" / "step-6" / "state.json", -200)
+    os.truncate(folder / "metrics.jsonl", 100)
+    (folder / "samples.jsonl").unlink()
+
+
+def change_history(folder: Path) -> None:
+    """A bit of what the newest checkpoint added to the history changes."""
+    flip_bit(folder / "checkpoints" / "history.jsonl", -100)
+
+
 RUNS = {
     "first update": Run(PPO, lambda: at_update(3)),
     "scoring": Run(PPO, scoring(6, kill)),
@@ -107,9 +119,12 @@ RUNS = {
     "file": Run(PPO, lambda: half_written(2)),
     "rename": Run(PPO, lambda: before_rename(2)),
     "torn": Run(PPO, scoring(7, kill), before_resume=tear),
+    "changed tree": Run(PPO, scoring(7, kill), before_resume=change_tree),
+    "changed history": Run(PPO, scoring(7, kill), before_resume=change_history),
     "disk full": Run(PPO, lambda: limit_files(18, 50_000), ending=2),
     "hang": Run(PPO, lambda: hang_from(4), ending=2, flags=("--reward_timeout=2",)),
     "interrupt": Run(PPO, scoring(5, interrupt), ending=130),
+    "terminate": Run(PPO, scoring(5, terminate), ending=143),
     "interrupt twice": Run(PPO, scoring(5, interrupt_twice), ending=130),
     "ending": Run(PPO, no_final_model),
     "lora": Run(LORA, lambda: at_update(14)),

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stopped_runs import Run, at_update, interrupt, kill, limit_files
+from stopped_runs import Run, at_update, hang_up, interrupt, kill, limit_files
 
 from deep_rlhf.algorithms.supervised import checkpoints
 from deep_rlhf.models.reward import RewardModel
@@ -112,6 +112,7 @@ RUNS = {
     "ending": Run([*COMMAND, *SHORT], lambda: setattr(RewardModel, "save", lambda *_: kill())),
     "lora": Run([*COMMAND, *LORA], lambda: at_update(6)),
     "dpo": Run(DPO, lambda: at_update(6)),
+    "dpo hung up": Run(DPO, lambda: at_update(5, hang_up), ending=129),
 }
 
 WHOLE = {

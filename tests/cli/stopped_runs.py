@@ -91,6 +91,8 @@ def run_resumed(module: str, name: str, folder: Path) -> None:
 
 def _run(command: list[str], name: str, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     os.environ["HF_HUB_OFFLINE"] = "1"
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     torch.set_num_threads(1)
@@ -109,6 +111,23 @@ def kill() -> None:
 def interrupt() -> None:
     """Ctrl-C."""
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def terminate() -> None:
+    """A scheduler ends the process."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def hang_up() -> None:
+    """The terminal is closed."""
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+def flip_bit(path: Path, place: int) -> None:
+    """One bit of a file changes."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
 
 
 def at_update(number: int, act: Callable[[], Any] = kill) -> None:

@@ -67,7 +67,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def checkpoints(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -140,6 +140,11 @@ def test_what_a_stopped_run_leaves(runs: Runs, name: str, left: list[str] | None
             ("file", ("Resuming", "update 2 of 8", "'file/checkpoints/step-2'")),
             ("torn", ("torn/checkpoints/step-6", "damaged", "skipped")),
             ("torn", ("Resuming", "update 2 of 8", "'torn/checkpoints/step-2'")),
+            ("changed tree", ("changed tree/checkpoints/step-6", "damaged", "skipped", "state.json")),
+            ("changed tree", ("metrics.jsonl", "not as the run wrote it")),
+            ("changed tree", ("samples.jsonl", "not as the run wrote it")),
+            ("changed history", ("changed history/checkpoints/step-6", "damaged", "skipped", "history.jsonl")),
+            ("terminate", ("SIGTERM", "stopping after this update")),
             ("interrupt", ("Stopping after this update", "Ctrl-C")),
             ("interrupt", ("Stopped", "update 5", "--resume")),
             ("interrupt", ("Resuming", "update 5 of 8", "'interrupt/checkpoints/step-5'")),
