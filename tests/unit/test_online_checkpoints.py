@@ -108,6 +108,9 @@ def test_an_earlier_run_is_not_touched_before_the_new_one_begins(
         again = make(2, resume=True)
     assert again.history == []
     assert "from the beginning" in caplog.text
+    again.train(updates=1)
+    assert_names(caplog.messages[-1], "damaged", tmp_path / "run" / "checkpoints_damaged")
+    assert (tmp_path / "run" / "checkpoints_damaged" / "step-1" / "state.safetensors").exists()
 
 
 def test_trackers_are_opened_once(make: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch) -> None:

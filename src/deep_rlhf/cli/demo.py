@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 def run_demo(config: DemoConfig, scale: Scale) -> dict[str, Any]:
     """Runs all stages and returns the content of summary.json."""
     run = RunDirectory(config.output_dir)
-    run.start()
+    run.start(also=["reward_model"])
     save_config(run.path / "config.yaml", config)
     stages = Stages()
     train_prompts = [HH.prompt(text) for text in generate_prompts(config.seed, "train")]
@@ -221,8 +221,7 @@ def ppo_settings(config: DemoConfig, scale: Scale) -> PPOConfig:
         exp_name="demo",
         seed=config.seed,
         model_name="the demo's own SFT policy",
-        reward_model=str(Path(config.output_dir) / "reward_model"),
-        output_dir=config.output_dir,
+        reward_model=str(Path(config.output_dir) / "reward_model"),  # no output_dir: checkpoints could not be resumed
         max_new_tokens=RESPONSE_TOKENS,
         steps=scale.updates * scale.batch_size,
         batch_size=scale.batch_size,

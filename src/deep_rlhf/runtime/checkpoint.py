@@ -140,12 +140,13 @@ def has_checkpoints(folder: Path) -> bool:
 def newest_step(folder: Path, key: str) -> tuple[int, Any] | None:
     """Step and the entry `key`, which holds no tensor, of the newest checkpoint whose state.json can be read.
 
-    Its tensors are not read. None without checkpoints. Raises CheckpointError if no state.json can be read.
+    Its tensors are not read. The entry is None if there is none of this name; the result is None without checkpoints.
+    Raises CheckpointError if no state.json can be read.
     """
     reasons = []
     for step, path in _checkpoints(folder):
         try:
-            return step, _decode(dict(_read_content(path)["state"]["dict"])[key], _no_tensor)
+            return step, _decode(dict(_read_content(path)["state"]["dict"]).get(key), _no_tensor)
         except _DAMAGE as error:
             reasons.append(f"{path}: {_reason(error)}")
     if reasons:

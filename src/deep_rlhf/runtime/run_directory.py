@@ -24,9 +24,9 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         check_names(self.path)
 
-    def start(self, inputs: Iterable[str] = ()) -> None:
+    def start(self, inputs: Iterable[str] = (), also: Iterable[str] = ()) -> None:
         """Makes room for a new run, as `set_aside_earlier_run`."""
-        set_aside_earlier_run(self.path, inputs)
+        set_aside_earlier_run(self.path, inputs, also)
 
     def resume(self, logged: Sequence[Mapping[str, Any]]) -> None:
         """Writes metrics.jsonl and samples.jsonl anew from what the run's checkpoint holds (`metrics`, `samples`).

@@ -44,17 +44,17 @@ def check_names(folder: Path) -> None:
             )
 
 
-def set_aside_earlier_run(folder: Path, inputs: Iterable[str] = ()) -> None:
+def set_aside_earlier_run(folder: Path, inputs: Iterable[str] = (), also: Iterable[str] = ()) -> None:
     """Moves the results of an earlier run in `folder` to `<folder>/earlier_run`, so that none looks like the new run's.
 
     Only files that our runs write are moved, and only from a folder that has the settings of a run; what was set aside
     before is replaced. A run without a model or a summary leaves nothing to keep: its log is removed. inputs: paths
-    that the new run reads, which stay where they are.
+    that the new run reads, which stay where they are. also: further names that such a run writes.
     """
     if not (folder / SETTINGS).is_file():
         return
     used = [path.resolve() for path in map(Path, inputs) if path.exists()]
-    names = list(RESULTS)
+    names = [*RESULTS, *also]
     if (folder / CARD).is_file() and folder.resolve() not in used:
         names += [path.name for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))]
 
@@ -72,6 +72,14 @@ def set_aside_earlier_run(folder: Path, inputs: Iterable[str] = ()) -> None:
     for path in moved:
         os.rename(path, target / path.name)
     logger.info("The results of the earlier run in '%s' are now in '%s'.", folder, target)
+
+
+def set_aside_damaged_checkpoints(folder: Path) -> None:
+    """Renames a folder of checkpoints of which none is whole, so that what can be read of them is not lost."""
+    names = (f"{folder.name}_damaged{f'-{number}' if number > 1 else ''}" for number in count(1))
+    target = next(target for name in names if not (target := folder.with_name(name)).exists())
+    os.rename(folder, target)
+    logger.warning("The damaged checkpoints are now in '%s'.", target)
 
 
 def _free_target(folder: Path, names: Sequence[str]) -> Path:

@@ -9,6 +9,7 @@ from deep_rlhf.errors import CheckpointError
 from deep_rlhf.runtime.checkpoint import (
     Checkpoint,
     changed_flags,
+    has_checkpoints,
     latest_on_all,
     newest_step,
     remove_checkpoints,
@@ -16,6 +17,7 @@ from deep_rlhf.runtime.checkpoint import (
 )
 from deep_rlhf.runtime.history import History
 from deep_rlhf.runtime.processes import Runtime
+from deep_rlhf.runtime.run_files import set_aside_damaged_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +56,10 @@ class OnlineCheckpoints:
         return found
 
     def start(self) -> None:
-        """Removes the checkpoints of an earlier run, at the beginning of a new one."""
+        """Removes the checkpoints of an earlier run, at the beginning of a new one; damaged ones are set aside."""
         if self.folder is not None and not self._started and self._runtime.is_main:
+            if self._config.resume and has_checkpoints(self.folder):
+                set_aside_damaged_checkpoints(self.folder)
             remove_checkpoints(self.folder)
         self._started = True
 
@@ -79,6 +83,10 @@ class OnlineCheckpoints:
             found = newest_step(self.folder, "updates")
         except CheckpointError as error:
             raise CheckpointError(f"{error}: give another output_dir, or remove '{self.folder}'.") from error
+        if found is not None and found[1] is None:
+            raise CheckpointError(
+                f"'{self._config.output_dir}' holds the run of another command: give another output_dir."
+            )
         if found is not None and found[0] < found[1]:
             raise CheckpointError(
                 f"'{self._config.output_dir}' holds a run that stopped after {found[0]} of"

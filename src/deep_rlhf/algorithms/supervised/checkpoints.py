@@ -25,6 +25,7 @@ from deep_rlhf.errors import CheckpointError
 from deep_rlhf.runtime.checkpoint import (
     Checkpoint,
     changed_flags,
+    has_checkpoints,
     is_checkpoint,
     latest_on_all,
     random_states,
@@ -36,7 +37,7 @@ from deep_rlhf.runtime.checkpoint import (
 from deep_rlhf.runtime.finite import check_finite
 from deep_rlhf.runtime.history import History
 from deep_rlhf.runtime.processes import Runtime
-from deep_rlhf.runtime.run_files import set_aside_earlier_run
+from deep_rlhf.runtime.run_files import set_aside_damaged_checkpoints, set_aside_earlier_run
 from deep_rlhf.runtime.signals import Stopped, first_signal_deferred
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,8 @@ class RunCheckpoints:
                 flags = self.trainer.run_flags.items()
                 inputs = [value for name, value in flags if isinstance(value, str) and name != "output_dir"]
                 set_aside_earlier_run(self.folder.parent, filter(None, inputs))
+                if self.trainer.config.resume and has_checkpoints(self.folder):
+                    set_aside_damaged_checkpoints(self.folder)
             return None
         trainer, content = self.trainer, found.state
         if "optimizer" not in content:

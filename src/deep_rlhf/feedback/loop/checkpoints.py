@@ -17,6 +17,7 @@ from deep_rlhf.errors import CheckpointError, StoreError
 from deep_rlhf.feedback.state import ACTIVE_LOOP, HEARTBEAT, START_POLICY
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.runtime.checkpoint import has_checkpoints, latest_checkpoint, save_checkpoint
+from deep_rlhf.runtime.run_files import set_aside_damaged_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class SessionCheckpoints:
         found = latest_checkpoint(self._folder)
         if found is None and has_checkpoints(self._folder):
             logger.warning("No checkpoint in '%s' is whole: the loop starts from the beginning.", self._folder)
+            set_aside_damaged_checkpoints(self._folder)
         if found is not None and found.state.get("policy") != policy:
             raise CheckpointError(f"'{folder}' holds the run of another policy: give another --output_dir.")
         START_POLICY.write(store, policy)
