@@ -109,10 +109,9 @@ def left_over(folder: Path, before: dict[str, str]) -> Iterator[Fault]:
 
 
 def outputs(folder: Path, before: dict[str, str]) -> list[Path]:
-    """The regular files that are new or changed."""
-    return [
-        folder / name for name, digest in contents(folder).items() if before.get(name) != digest and " " not in digest
-    ]
+    """The regular files that are new or changed; one that was only moved is neither."""
+    known = {*before.values()}
+    return [folder / name for name, digest in contents(folder).items() if digest not in known and " " not in digest]
 
 
 def wrong(path: Path) -> Iterator[Fault]:

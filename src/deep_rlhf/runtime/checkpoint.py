@@ -312,7 +312,11 @@ def _read_content(path: Path) -> dict[str, Any]:
     head = _HEAD.match(written)
     text = written[head.end() : -1] if head else b""
     if head and written.endswith(b"}") and hashlib.sha256(text).hexdigest().encode() == head[1]:
-        return json.loads(text)
+        content = json.loads(text)
+        named = _NAME.fullmatch(path.name)
+        if named and int(named[1] or named[2]) != content["step"]:
+            raise ValueError(f"{TREE} is of step {content['step']}: the folder was renamed or copied")
+        return content
     if written.startswith(b'{"step": '):
         raise ValueError(f"{TREE} was written by an earlier version of this program, or changed")
     raise ValueError(f"{TREE} is empty" if not written else f"{TREE} was cut or changed: it has another digest")
