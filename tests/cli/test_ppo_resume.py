@@ -67,7 +67,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def checkpoints(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    return sorted({path.name for path in (folder / "checkpoints").iterdir()} - {"history.jsonl"})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
