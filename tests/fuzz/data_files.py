@@ -45,7 +45,7 @@ def as_parquet(rows: Rows, path: Path) -> None:
 
 
 def as_text(rows: Rows, path: Path) -> None:
-    path.write_text("".join(f"{next(iter(row.values()))!r}\n" for row in rows))
+    path.write_text("".join(f"{next(iter(row.values()), '')!r}\n" for row in rows))
 
 
 WRITERS: dict[str, Callable[[Rows, Path], None]] = {
