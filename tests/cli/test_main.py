@@ -1,5 +1,6 @@
 """`deep-rlhf`: its commands, and how each of a clumsy user's mistakes ends."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,3 +118,38 @@ def test_a_seed_that_no_generator_takes_is_one_sentence(
     assert line.startswith("error: seed must be ")
     assert "4294967295" in line
     assert seed in line
+
+
+@pytest.mark.parametrize(("stdout", "code"), [("/dev/full", 2), ("no reader", 0), ("closed", 2)])
+def test_a_command_ends_though_its_output_cannot_be_written(
+    stdout: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    done = tmp_path / "done"
+
+    def chatty(command: str, argv: list[str] | None) -> None:
+        print("x" * 100_000, "\udcff", flush=True)  # noqa: T201
+        done.touch()
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr("deep_rlhf.cli.online.main", chatty)
+    with open("/dev/full" if stdout == "/dev/full" else writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        if stdout == "closed":
+            stream.close()
+        ending = 0
+        try:
+            cli_main.run("ppo", [])
+        except SystemExit as stop:
+            ending = int(stop.code or 0)
+    assert done.exists()
+    assert ending == code
+    assert capsys.readouterr().err.count("error: ") == (code == 2)
+
+
+def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with (tmp_path / "said").open("w", encoding="ascii") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr("deep_rlhf.cli.online.main", lambda *_: print("0.43 → 0.82"))  # noqa: T201
+        cli_main.run("ppo", [])
+    assert (tmp_path / "said").read_text() == "0.43 \\u2192 0.82\n"

@@ -104,7 +104,7 @@ def few_files(shop: Workshop, case: Case) -> None:
     """No file can be opened any more after a few."""
     import resource
 
-    limit = shop.random.choice((8, 12, 16, 24, 40))
+    limit = shop.random.choice((32, 64, 100))
     case.prepare = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
