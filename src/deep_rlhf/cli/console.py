@@ -22,7 +22,7 @@ def lasting_output() -> Iterator["LastingStream"]:
     originals = sys.stdout, sys.stderr
     # A stream whose descriptor the caller has closed is None.
     out, err = (LastingStream(stream or io.StringIO()) for stream in originals)
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, err
     try:
         yield out
     finally:
