@@ -73,6 +73,7 @@ class StoreDamaged(StoreError):
     """
 
     def __init__(self, name: str, damage: str) -> None:
+        damage = "".join(c if c.isprintable() else "?" for c in damage)  # it may quote what the file holds
         hint = "Restore a copy, or repair it in the database's own shell; nothing was changed."
         super().__init__(f"{name} is damaged: {damage}. {hint}")
         self.shown = f"The store is damaged: {damage}. {hint}"

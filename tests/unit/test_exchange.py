@@ -292,12 +292,26 @@ GOOD = {"prompt": "p", "a": "x", "b": "y", "mu": 1, "question": "q", "token": "t
         ({"shown_order": [0, 0]}, "line 2: shown_order must name each"),
         ({"annotator": "a\x00"}, "line 2: The name of an annotator"),
         ({"token": ""}, "line 2: The token of an event"),
+        ({"repeats": "a\x00"}, "line 2: The key of a repeated question"),
+        ({"why_selected": []}, "line 2: column 'why_selected' must be one of"),
+        ({"policy_version": 2**63}, "line 2: column 'policy_version' must be a whole number from 0 to 2147483647"),
+        ({"policy_version": 2**31}, "line 2: column 'policy_version' must be a whole number"),
+        ({"policy_version": "LONG"}, "line 2: .* bad JSON"),
+        ({"reward_version": -1}, "line 2: column 'reward_version' must be a whole number"),
+        ({"writers": [0, 2**63]}, "line 2: column 'writers' must be a list of whole numbers"),
+        ({"shown_order": [True, False]}, "line 2: column 'shown_order' must be a list of whole numbers"),
+        ({"seconds": float("nan")}, "line 2: column 'seconds' must be a number"),
+        ({"seconds": 10**400}, "line 2: column 'seconds' must be a number, but is 1000"),
+        ({"created": "0001-01-01T00:00:00+14:00"}, "line 2: column 'created' must be a time"),
+        ({"token": "t", "prompt": "other"}, "line 2: column 'token' is that of another label, in .*line 1"),
+        ({"question": "q", "prompt": "other"}, "line 2: column 'question' is that of other texts, in .*line 1"),
     ],
 )
 def test_a_malformed_row_of_an_export_is_named(
     store: Store, tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
     path = write(tmp_path / "labels.jsonl", [GOOD, {**GOOD, "token": "u", "question": "r", **changed}])
+    path.write_text(path.read_text().replace('"LONG"', "1" * 5000))  # which json.dumps refuses to write
     with pytest.raises(UserError, match=message):
         import_file(store, path)
     assert store.labels() == []
@@ -313,8 +327,11 @@ def test_one_row_that_stands_for_several_people_is_refused(store: Store, tmp_pat
 def test_a_question_with_other_responses_is_refused(store: Store, tmp_path: Path) -> None:
     import_file(store, write(tmp_path / "a.jsonl", [GOOD]))
     ranking = {**GOOD, "token": "u", "answers": ["x", "y", "z"], "ranks": [1, 2, 3]}
-    with pytest.raises(UserError, match=r"\bq\b.* number of responses"):
-        import_file(store, write(tmp_path / "b.jsonl", [ranking]))
+    new = [{**GOOD, "token": f"new {i}", "question": f"new {i}"} for i in range(60)]  # more than one transaction
+    for other in (ranking, {**ranking, "answers": None, "ranks": None, "a": "z"}):
+        with pytest.raises(UserError, match=r"line 61\b.*\bq\b.*other texts"):
+            import_file(store, write(tmp_path / "b.jsonl", [*new, other]))
+        assert len(store.labels()) == 1
 
 
 def test_impossible_exports_and_imports_are_refused(store: Store, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from deep_rlhf.feedback.records import AnnotatorFigures
 from deep_rlhf.feedback.store import Store
 
 T = TypeVar("T")
+MOST = 2**62  # of a stored number: larger ones were not written by this program
+COUNTS = ("gold_right", "gold_asked", "repeats_same", "repeats_asked")  # of AnnotatorFigures
 ANSWERS = "answers"  # how counts of labels are called in stored values
 
 LoopState = Literal["pretraining", "starting", "waiting for labels", "refitting", "training", "stopped"]
@@ -137,8 +139,12 @@ def _from_json(kind: Any, value: Any) -> Any:
     if kind is datetime:
         return _moment(value)
     if kind is float:
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        return float(value) if _is_number(value) else None
     return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
 
 
 def _key(one: "Field[Any]") -> str:
@@ -159,8 +165,28 @@ def _annotators_to_json(people: list[AnnotatorFigures]) -> list[dict[str, Any]]:
 
 
 def _annotators_from_json(value: Any) -> list[AnnotatorFigures]:
-    found = [{"labels" if name == ANSWERS else name: item for name, item in one.items()} for one in value]
-    return [AnnotatorFigures(**{**one, "error_rate_interval": tuple(one["error_rate_interval"])}) for one in found]
+    found = [_annotator_from_json(one) for one in value] if isinstance(value, list) else []
+    return [one for one in found if one is not None]
+
+
+def _annotator_from_json(value: Any) -> AnnotatorFigures | None:
+    """One person's figures, None where a part is missing or has another type."""
+    if not isinstance(value, dict):
+        return None
+    name, labels = _from_json(str, value.get("name")), _from_json(int, value.get(ANSWERS))
+    error_rate, interval = _from_json(float, value.get("error_rate")), value.get("error_rate_interval")
+    if not (isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))):
+        return None
+    if None in (name, labels, error_rate):
+        return None
+    return AnnotatorFigures(
+        name=name,
+        labels=labels,
+        error_rate=error_rate,
+        error_rate_interval=tuple(interval),
+        agreement=_from_json(float, value.get("agreement")),
+        **{count: _from_json(int, value.get(count)) or 0 for count in COUNTS},
+    )
 
 
 # Written by the page, read by the trainer.

@@ -1,6 +1,6 @@
 """Imports labels: from exports of a store, and from any preferences that `reward_modeling.py` reads."""
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,9 +14,12 @@ from deep_rlhf.errors import DataError, StoreError
 from deep_rlhf.feedback.exchange.foreign_rows import UNNAMED_ANNOTATOR, ForeignRows
 from deep_rlhf.feedback.records import CHOICES, Choice, Comparison, Label, Reason
 from deep_rlhf.feedback.store import PortableLabel, Store
+from deep_rlhf.feedback.store.schema import LARGEST
 from deep_rlhf.types import RowReport
 
 EXPORT_COLUMNS = ("prompt", "a", "b", "mu", "question", "token")  # a file with all of them is an export
+BOUNDS = f"from 0 to {LARGEST}"
+MOST_SHOWN = 80  # characters of a value in a message
 BATCH = 50  # labels imported in one transaction, so that people who label meanwhile wait only briefly
 
 
@@ -38,7 +41,11 @@ def read_labels(
 
 
 def import_labels(store: Store, labels: Sequence[PortableLabel]) -> int:
-    """Adds labels to the store; returns how many were new. An interrupted import can be repeated."""
+    """Adds labels to the store; returns how many were new. An interrupted import can be repeated.
+
+    Raises StoreError, before it adds any, for a question that the store has with other texts.
+    """
+    store.check_import(labels)
     return sum(store.import_labels(labels[i : i + BATCH]) for i in range(0, len(labels), BATCH))
 
 
@@ -48,9 +55,12 @@ def _labels_of(rows: Sequence[SourceRow], name: str, template: str, tally: Tally
         return []
     read = _reader(rows, name, template)
     labels: dict[str, PortableLabel] = {}  # by token: a ranking has several rows
+    questions: dict[str, PortableLabel] = {}  # the first label of each question
     for row in rows:
         try:
             found = read(row)
+            for one in [] if isinstance(found, str) else found:
+                _check_repeated(one, labels.get(one.token), questions.get(one.question))
         except BadRow as problem:
             tally.bad(row.where, problem)
             continue
@@ -60,8 +70,18 @@ def _labels_of(rows: Sequence[SourceRow], name: str, template: str, tally: Tally
         if isinstance(found, str):
             tally.dropped[found] += 1
         else:
-            labels.update((one.token, one) for one in found)
+            for one in found:
+                labels.setdefault(one.token, one)
+                questions.setdefault(one.question, one)
     return list(labels.values())
+
+
+def _check_repeated(label: PortableLabel, known: PortableLabel | None, same: PortableLabel | None) -> None:
+    """Raises BadRow for a second label with the same token, and for a second question with the same key."""
+    if known is not None and known != label:
+        raise BadRow("repeated id", f"column 'token' is that of another label, in {known.where}")
+    if same is not None and same.texts != label.texts:
+        raise BadRow("repeated id", f"column 'question' is that of other texts, in {same.where}")
 
 
 def _reader(rows: Sequence[SourceRow], name: str, template: str) -> Callable[[SourceRow], list[PortableLabel] | str]:
@@ -106,7 +126,11 @@ def _exported_label(row: SourceRow) -> PortableLabel:
     )
     repeats = _text(values, "repeats") or None
     return PortableLabel(
-        label=label, token=text_of(values, "token"), question=text_of(values, "question"), repeats=repeats
+        label=label,
+        token=text_of(values, "token"),
+        question=text_of(values, "question"),
+        repeats=repeats,
+        where=row.where,
     )
 
 
@@ -117,9 +141,11 @@ def _choice(mu: float | None) -> Choice:
 
 
 def _one_of(values: dict[str, Any], column: str, known: tuple[str, ...], default: str | None) -> str | None:
-    value = values.get(column) or default
-    if value is not None and value not in known:
-        raise BadRow("wrong value", f"column '{column}' must be one of {', '.join(known)}, but is {value!r}")
+    value = values.get(column)
+    if value is None or value == "":
+        return default
+    if value not in known:
+        raise BadRow("wrong value", f"column '{column}' must be one of {', '.join(known)}, but is {_shown(value)}")
     return value
 
 
@@ -129,8 +155,8 @@ def _text(values: dict[str, Any], column: str) -> str:
 
 def _integer(values: dict[str, Any], column: str) -> int | None:
     value = values.get(column)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise BadRow("wrong type", f"column '{column}' must be a whole number, but is {value!r}")
+    if value is not None and not _is_whole(value):
+        raise BadRow("wrong type", f"column '{column}' must be a whole number {BOUNDS}, but is {_shown(value)}")
     return value
 
 
@@ -138,23 +164,38 @@ def _integers(values: dict[str, Any], column: str) -> tuple[int, ...] | None:
     value = values.get(column)
     if value is None:
         return None
-    if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
-        raise BadRow("wrong type", f"column '{column}' must be a list of whole numbers, but is {value!r}")
+    if not isinstance(value, list) or not all(map(_is_whole, value)):
+        raise BadRow(
+            "wrong type", f"column '{column}' must be a list of whole numbers {BOUNDS}, but is {_shown(value)}"
+        )
     return tuple(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def _shown(value: Any) -> str:
+    """A value of a file, in a message."""
+    try:
+        words = repr(value)
+    except ValueError:  # Python does not write whole numbers of more than 4,300 digits
+        words = "a very large number"
+    return words if len(words) <= MOST_SHOWN else f"{words[:MOST_SHOWN]}…"
 
 
 def _number(values: dict[str, Any], column: str) -> float | None:
     value = values.get(column)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadRow("wrong type", f"column '{column}' must be a number, but is {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise BadRow("wrong type", f"column '{column}' must be a number, but is {_shown(value)}")
     return float(value)
 
 
 def _moment(values: dict[str, Any], column: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text_of(values, column))
-    except ValueError:
-        raise BadRow("wrong type", f"column '{column}' must be a time, but is {values[column]!r}") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):  # OverflowError: the first or last day of the calendar, in another zone
+        raise BadRow("wrong type", f"column '{column}' must be a time, but is {_shown(values[column])}") from None

@@ -33,6 +33,7 @@ PASSING: dict[int | str, str] = {
 }
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, "XX001", "XX002")
 FORBIDDEN = "42501"
+LONGEST_KEY = 60  # characters of a key that a message shows
 NOT_TEXT = "its file holds bytes that are not text"
 
 
@@ -78,7 +79,7 @@ def _unreadable_row(connection: Connection, table: Table) -> str | None:
             return f"table {table.name}, {place}: {error}"
         if row is None:
             return None
-        key = ", ".join(str(value) for column, value in zip(table.columns, row, strict=True) if column.primary_key)
+        key = _shown(value for column, value in zip(table.columns, row, strict=True) if column.primary_key)
         for column, check, value in zip(table.columns, checks, row, strict=True):
             problem = check(value)
             if problem is not None:
@@ -152,6 +153,10 @@ def _dangling_row(connection: Connection, table: Table) -> str | None:
             query = select(*table.primary_key).outerjoin(parent, target == column)
             row = connection.execute(query.where(column.is_not(None), target.is_(None)).limit(1)).first()
             if row is not None:
-                shown = ", ".join(map(str, row))
-                return f"table {table.name}, row {shown}: column {column.name} names a row that does not exist"
+                return f"table {table.name}, row {_shown(row)}: column {column.name} names a row that does not exist"
     return None
+
+
+def _shown(key: Iterable[Any]) -> str:
+    """The primary key of a row, in a message."""
+    return ", ".join(str(value)[:LONGEST_KEY] for value in key)

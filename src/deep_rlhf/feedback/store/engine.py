@@ -184,8 +184,9 @@ class Database:
             try:
                 with self.engine.connect() as connection:
                     self._found = moment, find_damage(connection)
-            except DBAPIError as error:
-                return self._reason(error) if code_of(error) in DAMAGED else None
+            except DBAPIError as error:  # SQLite reads the catalog of every file that is whole
+                is_damage = code_of(error) in DAMAGED or (self.is_sqlite and code_of(error) not in PASSING)
+                return self._reason(error) if is_damage else None
             except UnicodeDecodeError:
                 return NOT_TEXT
         return self._found[1]

@@ -1,5 +1,6 @@
 """Maps records to database rows and back; conditions and queries that both sides of the store share."""
 
+import math
 from collections.abc import Collection, Iterator
 from datetime import datetime
 from typing import Any
@@ -83,6 +84,8 @@ def label_of(row: RowMapping) -> Label:
 def _problem_of(label: Label) -> str | None:
     """What does not fit together in a label, None for one that some version of this program wrote."""
     responses = len(label.comparison.responses)
+    if not (math.isfinite(label.seconds) and label.seconds >= 0):
+        return "column seconds is not a time span"
     if sorted(label.shown_order) != list(range(responses)):
         return "column shown_order does not name each response once"
     if label.ranks is None:

@@ -4,7 +4,7 @@ Every function runs inside one transaction.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -26,6 +26,7 @@ from deep_rlhf.feedback.store.schema import KIND_LABEL, LABELLED
 from deep_rlhf.feedback.store.statements import C, E
 
 ID_OF_KEY = select(C.c.id).where(C.c.key == bindparam("wanted_key"))
+TEXTS_OF_KEY = select(C.c.prompt, C.c.answers).where(C.c.key == bindparam("wanted_key"))
 ADD_OVERLAP = update(C).where(C.c.id == statements.COMPARISON).values(overlap=C.c.overlap + 1)
 ADD_COMPARISON = insert(C).returning(C.c.id)
 
@@ -41,14 +42,22 @@ class PortableLabel:
     token: str
     question: str  # key of the comparison
     repeats: str | None = None  # key of the comparison that this one repeats
+    where: str = field(default="", compare=False)  # the row of the file that it was read from
 
     def __post_init__(self) -> None:
         check_name(self.label.annotator)
         check_name(self.token, "The token of an event")
         check_name(self.question, "The key of a question")
+        if self.repeats is not None:
+            check_name(self.repeats, "The key of a repeated question")
         check_label(_input(self.label), len(self.label.comparison.responses))
         if sorted(self.label.shown_order) != list(range(len(self.label.comparison.responses))):
             raise StoreError("shown_order must name each response once.")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt and the responses, as an export can write them."""
+        return _texts(self.label.comparison.prompt, self.label.comparison.responses)
 
 
 def portable_labels(db: Connection, until: int) -> list[PortableLabel]:
@@ -64,6 +73,17 @@ def portable_labels(db: Connection, until: int) -> list[PortableLabel]:
         )
         for row in rows
     ]
+
+
+def check_import(db: Connection, labels: Sequence[PortableLabel]) -> None:
+    """Raises StoreError for a label whose question the store has with other texts."""
+    for one in labels:
+        row = db.execute(TEXTS_OF_KEY, {"wanted_key": one.question}).one_or_none()
+        if row is not None and _texts(row.prompt, row.answers) != one.texts:
+            where = f"{one.where}: " if one.where else ""
+            raise StoreError(
+                f"{where}the store has the question {one.question} with other texts than the import; nothing was added."
+            )
 
 
 def import_labels(db: Connection, labels: Sequence[PortableLabel], now: datetime) -> int:
@@ -121,11 +141,13 @@ def _question(db: Connection, portable: PortableLabel, now: datetime) -> RowMapp
         values |= {"key": portable.question, "repeat_of": original, "overlap": 0, "open_slots": 0}
         number = db.execute(ADD_COMPARISON, values).scalar_one()
     row = lock_question(db, number)
-    if len(row["answers"]) != len(portable.label.comparison.responses):
-        raise StoreError(
-            f"Question {portable.question} has a different number of responses in the store than in the import."
-        )
+    if _texts(row["prompt"], row["answers"]) != portable.texts:
+        raise StoreError(f"The store has the question {portable.question} with other texts than the import.")
     return row
+
+
+def _texts(prompt: str, responses: Sequence[str]) -> tuple[str, ...]:
+    return tuple(text.encode(errors="replace").decode() for text in (prompt, *responses))
 
 
 def _input(label: Label) -> LabelInput:

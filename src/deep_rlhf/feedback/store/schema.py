@@ -34,7 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-from deep_rlhf.feedback.records import MOST_RESPONSES, Choice, Reason
+from deep_rlhf.feedback.records import MOST_RESPONSES, STRENGTHS, Choice, Reason
 
 KIND_LABEL, LABELLED = "answer", "answered"  # events.kind of a label, leases.state of a labelled comparison
 REVISION = "0001"  # of the newest file in migrations/versions
@@ -53,13 +53,13 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
+def _is_whole(value: Any, least: int = 0, most: int = LARGEST) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_figure(value: Any) -> bool:
     """A finite number, or None for one that was not."""
-    return value is None or (isinstance(value, float) and math.isfinite(value)) or _is_whole(value)
+    return value is None or (isinstance(value, float) and math.isfinite(value)) or _is_whole(value, -LARGEST)
 
 
 # What an Exact column holds: the words for a message, and the test.
@@ -125,16 +125,20 @@ class Word(TypeDecorator[str]):
 
 
 class Whole(TypeDecorator[int]):
-    """A whole number of 32 bits, which SQLite does not enforce."""
+    """A whole number within bounds, which SQLite does not enforce."""
 
     impl = Integer
     cache_ok = True
 
+    def __init__(self, least: int = 0, most: int = LARGEST) -> None:
+        super().__init__()
+        self.least, self.most = least, most
+
     def process_result_value(self, value: int | None, dialect: Dialect) -> int | None:
         """Database to Python. Raises BadValue."""
-        if value is None or _is_whole(value):
+        if value is None or _is_whole(value, self.least, self.most):
             return value
-        raise BadValue(f"is not a whole number up to {LARGEST:,}")
+        raise BadValue(f"is not a whole number from {self.least} to {self.most}")
 
 
 class EventNumber(Whole):
@@ -230,7 +234,7 @@ COMPARISONS = Table(
     Column("expected", Word(*get_args(Choice))),
     Column("repeat_of", BIG_ID, ForeignKey("comparisons.id")),
     _required("created", Moment),
-    _required("open_slots", Whole),  # further people who can be given it
+    _required("open_slots", Whole(-LARGEST)),  # further people who can be given it
     _required("withdrawn", Boolean, server_default=false()),
     sqlite_autoincrement=True,
 )
@@ -283,7 +287,7 @@ EVENTS = Table(
     _required("annotator", Word()),
     Column("choice", Word(*get_args(Choice))),
     Column("ranks", Exact(NUMBERS)),
-    Column("strength", Whole),
+    Column("strength", Whole(min(STRENGTHS), max(STRENGTHS))),
     Column("shown_order", Exact(NUMBERS)),
     _required("seconds", Number),
     # Copied from the comparison, so that each event records why it was asked and which versions were involved.

@@ -205,6 +205,10 @@ class Store:
         until = self.last_event()
         return self._database.read(lambda db: replication.portable_labels(db, until))
 
+    def check_import(self, labels: Sequence[PortableLabel]) -> None:
+        """Raises StoreError for a label whose question the store has with other texts."""
+        self._database.read(lambda db: replication.check_import(db, labels))
+
     def import_labels(self, labels: Sequence[PortableLabel]) -> int:
         """Adds labels of another store or a file, with their questions; returns how many are new to this store."""
         return self._database.write(lambda db: replication.import_labels(db, labels, self._clock()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 MAX_POINTS = 300  # per line; more would be less than a pixel apart
+LARGEST = 1e100  # of a drawn number
 MAX_ROWS = 20  # of the table
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 42
@@ -161,7 +162,8 @@ def _table(lines: Sequence[Line]) -> list[tuple[str, ...]]:
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    """The points that can be drawn: without infinite ones, and those whose distances would be."""
+    return [(x, y) for x, y in points if abs(x) < LARGEST and abs(y) < LARGEST]
 
 
 def _short(value: float) -> str:

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from deep_rlhf.errors import StoreUnavailable
+from deep_rlhf.errors import StoreError
 from deep_rlhf.feedback.state import shown_values
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.web.access.gate import Known
@@ -148,8 +148,8 @@ def event_routes(hub: Hub) -> APIRouter:
             """False after a logout or once the login has expired."""
             try:
                 return bool(request.state.accounts.visitor(request).person == person)
-            except StoreUnavailable:
-                return True  # until the database is available again
+            except StoreError:
+                return True  # until the database can be read again
 
         headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
         return StreamingResponse(hub.stream(person.name, is_known), media_type="text/event-stream", headers=headers)

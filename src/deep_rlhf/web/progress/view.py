@@ -230,4 +230,7 @@ def compare_versions(store: Store, first: int | None, second: int | None) -> dic
 
 
 def _figure(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:  # JSON may hold whole numbers of any size
+        return None

@@ -30,9 +30,9 @@ def clock(moment: datetime | str | None) -> str:
     """Formats a time in UTC; a dash if there is none."""
     try:
         moment = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
-    except ValueError:
+        return moment.astimezone(UTC).strftime("%d %b %Y, %H:%M UTC") if moment else DASH
+    except (ValueError, OverflowError):  # OverflowError: the first or last day of the calendar, in another zone
         return DASH
-    return moment.astimezone(UTC).strftime("%d %b %Y, %H:%M UTC") if moment else DASH
 
 
 def _environment() -> Environment:
