@@ -1,5 +1,6 @@
 """Labels as preferences, and to and from files that `load_preferences`, so reward_modeling.py, takes as they are."""
 
+import errno
 import gzip
 import json
 from collections import Counter
@@ -14,7 +15,7 @@ from postgres import Server, postgres  # noqa: F401
 
 from deep_rlhf.cli.reward import RewardArguments, load_splits
 from deep_rlhf.data.preferences import load_preferences
-from deep_rlhf.errors import UserError
+from deep_rlhf.errors import DataError, UserError
 from deep_rlhf.feedback.exchange.export import export_labels
 from deep_rlhf.feedback.exchange.import_ import import_labels, read_labels
 from deep_rlhf.feedback.records import Comparison
@@ -334,6 +335,25 @@ def test_a_question_with_other_responses_is_refused(store: Store, tmp_path: Path
         assert len(store.labels()) == 1
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_an_export_that_cannot_be_finished_leaves_the_earlier_one(
+    name: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label_everything(store)
+    target = tmp_path / "out" / name
+    export_labels(store, target)
+    before = {file: file.read_bytes() for file in target.parent.rglob("*") if file.is_file()}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(DataError, match=r"out/labels.*No space left on device"):
+        export_labels(store, target)
+    assert {file: file.read_bytes() for file in target.parent.rglob("*") if file.is_file()} == before
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_impossible_exports_and_imports_are_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no labels to export"):
         export_labels(store, tmp_path / "labels.jsonl")
@@ -345,6 +365,12 @@ def test_impossible_exports_and_imports_are_refused(store: Store, tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         export_labels(store, tmp_path / "file" / "labels.jsonl")
+    for name in ("x\0.jsonl", "x" * 300 + ".jsonl"):
+        with pytest.raises(UserError, match="cannot be written"):
+            export_labels(store, tmp_path / name)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "labels.db")
+    with pytest.raises(UserError, match="the store itself"):
+        export_labels(store, tmp_path / "link.jsonl")
     with pytest.raises(UserError, match="no file or folder"):
         import_file(store, tmp_path / "nothing.jsonl")
     assert (tmp_path / "labels.db").exists()

@@ -80,6 +80,37 @@ def test_password_attempts_on_one_account_are_limited_across_addresses(store: St
     assert codes == [403] * 20 + [429] * 4
 
 
+def test_strangers_who_know_a_name_do_not_keep_its_owner_out(store: Store, now: list[float]) -> None:
+    public = public_page(store)
+    url = "http://labels.example.org"
+    assert public.log_in("anna", PASSWORD).url.path == "/"  # from the browser that she uses
+    public.submit("/logout", as_json=False)
+    strangers = [Client(public.app, base_url=url, client=(f"10.0.0.{i}", 1)) for i in range(4)]
+    for _ in range(8):
+        for stranger in [*strangers, Client(public.app, base_url=url)]:  # the last from her own address
+            stranger.log_in("anna", "guess")
+    assert strangers[0].log_in("anna", PASSWORD).status_code == 429
+    assert public.log_in("anna", PASSWORD).url.path == "/"
+    elsewhere = Client(public.app, base_url=url, client=("10.0.1.1", 1))
+    assert elsewhere.log_in("anna", PASSWORD).url.path == "/"
+
+
+def test_the_mark_of_a_browser_is_bound_to_account_and_password(store: Store, now: list[float]) -> None:
+    public = public_page(store)
+    public.log_in("anna", PASSWORD)
+    public.submit("/logout", as_json=False)
+    for _ in range(20):
+        public.log_in("root", "guess")
+    assert public.log_in("root", PASSWORD).status_code == 429
+    codes = [public.log_in("anna", "guess").status_code for _ in range(10)]
+    assert codes == [403] * 8 + [429] * 2  # a stolen browser may not guess without limit
+    now[0] = 1e6
+    auth.change_password(store, "anna", f"{PASSWORD}!")
+    for _ in range(8):
+        public.log_in("anna", "guess")
+    assert public.log_in("anna", f"{PASSWORD}!").status_code == 429
+
+
 def test_behind_a_proxy_each_client_has_a_rate_of_its_own(few: None, store: Store, now: list[float]) -> None:
     app = create_app(store, WebSettings(public_url="https://a.example", token=TOKEN))
     client = Client(app, base_url="https://a.example")

@@ -52,9 +52,15 @@ def export_labels(store: Store, target: str | Path, *, everything: bool = False)
         raise StoreError(f"{store} holds no labels to export yet{_in_brackets(left_out)}.")
     rows = [row for one in labels for row in _rows_of(one)]
     try:
+        if store.is_kept_in(path):
+            raise ConfigError(f"'{path}' is the store itself: give another file for the export.")
         _write(path, rows)
-    except OSError as error:
-        raise DataError(f"The labels cannot be written to '{path}': {error.strerror or error}.") from error
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise DataError(
+            f"The labels cannot be written to '{path}': {getattr(error, 'strerror', None) or error}."
+        ) from error
     return Exported(len(labels), len(rows), dict(left_out))
 
 
@@ -125,15 +131,34 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
         raise ConfigError(f"'{path}' is a folder that holds something else: give another one.")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    if kind:
-        (_write_parquet if kind == ".parquet" else _write_lines)(part, rows)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-    else:
-        shutil.rmtree(part, ignore_errors=True)
-        _write_folder(part, rows)
-        shutil.rmtree(path, ignore_errors=True)
-    os.replace(part, path)
+    try:
+        if kind:
+            (_write_parquet if kind == ".parquet" else _write_lines)(part, rows)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            shutil.rmtree(part, ignore_errors=True)
+            _write_folder(part, rows)
+        _replace(part, path)
+    except BaseException:  # a full disk, for example
+        part.unlink(missing_ok=True) if kind else shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _replace(part: Path, path: Path) -> None:
+    """Puts a file or folder in the place of an earlier one, which stays if that fails."""
+    if not path.is_dir():
+        os.replace(part, path)
+        return
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(path, old)
+    try:
+        os.replace(part, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -53,6 +53,10 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def is_kept_in(self, path: Path) -> bool:
+        """Whether this file is the store."""
+        return self._database.is_sqlite and path.exists() and path.samefile(str(self._database.url.database))
+
     def close(self) -> None:
         """Closes all connections."""
         self._database.close()

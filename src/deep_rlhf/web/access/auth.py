@@ -4,6 +4,7 @@ Each browser has one random cookie. Without accounts, on loopback, it only ties 
 cookie holds the local user's name. With accounts it is replaced at each login, and the store keeps its hash.
 """
 
+import hashlib
 import hmac
 import threading
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from deep_rlhf.errors import ConfigError
 from deep_rlhf.feedback.store import Role, Store, User
 from deep_rlhf.web.access.client_address import is_forwarded
 from deep_rlhf.web.access.cookies import (
+    BROWSER_COOKIE,
     NAME_COOKIE,
+    NAME_LIFETIME,
     SESSION_COOKIE,
     cookie_name,
     hash_token,
@@ -120,7 +123,17 @@ class Accounts:
         self.store.add_login(hash_token(session), user.name, datetime.now(UTC) + LOGIN_LIFETIME)
         self.store.remove_login(hash_token(visitor.session))
         set_cookie(response, SESSION_COOKIE, session, secure=visitor.secure, lifetime=LOGIN_LIFETIME)
+        if user.password_hash != NO_PASSWORD:
+            set_cookie(response, BROWSER_COOKIE, browser_mark(user), secure=visitor.secure, lifetime=NAME_LIFETIME)
         return True
+
+    def is_known_browser(self, request: Request, name: str) -> bool:
+        """Whether this user logged in with this browser before, under the present password."""
+        given = request.cookies.get(cookie_name(BROWSER_COOKIE, secure=self.settings.is_https), "")
+        user = self.store.user(name.strip()) if given else None
+        if user is None or user.password_hash == NO_PASSWORD:
+            return False
+        return hmac.compare_digest(given.encode(), browser_mark(user).encode())
 
     def log_out(self, visitor: Visitor, response: Response) -> None:
         """Ends the browser's login and releases the questions leased to its user."""
@@ -160,6 +173,11 @@ class Accounts:
             raise Problem(
                 403, "This page is open only to users of its own machine: add an account, and set --public_url."
             )
+
+
+def browser_mark(user: User) -> str:
+    """The value of the cookie that marks a browser as this user's; computing it takes the hash of the password."""
+    return hmac.new(user.password_hash.encode(), f"browser of {user.name}".encode(), hashlib.sha256).hexdigest()
 
 
 def add_account(store: Store, name: str, role: Role, password: str) -> None:

@@ -10,8 +10,8 @@ from starlette.responses import Response
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.store.question_queue import check_name
 
-SESSION_COOKIE, NAME_COOKIE = "deep_rlhf_session", "deep_rlhf_name"
-NAME_LIFETIME = timedelta(days=365)
+SESSION_COOKIE, NAME_COOKIE, BROWSER_COOKIE = "deep_rlhf_session", "deep_rlhf_name", "deep_rlhf_browser"
+NAME_LIFETIME = timedelta(days=365)  # of the last two
 
 
 def new_token() -> str:

@@ -19,6 +19,9 @@ PEOPLE = (20, 100)  # by user; a fast one sends one or two per second
 STRANGERS = (20, 300)  # by address, which a whole office may share
 LOGINS_FROM_ADDRESS = (1 / 6, 8)
 LOGINS_TO_ACCOUNT = (1 / 6, 20)  # from all addresses together
+# Strangers who know a name must not keep its owner out, so these two do not count against LOGINS_TO_ACCOUNT:
+FIRST_LOGIN = (1 / 600, 1)  # the first from an address to an account
+LOGINS_FROM_BROWSER = (1 / 6, 8)  # from a browser that the owner has logged in with before
 FORM = "application/x-www-form-urlencoded"
 
 
@@ -29,6 +32,7 @@ class Gate:
         self.accounts, self.settings = accounts, settings
         self._people, self._strangers = RateLimit(*PEOPLE), RateLimit(*STRANGERS)
         self._addresses, self._names = RateLimit(*LOGINS_FROM_ADDRESS), RateLimit(*LOGINS_TO_ACCOUNT)
+        self._first, self._browsers = RateLimit(*FIRST_LOGIN), RateLimit(*LOGINS_FROM_BROWSER)
 
     async def __call__(self, request: Request) -> None:
         """Raises Problem for a request that is refused."""
@@ -44,8 +48,14 @@ class Gate:
 
     def check_login(self, request: Request, name: str) -> None:
         """Raises Problem for a client that guesses passwords."""
-        _refuse_if(self._addresses.wait(client_address(request, self.settings)))
-        _refuse_if(self._names.wait(name.strip()[:100]))
+        account, address = name.strip()[:100], client_address(request, self.settings)
+        if self.accounts.is_known_browser(request, name):
+            _refuse_if(self._browsers.wait(account))
+            return
+        _refuse_if(self._addresses.wait(address))
+        is_first = self._first.wait(f"{address} {account}") == 0
+        wait = self._names.wait(account)
+        _refuse_if(0 if is_first else wait)
 
     async def _check_form(self, request: Request, visitor: Visitor) -> None:
         if not request.headers.get("content-type", "").lower().startswith(FORM):
