@@ -236,6 +236,8 @@ BAD_ROWS = [
     (TEXT, {**TEXT, "prompt": {"a": 1}}, "column 'prompt' must be text, but is dict", "wrong type"),
     (TEXT, {**TEXT, "chosen": "\ud800"}, "column 'chosen' must be UTF-8 text", "not UTF-8"),
     (TEXT, {**TEXT, "weight": "much"}, "column 'weight' must be a finite number, but is str 'much'", "wrong type"),
+    (TEXT, {**TEXT, "weight": 1e308}, "column 'weight' must be at most 1e+06, but is float 1e+308", "wrong type"),
+    (TEXT, {**TEXT, "margin": -1e9}, "column 'margin' must be at most 1e+06, but is float -1000000000.0", "wrong type"),
     (TEXT, {**TEXT, "weight": -1}, "column 'weight' must not be negative, but is -1", "wrong type"),
     (TEXT, {**TEXT, "margin": float("nan")}, "column 'margin' must be a finite number", "wrong type"),
     (TEXT, {**TEXT, "margin": True}, "column 'margin' must be a finite number, but is bool True", "wrong type"),

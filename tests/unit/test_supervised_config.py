@@ -41,6 +41,8 @@ def test_a_number_that_cannot_be_meant_names_its_flag(kind: type[SupervisedConfi
         ({"max_steps": 0}, ("max_steps", "at least 1")),
         ({"num_train_epochs": 0}, ("num_train_epochs", "greater than 0")),
         ({"gradient_accumulation_steps": 1.5}, ("gradient_accumulation_steps", "whole")),
+        ({"lr_scheduler_kwargs": "{bad"}, ("lr_scheduler_kwargs", "JSON")),
+        ({"lr_scheduler_kwargs": "3"}, ("lr_scheduler_kwargs", "JSON")),
         ({"run_name": " "}, ("run_name", "empty")),
         ({"optim": "nope"}, ("nope",)),
         ({"lr_scheduler_type": "nope"}, ("nope",)),

@@ -22,6 +22,7 @@ from deep_rlhf.types import Preference
 
 PAIR_COLUMNS = (("chosen", "rejected"), ("a", "b"), ("a1", "a2"))
 VOTES = {"a": 1.0, "a1": 1.0, "b": 0.0, "a2": 0.0, "equal": 0.5, "tie": 0.5}  # probability that a is better
+LARGEST_NUMBER = 1e6  # of a weight or margin: a larger one is a slip, and makes losses infinite
 JUDGEMENTS = ("mu", "votes", "label")
 ACCEPTED = (
     "accepted are chosen + rejected (hh-rlhf dialogues, or messages), prompt + chosen + rejected, "
@@ -237,6 +238,8 @@ def _number(values: dict[str, Any], column: str, default: float) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise BadRow("wrong type", f"column '{column}' must be a finite number, but is {_shown(value)}")
+    if abs(number) > LARGEST_NUMBER:
+        raise BadRow("wrong type", f"column '{column}' must be at most {LARGEST_NUMBER:g}, but is {_shown(value)}")
     return number
 
 

@@ -1,5 +1,7 @@
 """Settings that SFT, reward modelling and DPO share: the flags of transformers.TrainingArguments that we implement."""
 
+import contextlib
+import json
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -79,6 +81,7 @@ class SupervisedConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._refuse_unsupported()
         check_settings(self, BOUNDS)
+        self._read_mapping("lr_scheduler_kwargs")
         checkpoint = self.resume_from_checkpoint
         if self.resume and (checkpoint or self.save_only_model):
             other = "--resume_from_checkpoint" if checkpoint else "--save_only_model"
@@ -100,6 +103,17 @@ class SupervisedConfig(TrainingArguments):
             raise ConfigError("--accelerator_config is not supported: leave it out.")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # it only warns there
+
+    def _read_mapping(self, name: str) -> None:
+        """Replaces the JSON text of a command line by what it says."""
+        value = text = getattr(self, name)
+        if not isinstance(text, str):
+            return
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ConfigError(f'{name} must be JSON like {{"name": 1}}, not {text}.')
+        setattr(self, name, value)
 
     def _refuse_unsupported(self) -> None:
         for name in UNSUPPORTED:
