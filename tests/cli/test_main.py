@@ -153,3 +153,10 @@ def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch: pytest.Monkey
         monkeypatch.setattr("deep_rlhf.cli.online.main", lambda *_: print("0.43 → 0.82"))  # noqa: T201
         cli_main.run("ppo", [])
     assert (tmp_path / "said").read_text() == "0.43 \\u2192 0.82\n"
+
+
+def test_line_breaks_in_a_flag_stay_out_of_the_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli_main.run("label", ["--role=a\nb"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert_names(line, "a b")

@@ -9,7 +9,7 @@ from importlib import import_module
 from deep_rlhf import __version__
 from deep_rlhf.cli.commands import ALGORITHMS, COMMANDS
 from deep_rlhf.cli.console import lasting_output, silence_libraries
-from deep_rlhf.errors import ConfigError, UserError
+from deep_rlhf.errors import ConfigError, UserError, one_line
 from deep_rlhf.extras import optional_packages
 from deep_rlhf.runtime.signals import Stopped
 
@@ -32,7 +32,7 @@ def run(command: str, argv: list[str] | None = None) -> None:
             _run(command, argv)
             output.check()
         except UserError as error:
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {one_line(error)}\n")  # what a flag or a file says may have line breaks
             code = 2
         except KeyboardInterrupt as stop:
             sys.stderr.write("stopped\n")
