@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -90,7 +91,7 @@ def make(shop: Workshop) -> Case:
             what.append(damage_json(rng, path))
         else:
             what.append(damage(rng, path)[0])
-    if rng.random() < 0.1:
+    if rng.random() < 0.1 and os.path.lexists(path):
         other = path.with_name(
             f"data{rng.choice(('.jsonl', '.csv', '.parquet', '.json', '.gz', '.arrow', '', '.zip'))}"
         )
