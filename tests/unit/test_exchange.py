@@ -3,6 +3,7 @@
 import errno
 import gzip
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -362,6 +363,9 @@ def test_impossible_exports_and_imports_are_refused(store: Store, tmp_path: Path
         export_labels(store, tmp_path / "labels.xlsx")
     with pytest.raises(UserError, match="holds something else"):
         export_labels(store, tmp_path)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match=r"pipe\.jsonl.*would replace"):
+        export_labels(store, tmp_path / "pipe.jsonl")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         export_labels(store, tmp_path / "file" / "labels.jsonl")

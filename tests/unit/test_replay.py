@@ -97,6 +97,7 @@ def test_labels_of_one_person_are_replayed_as_theirs(store: Store, tmp_path: Pat
         ({"id": "arg0_arg9", "topic": "t", "votes": [[1, "a1", 0.5]]}, "line 2: .*'arg9'"),
         ({"id": "arg0_arg1", "topic": "t", "votes": [[1, "left", 0.5]]}, "line 2: .*'left'"),
         ({"id": "arg0_arg1", "votes": [[1, "a1", 0.5]]}, "line 2: .*'topic'"),
+        ({"prompt": "p", "a": ["x"], "b": "y", "votes": [[1, "a", 0.5]]}, "line 2: .*text"),
         ("{", "line 2: "),
     ],
 )

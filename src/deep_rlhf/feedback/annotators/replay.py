@@ -116,6 +116,8 @@ def _voted_pair(row: dict[str, Any] | BadRow, where: str, texts: dict[str, str],
     try:
         prompt = str(row.get("prompt") or str(row["topic"]).replace("_", ": ").replace("-", " "))
         a, b = _responses(row, texts)
+        if not isinstance(a, str) or not isinstance(b, str):
+            raise TypeError("text in both responses")
         votes: dict[str, Choice] = {}
         for worker, vote, *_ in row["votes"]:
             votes.setdefault(f"worker-{worker}" if isinstance(worker, int) else str(worker), CHOICES[VOTES[vote]])

@@ -129,6 +129,8 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
         raise ConfigError(f"Labels cannot be exported to '{path}': give a name that ends in {names}, or a folder.")
     if path.is_dir() and (kind or not (path / "state.json").exists()) and any(path.iterdir()):
         raise ConfigError(f"'{path}' is a folder that holds something else: give another one.")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"'{path}' is a device or a pipe, which an export would replace: give the name of a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
