@@ -238,3 +238,29 @@ def test_a_finished_run_learns_no_more_and_writes_its_report(
     assert "report.html" in after
     for name in before:
         assert before[name] == after[name] or not name.endswith((".jsonl", ".safetensors")), name
+
+
+def test_a_run_whose_learning_rate_falls_is_not_made_longer(
+    again: Callable[..., Any], runs: Runs, tmp_path: Path
+) -> None:
+    code, said = again(runs.whole("whole ppo"), "--resume", "--steps=128")
+    assert code == 2
+    assert_names(said.splitlines()[-1], "steps (64", "now 128", "lr_scheduler_type=linear", "constant")
+    assert contents(tmp_path / "run") == contents(runs.whole("whole ppo"))
+
+
+def test_a_new_run_sets_the_results_of_a_finished_one_aside(
+    again: Callable[..., Any], runs: Runs, tmp_path: Path
+) -> None:
+    before = contents(runs.whole("whole ppo"))
+    code, said = again(runs.whole("whole ppo"), "--steps=8", "--reward_model=python:killed_ppo_runs:nothing")
+    assert code == 2, said  # a reward without a function: nothing has begun
+    assert contents(tmp_path / "run") == before
+    shutil.rmtree(tmp_path / "run")
+    code, said = again(runs.whole("whole ppo"), "--steps=8")
+    assert code == 0, said
+    after = contents(tmp_path / "run")
+    for name in ("model/model.safetensors", "best/model.safetensors", "report.html", "summary.json", "metrics.jsonl"):
+        assert after[f"earlier_run/{name}"] == before[name]
+        assert after[name] != before[name]
+    assert checkpoints(tmp_path / "run") == ["step-1"]

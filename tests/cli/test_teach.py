@@ -112,6 +112,21 @@ def test_the_trainer_ends_saved_when_teach_is_killed_even_where_ctrl_c_is_ignore
             time.sleep(0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_scheduler_stops_teach_as_ctrl_c_does(workplace: Path, tmp_path: Path, number: int, code: int) -> None:
+    (tmp_path / "policy").symlink_to(workplace / "policy")
+    process = started(tmp_path, "--labeler=web")
+    try:
+        waited(lambda: "waiting for labels" in said(tmp_path), process, tmp_path)
+        process.send_signal(number)
+        assert process.wait(SECONDS) == code
+    finally:
+        process.kill()
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert "Traceback" not in said(tmp_path) + (tmp_path / "run" / "loop.log").read_text()
+
+
 def test_the_error_message_of_a_failed_trainer_is_shown(tmp_path: Path) -> None:
     words = "import sys; sys.stderr.write('some news\\nerror: There is no folder.\\n\\n'); sys.exit(2)"
     with (tmp_path / teach.LOG).open("wb") as log:

@@ -60,6 +60,17 @@ def test_the_first_ctrl_c_requests_a_stop_and_the_second_interrupts(store: Store
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_scheduler_stops_the_loop_as_ctrl_c_does(store: Store) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal(store, nn.Identity()) as stop_signal:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(StopRequested) as request:
+            stop_signal.check()
+        assert (request.value.ending, stop_signal.signal_number) == ("interrupted", signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_heartbeat_is_written_to_the_store(store: Store) -> None:
     with StopSignal(store, nn.Identity()):
         for _ in range(200):
