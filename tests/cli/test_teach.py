@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -116,7 +117,8 @@ def test_the_trainer_ends_saved_when_teach_is_killed_even_where_ctrl_c_is_ignore
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_scheduler_stops_teach_as_ctrl_c_does(workplace: Path, tmp_path: Path, number: int, code: int) -> None:
     (tmp_path / "policy").symlink_to(workplace / "policy")
-    process = started(tmp_path, "--labeler=web")
+    default = partial(signal.signal, number, signal.SIG_DFL)  # the tests may have been started by nohup
+    process = started(tmp_path, "--labeler=web", preexec_fn=default)
     try:
         waited(lambda: "waiting for labels" in said(tmp_path), process, tmp_path)
         process.send_signal(number)

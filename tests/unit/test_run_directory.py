@@ -95,9 +95,9 @@ def test_the_results_of_an_earlier_run_are_set_aside(tmp_path: Path) -> None:
     make(tmp_path, "config.yaml", "metrics.jsonl")  # a run that was stopped before it had a result
     RunDirectory(tmp_path).start()
     assert files(tmp_path) == kept | aside | {"config.yaml"}
-    make(tmp_path, "model/second")
+    make(tmp_path, "model/second", "summary.json")
     RunDirectory(tmp_path).start()
-    assert files(tmp_path) == kept | {"earlier_run/model/second", "earlier_run/config.yaml"}
+    assert files(tmp_path) == kept | {f"earlier_run/{name}" for name in ("model/second", "summary.json", "config.yaml")}
 
 
 def test_a_move_that_was_killed_is_completed_without_loss(tmp_path: Path) -> None:
@@ -115,6 +115,12 @@ def test_what_is_not_of_a_run_stays(tmp_path: Path) -> None:
     make(tmp_path, *mine)  # no settings of a run
     RunDirectory(tmp_path).start()
     assert files(tmp_path) == set(mine)
+    make(tmp_path / "project", "config.yaml", "model/config.json")  # settings of something else
+    RunDirectory(tmp_path / "project").start()
+    assert files(tmp_path / "project") == {"config.yaml", "model/config.json"}
+    (tmp_path / "project" / "config.yaml").write_text("output_dir: x\nresume: false\n")  # of a run that failed at once
+    RunDirectory(tmp_path / "project").start()
+    assert files(tmp_path / "project") == {"earlier_run/config.yaml", "earlier_run/model/config.json"}
 
 
 def test_what_the_new_run_reads_stays(tmp_path: Path) -> None:

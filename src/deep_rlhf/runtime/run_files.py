@@ -47,11 +47,11 @@ def check_names(folder: Path) -> None:
 def set_aside_earlier_run(folder: Path, inputs: Iterable[str] = (), also: Iterable[str] = ()) -> None:
     """Moves the results of an earlier run in `folder` to `<folder>/earlier_run`, so that none looks like the new run's.
 
-    Only files that our runs write are moved, and only from a folder that has the settings of a run; what was set aside
+    Only files that our runs write are moved, and only from the folder of a run; what was set aside
     before is replaced. A run without a model or a summary leaves nothing to keep: its log is removed. inputs: paths
     that the new run reads, which stay where they are. also: further names that such a run writes.
     """
-    if not (folder / SETTINGS).is_file():
+    if not _is_run(folder):
         return
     used = [path.resolve() for path in map(Path, inputs) if path.exists()]
     names = [*RESULTS, *also]
@@ -72,6 +72,16 @@ def set_aside_earlier_run(folder: Path, inputs: Iterable[str] = (), also: Iterab
     for path in moved:
         os.rename(path, target / path.name)
     logger.info("The results of the earlier run in '%s' are now in '%s'.", folder, target)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run of ours was here: a settings file alone may be the user's own."""
+    if not (folder / SETTINGS).is_file():
+        return False
+    if any((folder / name).exists() for name in ("metrics.jsonl", "summary.json", "checkpoints", CARD)):
+        return True
+    names = {line.partition(b":")[0] for line in (folder / SETTINGS).read_bytes().splitlines()}
+    return {b"output_dir", b"resume"} <= names  # a run that failed before its first update
 
 
 def set_aside_damaged_checkpoints(folder: Path) -> None:
