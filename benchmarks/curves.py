@@ -150,6 +150,7 @@ def online(rule: str, seed: int, scale: Scale) -> list[Point]:
 
 def offline(rule: str, seed: int, scale: Scale) -> list[Point]:
     """All labels are about the start policy; each number of labels trains its own policy."""
+    from deep_rlhf.feedback.loop.build import start_policy as start_policy_of
     from deep_rlhf.feedback.reward_refit.versions import Refits
     from deep_rlhf.models.reward import RewardModel
 
@@ -159,7 +160,7 @@ def offline(rule: str, seed: int, scale: Scale) -> list[Point]:
         points = [evaluate(trainer, scale, seed, 0, {})]
         start = trainer.snapshot()
         session.begin()
-        refits = Refits(session.refit_job, session.rewards, session.store, policy=session.start_policy)
+        refits = Refits(session.refit_job, session.rewards, session.store, policy=lambda: start_policy_of(trainer))
         rewards: dict[int, Any] = {}
         for labels in scale.refits:
             session.collect_labels(labels - session.store.label_count())

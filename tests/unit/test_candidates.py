@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deep_rlhf.feedback.questions.candidates import Candidate, Prompts, rewards_of, sample_candidates, win_rate_pairs
+from deep_rlhf.feedback.questions.candidates import Candidate, rewards_of, sample_candidates, win_rate_pairs
 
 
 def write(prompts: list[str], seed: int) -> list[str]:
@@ -22,16 +22,6 @@ class Counting:
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         self.scored += responses
         return torch.tensor([[float(len(text)), float(ord(text[-1]))] for text in responses])
-
-
-def test_every_prompt_comes_once_a_lap_and_a_continuation_goes_on() -> None:
-    prompts = Prompts("abcde", seed=3)
-    laps = prompts.next(5) + prompts.next(5)
-    assert sorted(laps[:5]) == sorted(laps[5:]) == list("abcde")
-    assert laps[:5] != laps[5:]
-    again = Prompts("abcde", seed=3, position=4)
-    assert again.next(4) == laps[4:8]
-    assert Prompts("abcde", seed=4).next(10) != laps
 
 
 def test_samples_of_a_prompt_make_all_their_pairs() -> None:

@@ -92,7 +92,6 @@ class QuestionCursor:
     """How far the generator of questions has come, so that a restarted loop asks nothing twice."""
 
     draws: int = 0  # seeds used
-    gold: int = 0  # gold questions asked
     prompts: int = 0  # position in the training prompts
     held_out: int = 0  # position in the held-out prompts
 
@@ -202,6 +201,7 @@ ANNOTATORS = Entry("store: annotators", _annotators_to_json, _annotators_from_js
 # Written and read by the trainer.
 ACTIVE_LOOP = _entry("loop", str)  # run folder and host of the loop that works on this store
 START_POLICY = _entry("start policy", str)  # fingerprint of the weights that the first loop began with
+NEWEST_RUN = _entry("run", str)  # the run that wrote the newest metrics and alarms
 QUESTION_CURSOR = _entry("questions", QuestionCursor)
 # Written and read by the page.
 STORE_ID = _entry("store_id", str)  # distinguishes stores whose questions have the same numbers

@@ -38,7 +38,7 @@ VALUES = [
     (WIN_RATE, PolicyWinRate(rate=0.5, low=0.25, high=0.75, labels=4, first=1, last=3)),
     (FORECAST, AccuracyForecast(labels=50, accuracy_now=0.5, accuracy_then=0.75, text="Better.")),
     (SELECTION, SelectionFigures(chosen=ArmFigures(labels=1, accuracy=0.5), random=ArmFigures(informative=0.25))),
-    (QUESTION_CURSOR, QuestionCursor(draws=1, gold=2, prompts=3, held_out=4)),
+    (QUESTION_CURSOR, QuestionCursor(draws=1, prompts=3, held_out=4)),
     (AGREEMENT, -0.25),
     (HEARTBEAT, MOMENT),
     (ACTIVE_LOOP, "/runs/1 on host"),
@@ -66,8 +66,8 @@ def test_the_stored_form_is_that_of_earlier_versions(store: Store) -> None:
     assert store.get("win_rate") == {"rate": 0.5, "low": 0.25, "high": 0.75, "answers": 4, "first": 1, "last": 3}
     SELECTION.write(store, SelectionFigures())
     assert store.get("choosing")["random"] == {"answers": 0, "accuracy": None, "informative": None}
-    QUESTION_CURSOR.write(store, QuestionCursor(draws=1, gold=2, prompts=3, held_out=4))
-    assert store.get("questions") == {"draws": 1, "gold": 2, "prompts": 3, "held_out": 4}
+    QUESTION_CURSOR.write(store, QuestionCursor(draws=1, prompts=3, held_out=4))
+    assert store.get("questions") == {"draws": 1, "prompts": 3, "held_out": 4}
     assert set(shown_values(store)) == {"status", "stop", "outlook", "alpha", "win_rate", "choosing"}
 
 

@@ -136,6 +136,17 @@ class Optimisation:
         """The learning rate of the next step."""
         return float(self.schedule.get_last_lr()[0])
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Replaces the learning rate that the schedule starts from, which a restored state has brought along."""
+        before = list(self.schedule.base_lrs)
+        if all(base == rate for base in before):
+            return
+        for group, base in zip(self.adam.param_groups, before, strict=True):
+            group["lr"] = rate * (group["lr"] / base)
+            group["initial_lr"] = rate
+        self.schedule.base_lrs = [rate for _ in before]
+        self.schedule._last_lr = [float(group["lr"]) for group in self.adam.param_groups]
+
     def state(self) -> dict[str, Any]:
         """The state of optimiser and schedule, for `load_state`."""
         return {"adam": self.adam.state_dict(), "schedule": self.schedule.state_dict()}

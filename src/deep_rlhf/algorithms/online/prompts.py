@@ -48,6 +48,30 @@ def count_updates(prompts: int, config: OnlineConfig) -> int:
     return -(-config.steps // config.batch_size)
 
 
+class PromptWalk:
+    """Walks through the prompts, each pass in another random order: position n has the same prompt in every process.
+
+    A pass draws its order once, so a prompt costs the same however many there are.
+    """
+
+    def __init__(self, prompts: Sequence[str], *, seed: int) -> None:
+        self.prompts = prompts
+        self._seed = seed
+        self._pass, self._order = -1, list[int]()  # the newest pass and its order
+
+    def between(self, start: int, end: int) -> list[str]:
+        """The prompts at the positions start ≤ n < end; never runs out."""
+        found = []
+        for position in range(start, end):
+            number, offset = divmod(position, len(self.prompts))
+            if number != self._pass:
+                generator = torch.Generator().manual_seed(self._seed * 7_919 + number)
+                self._pass = number
+                self._order = torch.randperm(len(self.prompts), generator=generator).tolist()
+            found.append(self.prompts[self._order[offset]])
+        return found
+
+
 class PromptBatches:
     """Draws the prompts of each update: every pass over the data is a new permutation, and batches span passes.
 
@@ -56,20 +80,11 @@ class PromptBatches:
 
     def __init__(self, prompts: Sequence[str], *, seed: int, batch_size: int, samples_per_prompt: int) -> None:
         """`batch_size` counts responses, of which every drawn prompt gets `samples_per_prompt`."""
-        self._prompts = prompts
-        self._seed = seed
+        self._walk = PromptWalk(prompts, seed=seed)
         self._size = batch_size // samples_per_prompt
         self._samples_per_prompt = samples_per_prompt
 
     def of_update(self, update: int) -> list[str]:
         """The prompts of one update, [batch_size]; the repetitions of a prompt are neighbours."""
-        count = len(self._prompts)
-        first = update * self._size
-        batch = []
-        for position in range(first, first + self._size):
-            epoch, offset = divmod(position, count)
-            if offset == 0 or position == first:
-                generator = torch.Generator().manual_seed(self._seed * 7_919 + epoch)
-                order = torch.randperm(count, generator=generator).tolist()
-            batch += [self._prompts[order[offset]]] * self._samples_per_prompt
-        return batch
+        drawn = self._walk.between(update * self._size, (update + 1) * self._size)
+        return [prompt for prompt in drawn for _ in range(self._samples_per_prompt)]

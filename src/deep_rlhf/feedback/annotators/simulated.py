@@ -50,7 +50,12 @@ class SimulatedAnnotator:
         self.name = name
         self.utility = utility
         self.habits = habits or AnnotatorHabits()
+        self._seed = seed
         self._rng = random.Random(seed)
+
+    def continue_after(self, labels: int) -> None:
+        """Continues as after this many labels, so that a process that begins anew labels as the former would have."""
+        self._rng = random.Random(f"{self._seed}/{labels}")
 
     def compare(self, prompt: str, a: str, b: str) -> Preference | None:
         """Compares two responses to a prompt: μ is 1 (a is better), 0 (b is) or 1/2 (a tie); None is "can't tell"."""
@@ -123,7 +128,10 @@ class SimulatedAnnotators:
 
 
 class SimulatedLabeler:
-    """A team of simulated annotators who take turns, each a client of the store like a person's browser."""
+    """A team of simulated annotators who take turns, each a client of the store like a person's browser.
+
+    What comes next depends on the labels in the store alone: a team that begins anew continues where it stopped.
+    """
 
     brings_questions = False
 
@@ -131,11 +139,15 @@ class SimulatedLabeler:
         self, utility: Utility, *, count: int = 3, seed: int = 0, habits: AnnotatorHabits | None = None
     ) -> None:
         self._annotators = SimulatedAnnotators(utility, count=count, seed=seed, habits=habits).annotators
+        self._places = {annotator.name: place for place, annotator in enumerate(self._annotators)}
+        self._store: Store | None = None  # for which it is known whose turn it is
         self._tokens = 0
         self._run = uuid.uuid4().hex  # tokens are never reused, but a seed makes the same annotators again
 
     def label(self, store: Store, most: int) -> int:
         """Labels one question per annotator in turn, until `most` are done or nobody is asked anything."""
+        if self._store is not store:
+            self._find_turn(store)
         done = idle = 0
         while done < most and idle < len(self._annotators):
             annotator = self._annotators[0]
@@ -147,9 +159,18 @@ class SimulatedLabeler:
                 done += 1
         return done
 
+    def _find_turn(self, store: Store) -> None:
+        """It is the turn of whoever follows the one who gave the newest label."""
+        team = sorted(self._annotators, key=lambda annotator: self._places[annotator.name])
+        given = [label.annotator for label in store.labels() if label.annotator in self._places]
+        turn = self._places[given[-1]] + 1 if given else 0
+        self._annotators = team[turn:] + team[:turn]
+        self._store = store
+
     def _label_one(self, store: Store, annotator: SimulatedAnnotator, number: int, comparison: Comparison) -> None:
         token = f"{self._run}/{self._tokens}"
         self._tokens += 1
+        annotator.continue_after(store.labelled(annotator.name))
         if len(comparison.responses) > 2:
             ranks = annotator.rank(comparison.prompt, comparison.responses)
             store.add_label(number, annotator.name, token=token, ranks=ranks)

@@ -8,7 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online.build import open_scorer
 from deep_rlhf.algorithms.ppo import PPOConfig, PPOTrainer
+from deep_rlhf.feedback.loop.checkpoints import SessionProgress
 from deep_rlhf.feedback.loop.config import SessionConfig
+from deep_rlhf.feedback.monitoring.win_rate import BACK_AT
+from deep_rlhf.feedback.questions.candidates import LogOdds
+from deep_rlhf.feedback.questions.questions import CurrentModels
 from deep_rlhf.feedback.records import Version
 from deep_rlhf.feedback.reward_refit.versions import (
     HELD_OUT,
@@ -18,7 +22,7 @@ from deep_rlhf.feedback.reward_refit.versions import (
     start_responses,
     write_start_responses,
 )
-from deep_rlhf.feedback.store import Store
+from deep_rlhf.feedback.state import PolicyWinRate
 from deep_rlhf.models.load import load_language_model
 from deep_rlhf.models.reward import RewardModel
 from deep_rlhf.runtime.run_directory import replace_folder
@@ -123,12 +127,36 @@ def version_of(refitted: Refitted, step: int) -> Version:
     )
 
 
-def known_reward(store: Store, number: int) -> Refitted | None:
-    """What the store records of a reward model, whose folder may have been removed."""
-    for version in store.versions("reward"):
-        if version.number == number:
-            return Refitted(number=number, labels=version.labels, last_event=version.last_event)
-    return None
+def policy_version(number: int, progress: SessionProgress, won: PolicyWinRate | None) -> Version:
+    """The store's record of the policy as it is now. `won`: its win rate."""
+    figures = {} if progress.restored is None else {BACK_AT: float(progress.restored)}
+    if won is not None and won.rate is not None:
+        figures["win_rate"] = won.rate
+    return Version(
+        kind="policy",
+        number=number,
+        step=progress.step,
+        labels=progress.reward_labels,
+        last_event=progress.reward_last_event,
+        figures=figures,
+    )
+
+
+def current_models(trainer: PPOTrainer, scorer: RewardModel | None, progress: SessionProgress) -> CurrentModels:
+    """The models that questions are about now."""
+    return CurrentModels(
+        generate=lambda prompts, seed: trainer.generate(prompts, seed=seed),
+        generate_start=lambda prompts, seed: trainer.generate(prompts, seed=seed, reference=True),
+        scorer=LogOdds(scorer) if scorer else None,
+        policy_version=progress.policy_version,
+        reward_version=progress.reward_version,
+    )
+
+
+def start_policy(trainer: PPOTrainer) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The start policy and its tokenizer."""
+    with trainer._reference.model() as frozen:
+        return frozen.plain_model(), trainer.tokenizer
 
 
 def weight_count(model: PreTrainedModel) -> int:

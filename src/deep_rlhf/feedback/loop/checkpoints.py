@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,7 @@ from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.errors import CheckpointError, StoreError
 from deep_rlhf.feedback.state import ACTIVE_LOOP, HEARTBEAT, START_POLICY
 from deep_rlhf.feedback.store import Store
-from deep_rlhf.runtime.checkpoint import has_checkpoints, latest_checkpoint, save_checkpoint
+from deep_rlhf.runtime.checkpoint import changed_flags, has_checkpoints, latest_checkpoint, save_checkpoint
 from deep_rlhf.runtime.run_files import set_aside_damaged_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,11 @@ class SessionProgress:
     policy_version: int = -1
     version_step: int = 0  # at which the newest version of the policy was made
     reward_version: int = 0
+    reward_labels: int = 0  # that it has learned from
+    reward_last_event: int = 0
+    reward_step: int = -1  # at which it was adopted
     rolled_back: int = 0  # number of roll-backs
+    restored: int | None = None  # by a roll-back after which no version of the policy was made yet
 
 
 class SessionCheckpoints:
@@ -61,6 +65,17 @@ class SessionCheckpoints:
         """The state that was saved last when the session began; None in a new folder."""
         return self._found
 
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raises CheckpointError if the run began with another value of one of these settings, which cannot change."""
+        begun = self._found.get("settings", {}) if self._found else {}
+        both = begun.keys() & settings.keys()
+        changed = changed_flags({name: begun[name] for name in both}, {name: settings[name] for name in both}, free=())
+        if changed:
+            raise CheckpointError(
+                f"The run in '{self._folder.parent}' cannot go on with another {changed}: leave that as it was, or give"
+                " another --output_dir and --store."
+            )
+
     def next_version(self) -> int:
         """The number of the first version of the policy in a new folder, after those that the store knows.
 
@@ -81,6 +96,12 @@ def policy_fingerprint(trainer: OnlineTrainer) -> str:
         digest.update(name.encode())
         digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def digest_of(texts: Sequence[str]) -> str:
+    """The number of texts and a digest of them, for messages that compare two lists."""
+    digest = hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{len(texts)} with digest {digest}"
 
 
 @contextmanager

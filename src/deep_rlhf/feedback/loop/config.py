@@ -2,13 +2,24 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from deep_rlhf.errors import ConfigError
 from deep_rlhf.feedback.monitoring.alarms import Limits
 from deep_rlhf.feedback.records import MOST_RESPONSES, AcquisitionRule
 from deep_rlhf.settings import check_settings, seed_setting, setting
 
+# Settings that a run keeps, since rewards, versions and questions of before would mean something else; the others may
+# change when it is continued. `initial_labels` is kept from the first reward model on.
+KEPT_SETTINGS = (
+    "seed",
+    "members",
+    "held_out_members",
+    "template",
+    "max_new_tokens",
+    "max_prompt_length",
+    "fixed_prompts",
+)
 SMALL_POLICY = 10_000_000  # weights up to which a policy gets the learning rates of the demo's
 
 
@@ -117,6 +128,11 @@ class SessionConfig:
         """The learning rates of the policy and of the reward model, for a policy with this number of weights."""
         policy, reward = (3e-4, 5e-4) if weights <= SMALL_POLICY else (1e-5, 1e-5)
         return self.learning_rate or policy, self.reward_learning_rate or reward
+
+    def kept_settings(self, *, has_reward_model: bool) -> dict[str, Any]:
+        """The settings that a run that is continued must have kept."""
+        names = (*KEPT_SETTINGS, "initial_labels") if has_reward_model else KEPT_SETTINGS
+        return {name: getattr(self, name) for name in names}
 
     @property
     def threads_each(self) -> int:

@@ -7,7 +7,7 @@ in the store remain.
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from typing import Any
 from deep_rlhf.algorithms.online.trainer import OnlineTrainer
 from deep_rlhf.errors import CheckpointError
 from deep_rlhf.feedback.monitoring.win_rate import won_by_newer
-from deep_rlhf.feedback.records import Label, Version
-from deep_rlhf.feedback.store import Store
+from deep_rlhf.feedback.records import Label
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
 from deep_rlhf.runtime.run_directory import write_summary
 from deep_rlhf.types import Scorer
@@ -46,7 +45,6 @@ class PolicyVersions:
     def __init__(
         self,
         trainer: OnlineTrainer,
-        store: Store,
         folder: Path,
         *,
         shown: Sequence[str],
@@ -57,44 +55,59 @@ class PolicyVersions:
 
         `is_restorable` decides by its figures whether a version may be restored; the start policy always may.
         """
-        self.trainer, self.store, self.folder = trainer, store, folder
+        self.trainer, self.folder = trainer, folder
         self.shown, self.judged, self._is_restorable = list(shown), list(judged), is_restorable
+        self._skipped: set[str] = set()  # damaged versions that a warning has named
         folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, version: Version, scorer: Scorer | None, labels: Sequence[Label], figures: Figures) -> None:
-        """Saves the current policy as `version`, and removes snapshots that are neither among the newest nor the best.
+    def add(
+        self, number: int, scorer: Scorer | None, labels: Sequence[Label], figures: Figures
+    ) -> list[tuple[str, str]]:
+        """Saves the current policy as a version, and removes snapshots that are neither among the newest nor the best.
 
-        `figures`: the current ones of the alarms.
+        `figures`: the current ones of the alarms. Returns the shown prompts with their responses.
         """
-        folder = self.folder / str(version.number)
+        folder = self.folder / str(number)
         responses = self.trainer.generate([*self.shown, *self.judged], seed=SAMPLING_SEED)
-        save_checkpoint(folder, version.number, self.trainer.snapshot(), keep=1)
+        save_checkpoint(folder, number, self.trainer.snapshot(), keep=1)
         write_summary(folder / RESPONSES, {"responses": responses[len(self.shown) :], "figures": figures})
-        self.store.add_samples(version.number, list(zip(self.shown, responses, strict=False)))
-        self.store.add_version(version)
-        if scorer is None:
-            return
-        keep = {0, self.best(scorer, labels), *sorted(self._numbers())[-KEPT:]}
-        for number in set(self._numbers()) - keep:
-            shutil.rmtree(self.folder / str(number), ignore_errors=True)
+        if scorer is not None:
+            numbers = sorted(self._readable())
+            keep = {0, self.best(scorer, labels), *numbers[-KEPT:]}
+            for other in set(numbers) - keep:
+                shutil.rmtree(self.folder / str(other), ignore_errors=True)
+        return list(zip(self.shown, responses, strict=False))
 
-    def best(self, scorer: Scorer, labels: Sequence[Label]) -> int:
-        """The number of the best version that has a snapshot and may be restored."""
+    def remove_after(self, number: int) -> None:
+        """Removes snapshots with larger numbers: those of updates that a kill has undone."""
+        for path in self.folder.iterdir():
+            if path.name.isdigit() and int(path.name) > number:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def best(self, scorer: Scorer, labels: Sequence[Label], without: Collection[int] = ()) -> int:
+        """The number of the best version that has a snapshot and may be restored; those in `without` do not count.
+
+        Raises CheckpointError if there is none.
+        """
         wins: dict[int, list[float]] = {}
         for label in labels:
             won = won_by_newer(label)
             if won is not None:
                 wins.setdefault(max(label.comparison.writers), []).append(won)
         merits = [
-            Merit(number=number, wins=tuple(wins.get(number, ())), score=self._score(number, scorer))
-            for number in self._numbers()
-            if number == 0 or self._is_restorable(self.figures(number))
+            Merit(
+                number=number, wins=tuple(wins.get(number, ())), score=self._score(found["responses"], scorer, number)
+            )
+            for number, found in self._readable().items()
+            if number not in without and (number == 0 or self._is_restorable(found["figures"]))
         ]
+        if not merits:
+            raise CheckpointError(f"No version of the policy in '{self.folder}' can be restored: start a new run.")
         return best_of(merits).number
 
     def figures(self, number: int) -> dict[str, float]:
         """The alarms' figures when the version was made."""
-        found: dict[str, float] = _read(self.folder / str(number) / RESPONSES)["figures"]
+        found: dict[str, float] = self._readable()[number]["figures"]
         return found
 
     def restore(self, number: int) -> None:
@@ -105,19 +118,41 @@ class PolicyVersions:
         self.trainer.restore(found.state)
 
     def roll_back(self, scorer: Scorer, labels: Sequence[Label]) -> int:
-        """Restores the policy to the best version, and returns its number."""
-        number = self.best(scorer, labels)
-        self.restore(number)
-        return number
+        """Restores the policy to the best version whose snapshot can be read, and returns its number.
 
-    def _score(self, number: int, scorer: Scorer) -> float:
-        responses = _read(self.folder / str(number) / RESPONSES)["responses"]
+        Raises CheckpointError if there is none.
+        """
+        damaged: list[int] = []
+        while True:
+            number = self.best(scorer, labels, without=damaged)
+            try:
+                self.restore(number)
+            except CheckpointError as error:
+                logger.warning("%s The next best version is restored.", error)
+                damaged.append(number)
+            else:
+                return number
+
+    def _score(self, responses: list[str], scorer: Scorer, number: int) -> float:
         return float(scorer.score(self.judged, responses).mean()) if self.judged else float(number)
 
-    def _numbers(self) -> list[int]:
-        """The versions that have a complete snapshot."""
-        folders = [path for path in self.folder.iterdir() if path.name.isdigit() and (path / RESPONSES).exists()]
-        return sorted(int(path.name) for path in folders)
+    def _readable(self) -> dict[int, dict[str, Any]]:
+        """The responses and figures of the versions that have a snapshot, by number; a warning names damaged files."""
+        found = {}
+        for path in self.folder.iterdir():
+            if not path.name.isdigit() or not (path / RESPONSES).exists():
+                continue
+            try:
+                content = json.loads((path / RESPONSES).read_text(encoding="utf-8"))
+                if len(content["responses"]) != len(self.judged) or not isinstance(content["figures"], dict):
+                    raise ValueError("it does not hold the responses and figures of a version")
+            except (OSError, ValueError, TypeError, LookupError) as error:
+                if path.name not in self._skipped:
+                    logger.warning("Version %s is skipped: '%s' is damaged (%s).", path.name, path / RESPONSES, error)
+                self._skipped.add(path.name)
+                continue
+            found[int(path.name)] = content
+        return dict(sorted(found.items()))
 
 
 def best_of(merits: Sequence[Merit]) -> Merit:
@@ -133,7 +168,3 @@ def best_of(merits: Sequence[Merit]) -> Merit:
 
 def _win_rate(merit: Merit) -> float:
     return 0.5 if merit.number == 0 else sum(merit.wins) / len(merit.wins)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

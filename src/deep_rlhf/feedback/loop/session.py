@@ -9,50 +9,59 @@ Departures from the paper: a reward is given to a whole response, it is normalis
 policy, and a KL penalty keeps the policy near the start policy.
 """
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.accel.cpu.allocator import kept_memory
-from deep_rlhf.errors import NotFiniteError, StoreUnavailable
+from deep_rlhf.algorithms.ppo import PPO
+from deep_rlhf.errors import NotFiniteError
 from deep_rlhf.feedback.annotators.base import BackgroundLabeler, Labeler, People
 from deep_rlhf.feedback.loop.build import (
+    current_models,
     ensure_start_responses,
-    known_reward,
     make_trainer,
     open_rewards,
+    policy_version,
     refit_job,
     save_models,
+    start_policy,
     version_of,
     weight_count,
 )
-from deep_rlhf.feedback.loop.checkpoints import SessionCheckpoints, SessionProgress, policy_fingerprint
+from deep_rlhf.feedback.loop.checkpoints import SessionCheckpoints, SessionProgress, digest_of, policy_fingerprint
 from deep_rlhf.feedback.loop.config import SessionConfig
 from deep_rlhf.feedback.loop.label_collection import LabelCollector
 from deep_rlhf.feedback.loop.policy_versions import PolicyVersions
 from deep_rlhf.feedback.loop.stop_signal import StopRequested, StopSignal
+from deep_rlhf.feedback.loop.store_link import StoreLink
 from deep_rlhf.feedback.monitoring.monitor import Judge, Monitor
-from deep_rlhf.feedback.monitoring.win_rate import BACK_AT, blind_pairs, recent_versions, win_rate
 from deep_rlhf.feedback.questions.candidates import LogOdds
 from deep_rlhf.feedback.questions.questions import CurrentModels, Questions
 from deep_rlhf.feedback.questions.schedule import Schedule
-from deep_rlhf.feedback.records import Alarm, Label, Row, Version
+from deep_rlhf.feedback.records import Alarm, Row
 from deep_rlhf.feedback.reward_refit.preferences import training_preferences
 from deep_rlhf.feedback.reward_refit.supervisor import RefitProcess
-from deep_rlhf.feedback.reward_refit.versions import Refits, Refitted, check_continuation, newest_version
-from deep_rlhf.feedback.state import WIN_RATE, LoopState, report_status
+from deep_rlhf.feedback.reward_refit.versions import (
+    Refits,
+    Refitted,
+    check_continuation,
+    newest_version,
+    set_damaged_aside,
+    version_until,
+)
+from deep_rlhf.feedback.state import LoopState
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.reward import RewardModel
 
 logger = logging.getLogger(__name__)
 
 JUDGED_PROMPTS = 24  # prompts whose responses compare versions of the policy
-POLL_SECONDS = 0.2  # while waiting for the first reward model or the database
+POLL_SECONDS = 0.2  # while waiting for the first reward model
 MOST_DOUBLINGS = 10  # of the KL coefficient, by roll-backs
 
 Ending = Literal["done", "stopped", "interrupted"]
@@ -89,20 +98,25 @@ class Session:
         self.trainer = make_trainer(config, model, tokenizer, prompts)
         self.rewards = self.output_dir / "rewards"
         self.refit_job = refit_job(config, model, weight_count(self.trainer.policy))
-        check_continuation(self.rewards, self.refit_job)
         self.progress = SessionProgress()
         self._checkpoints = SessionCheckpoints(self.output_dir, store, policy_fingerprint(self.trainer))
+        self._texts = {"prompts": digest_of(self.trainer.prompts), "held_out_prompts": digest_of(held_out_prompts)}
+        if (found := self._checkpoints.newest()) is not None:
+            self.progress = SessionProgress(**found["progress"])
+            self._checkpoints.check_settings(self._kept_settings())
+        set_damaged_aside(self.rewards)
+        check_continuation(self.rewards, self.refit_job)
         self.stop_signal = StopSignal(store, self.trainer.sampler.policy.trunk)
         self.monitor = Monitor(config.limits, judge)
         shown = list(held_out_prompts or prompts)[: config.fixed_prompts]
         not_shown = list(held_out_prompts)[config.fixed_prompts :] or list(held_out_prompts)
-        questions = Questions(config, store, self.trainer.prompts, not_shown)
+        self.link = StoreLink(store)
+        questions = Questions(config, store, self.trainer.prompts, not_shown, labels=self.link.log)
         self.collector = LabelCollector(
             config, store, questions, labeler or People(), schedule=schedule, stop_signal=self.stop_signal
         )
         self.versions = PolicyVersions(
             self.trainer,
-            store,
             self.output_dir / "versions",
             shown=shown,
             judged=(not_shown or list(prompts))[:JUDGED_PROMPTS],
@@ -112,11 +126,9 @@ class Session:
         self._on_update = on_update or (lambda row: None)
         self._scorer: RewardModel | None = None
         self._held_out_scorer: RewardModel | None = None
-        self._refitted: Refitted | None = None  # the reward model that the policy is trained against
         self.refit_process: RefitProcess | None = None  # in async mode
-        self._labels: list[Label] = []
         self._pending_alarms: list[Alarm] = []
-        self._reported: str | None = None  # the newest status text
+        self._saved_step: int | None = None  # if nothing has changed since the checkpoint of this step
 
     # ---- the loop
 
@@ -150,38 +162,42 @@ class Session:
         try:
             while self.progress.step < config.updates:
                 self.stop_signal.check()
-                try:
-                    self._handle_alarms()
-                    if (found := process.poll(self.progress.reward_version)) is not None:
-                        self._adopt(found)
-                    if annotators is not None and annotators.error is not None:
-                        raise annotators.error
-                    self.collector.top_up(self.progress.step, self._current_models())
-                    if self._scorer is None:
-                        self._wait_for_reward()
-                        continue
+                self._handle_alarms()
+                if (found := process.poll(self.progress.reward_version)) is not None:
+                    self._adopt(found)
+                if annotators is not None and annotators.error is not None:
+                    raise annotators.error
+                self.link.attempt(lambda: self.collector.top_up(self.progress.step, self._current_models()))
+                if self._scorer is None:
+                    self._wait_for_reward()
+                else:
                     self._update()
-                except StoreUnavailable as error:  # try again once the database is back
-                    logger.warning("%s", error)
-                    self.stop_signal.wait(POLL_SECONDS)
         finally:
             process.stop()
             if annotators is not None:
                 annotators.stop()
 
     def _run_batched(self) -> None:
-        refits = Refits(self.refit_job, self.rewards, self.store, policy=self.start_policy)
-        while self.progress.step < self.config.updates:
-            self.collect_labels(self._wanted() or 0)
-            self._refit(refits)
-            for _ in range(min(self.config.batched_updates, self.config.updates - self.progress.step)):
-                self.stop_signal.check()
-                self._update()
+        """Labels and a refit before every few updates. A checkpoint comes before, so a kill leaves half of one at most.
+
+        Whatever of it is in the store or on the disk already is used, and not made again.
+        """
+        refits = Refits(self.refit_job, self.rewards, self.store, policy=lambda: start_policy(self.trainer))
+        while (step := self.progress.step) < self.config.updates:
+            is_due = step % self.config.batched_updates == 0 and self.progress.reward_step != step
+            if is_due or self._scorer is None:
+                if self._saved_step != step:
+                    self._checkpoint()
+                self.collect_labels(self._wanted() or 0)
+                self.link.log.refresh()
+                self._refit(refits)
+            self.stop_signal.check()
+            self._update()
 
     def _refit(self, refits: Refits) -> None:
         """Adopts the next reward model; one that is not finite is only warned about, and the former stays."""
         try:
-            refitted = refits.run()
+            refitted = refits.version_after(self.progress.reward_version)
         except NotFiniteError as error:
             if self._scorer is None:
                 raise
@@ -197,25 +213,38 @@ class Session:
     def begin(self) -> None:
         """Restores the newest checkpoint, or makes version 0 of the policy."""
         self._report("starting", "Opening the policy.")
-        found = self._checkpoints.newest()
-        if found is None:
-            self.progress.policy_version = self._checkpoints.next_version() - 1
-            self._new_version(None)
+        self.link.log.refresh()
+        if (found := self._checkpoints.newest()) is not None:
+            self._restore(found)
         else:
-            self.trainer.restore(found["trainer"])
-            self.progress = SessionProgress(**found["progress"])
-            self.monitor.state = found["monitor"]
-            self._refitted = known_reward(self.store, self.progress.reward_version)
-            logger.info("Continuing after update %d.", self.progress.step)
-        self._refresh_labels()
-        self.store.withdraw(older_than_policy=self.progress.policy_version)
+            self.link.begin()
+            self.progress.policy_version = self._checkpoints.next_version() - 1
+            self.versions.remove_after(self.progress.policy_version)
+            self._new_version(None)
+            self._checkpoint()
+        self.link.send_all()
         if self.config.mode == "async":  # before what follows, so that people need not wait for it
             self.collector.top_up(self.progress.step, self._current_models())
         ensure_start_responses(self.rewards, self.trainer)
-        if (newest := newest_version(self.rewards)) is not None:
+        newest = newest_version(self.rewards)
+        if self.config.mode == "batched":  # a version that was fitted after the checkpoint is adopted in its turn
+            newest = version_until(self.rewards, self.progress.reward_version)
+        if newest is not None:
             self._adopt(newest, resumed=True)
+        if self.progress.restored is not None:
+            self._new_version(self._scorer)
+
+    def _restore(self, found: dict[str, Any]) -> None:
+        """Continues from a checkpoint, with what may have changed in the settings since."""
+        self.trainer.restore(found["trainer"])
+        self._apply_settings()
+        self.monitor.state = found["monitor"]
+        self.link.restore(found.get("outbox"), policy=self.progress.policy_version)
+        self.versions.remove_after(self.progress.policy_version)
+        logger.info("Continuing after update %d.", self.progress.step)
 
     def _end(self, ending: Ending) -> None:
+        self.link.send_all()
         self._checkpoint()
         self._report("stopped", "All updates are done." if ending == "done" else f"The loop was {ending}.")
         save_models(self.output_dir, self.rewards, self.trainer)
@@ -232,14 +261,15 @@ class Session:
         assert self._scorer is not None
         row, raised = self.monitor.update(metrics, rollout, self._held_out_scorer)
         self._pending_alarms += raised
-        self._refresh_labels()
+        self.link.refresh_labels()
         row |= {
             "step": self.progress.step,
             "policy_version": self.progress.policy_version,
             "reward_version": self.progress.reward_version,
-            "labels": self.store.label_count(),
+            "labels": self.link.log.count,
         }
-        self.store.add_metrics([row])
+        self.link.outbox.rows.append(row)
+        self.link.send()
         self._on_update(row)
         self._handle_alarms()
         if self.progress.step - self.progress.version_step >= self.config.version_every:
@@ -252,13 +282,14 @@ class Session:
 
         `resumed`: an earlier run has used it or was stopped by its sign; with a wrong sign the next one is awaited.
         """
+        self._saved_step = None
         scorer, held_out_scorer = open_rewards(refitted, self.trainer)
-        self._refresh_labels()
-        fitted, _ = training_preferences([label for label in self._labels if label.event_id <= refitted.last_event])
+        self.link.refresh_labels()
+        fitted, _ = training_preferences([one for one in self.link.labels if one.event_id <= refitted.last_event])
         raised = self.monitor.check_sign(scorer, fitted, self.progress.step)
         is_new = refitted.number > self.progress.reward_version
         if is_new:
-            self.store.add_version(version_of(refitted, self.progress.step))
+            self.link.outbox.versions.append((version_of(refitted, self.progress.step), []))
         if any(alarm.action == "stop" for alarm in raised):
             self.progress.reward_version = refitted.number
             if resumed:
@@ -272,56 +303,64 @@ class Session:
         self._held_out_scorer = held_out_scorer
         if is_new and self.progress.step > self.progress.version_step:
             self._new_version(scorer)  # the policy that was trained against the former reward model
-        self.progress.reward_version = refitted.number
-        self._refitted = refitted
-        self.monitor.compare_win_rates(self._blind_pairs(), LogOdds(scorer), self.config.label_noise)
+        self.progress.reward_version, self.progress.reward_labels = refitted.number, refitted.labels
+        self.progress.reward_last_event = refitted.last_event
+        if not is_new:
+            return
+        self.progress.reward_step = self.progress.step
+        self.monitor.compare_win_rates(self.link.blind_pairs(), LogOdds(scorer), self.config.label_noise)
         self._pending_alarms += raised
         self._handle_alarms()
 
-    def _new_version(self, scorer: RewardModel | None, figures: dict[str, float] | None = None) -> None:
+    def _new_version(self, scorer: RewardModel | None) -> None:
         """Makes a version of the current policy, which questions are about from now on."""
+        self._saved_step = None
         number = self.progress.policy_version + 1
-        won = win_rate(self._blind_pairs())
-        version = Version(
-            kind="policy",
-            number=number,
-            step=self.progress.step,
-            labels=self._refitted.labels if self._refitted else 0,
-            last_event=self._refitted.last_event if self._refitted else 0,
-            figures=(figures or {}) | ({"win_rate": won.rate} if won and won.rate is not None else {}),
-        )
-        self.versions.add(version, self._held_out_scorer or scorer, self._labels, self.monitor.figures)
-        WIN_RATE.write(self.store, win_rate(self._blind_pairs()))
+        version = policy_version(number, self.progress, self.link.win_rate())
+        samples = self.versions.add(number, self._held_out_scorer or scorer, self.link.labels, self.monitor.figures)
         self.progress.policy_version, self.progress.version_step = number, self.progress.step
-        self.store.withdraw(older_than_policy=number)
+        self.progress.restored = None
+        self.link.add_policy(version, samples)
 
     # ---- alarms
 
     def _handle_alarms(self) -> None:
-        """Records new alarms and applies the most severe action. Raises StopRequested if that is to stop."""
-        actions = {alarm.action for alarm in self._pending_alarms}
+        """Records new alarms and applies the most severe action. Raises StopRequested if that is to stop.
+
+        A roll-back and its alarms are saved in one checkpoint: neither a kill nor the stop button separates them.
+        """
+        alarms, self._pending_alarms = self._pending_alarms, []
+        actions = {alarm.action for alarm in alarms}
         rolls_back = "stop" not in actions and "roll_back" in actions and self._scorer is not None
-        number = self._roll_back() if rolls_back else None
-        for alarm in self._pending_alarms:
-            if number is not None and alarm.action == "roll_back":
-                effect = f"The policy is back at version {number}; the KL coefficient is {self.trainer.kl_coef:g} now."
+        effect = self._roll_back() if rolls_back else ""
+        for alarm in alarms:
+            if rolls_back and alarm.action == "roll_back":
                 alarm = dataclasses.replace(alarm, message=f"{alarm.message} {effect}")
             logger.warning("Alarm after update %d, %s: %s", alarm.step, alarm.action.replace("_", " "), alarm.message)
-            self.store.add_alarm(alarm)
-        self._pending_alarms = []
+            self.link.outbox.alarms.append(alarm)
+        if rolls_back:
+            self._checkpoint()
+        self.link.send()
+        if rolls_back:
+            self._new_version(self._scorer)
         if "stop" in actions:
             raise StopRequested("stopped")
 
-    def _roll_back(self) -> int:
+    def _roll_back(self) -> str:
         """Restores the best version and doubles the KL coefficient, because its cause, the reward, has not changed."""
         assert self._scorer is not None
-        number = self.versions.roll_back(self._held_out_scorer or self._scorer, self._labels)
+        number = self.versions.roll_back(self._held_out_scorer or self._scorer, self.link.labels)
         self.monitor.rolled_back(self.versions.figures(number))
-        self._new_version(self._scorer, {BACK_AT: float(number)})
+        self.progress.restored = number
         self.progress.rolled_back += 1
+        self._apply_settings()
+        return f"The policy is back at version {number}; the KL coefficient is {self.trainer.kl_coef:g} now."
+
+    def _apply_settings(self) -> None:
+        """Replaces what a restored trainer has brought along by what the settings say now."""
+        assert isinstance(self.trainer.learner, PPO)
+        self.trainer.learner.optimisation.set_learning_rate(self.trainer.config.learning_rate)
         self.trainer.kl_coef = self.config.init_kl_coef * 2 ** min(self.progress.rolled_back, MOST_DOUBLINGS)
-        self._checkpoint()
-        return number
 
     # ---- labels, status and checkpoints
 
@@ -329,27 +368,11 @@ class Session:
         return self.collector.wanted(self.progress.step)
 
     def _current_models(self) -> CurrentModels:
-        return CurrentModels(
-            generate=lambda prompts, seed: self.trainer.generate(prompts, seed=seed),
-            generate_start=lambda prompts, seed: self.trainer.generate(prompts, seed=seed, reference=True),
-            scorer=LogOdds(self._scorer) if self._scorer else None,
-            policy_version=self.progress.policy_version,
-            reward_version=self.progress.reward_version,
-        )
-
-    def _refresh_labels(self) -> None:
-        """Reads the labels again if any are new, and stores the win rate."""
-        last = self._labels[-1].event_id if self._labels else 0
-        if self.store.last_event() == last:
-            return
-        self._labels = self.store.labels()
-        WIN_RATE.write(self.store, win_rate(self._blind_pairs()))
-
-    def _blind_pairs(self) -> list[Label]:
-        return blind_pairs(self._labels, recent_versions(self.store.versions("policy")))
+        return current_models(self.trainer, self._scorer, self.progress)
 
     def _wait_for_reward(self) -> None:
-        count, first = self.store.label_count(), self.config.initial_labels
+        self.link.refresh_labels()
+        count, first = self.link.log.count, self.config.initial_labels
         if count < first:
             self._report("waiting for labels", f"{count} of {first} labels for the first reward model.")
         else:
@@ -363,17 +386,14 @@ class Session:
                 "trainer": self.trainer.snapshot(),
                 "progress": dataclasses.asdict(self.progress),
                 "monitor": self.monitor.state,
+                "outbox": self.link.outbox.state,
+                "settings": self._kept_settings(),
             },
         )
+        self._saved_step = self.progress.step
+
+    def _kept_settings(self) -> dict[str, Any]:
+        return self._texts | self.config.kept_settings(has_reward_model=self.progress.reward_version > 0)
 
     def _report(self, state: LoopState, text: str) -> None:
-        if text == self._reported:
-            return
-        with contextlib.suppress(StoreUnavailable):  # reported again with the next status
-            report_status(self.store, state, step=self.progress.step, text=text)
-            self._reported = text
-
-    def start_policy(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The start policy and its tokenizer."""
-        with self.trainer._reference.model() as frozen:
-            return frozen.plain_model(), self.trainer.tokenizer
+        self.link.report(state, text, step=self.progress.step)

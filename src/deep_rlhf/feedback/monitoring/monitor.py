@@ -1,6 +1,7 @@
 """Monitors the updates of a run: a row of metrics for the page, and the figures that may raise alarms."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deep_rlhf.feedback.monitoring import alarms
@@ -12,6 +13,16 @@ from deep_rlhf.types import Preference, Rollout, Scorer
 
 Judge = Callable[[Sequence[str], Sequence[str]], float]  # (prompts, responses) -> mean ground-truth score
 SIGN_TEST_PAIRS = 200  # the newest ones
+
+
+@dataclass(frozen=True, slots=True)
+class _Rewarded:
+    """The newest responses, with their mean reward and their mean held-out reward."""
+
+    prompts: list[str]
+    responses: list[str]
+    reward: float
+    held_out_reward: float
 
 
 class Monitor:
@@ -26,7 +37,7 @@ class Monitor:
         self._rewards: list[float] = []
         self._held_out_rewards: list[float] = []
         self._shifts = (0.0, 0.0)  # of the two series, relative to the current reward models
-        self._newest: tuple[Rollout, float, float] | None = None  # the newest rollout and its two mean rewards
+        self._newest: _Rewarded | None = None
         self._win_rate_gap: float | None = None
 
     @property
@@ -39,6 +50,8 @@ class Monitor:
             "rewards": self._rewards,
             "held_out_rewards": self._held_out_rewards,
             "shifts": list(self._shifts),
+            "newest": asdict(self._newest) if self._newest else None,
+            "win_rate_gap": self._win_rate_gap,
         }
 
     @state.setter
@@ -47,6 +60,9 @@ class Monitor:
         self._start, self.figures = state["start"], state["figures"]
         self._rewards, self._held_out_rewards = list(state["rewards"]), list(state["held_out_rewards"])
         self._shifts = (state["shifts"][0], state["shifts"][1])
+        newest = state.get("newest")  # missing in checkpoints of earlier versions
+        self._newest = _Rewarded(**newest) if newest else None
+        self._win_rate_gap = state.get("win_rate_gap")
 
     def check_sign(self, scorer: Scorer, preferences: Sequence[Preference], step: int) -> list[Alarm]:
         """The alarms of a new reward model whose sign is wrong on the preferences that it was fitted to."""
@@ -62,10 +78,14 @@ class Monitor:
         if self._newest is None or held_out is None:
             self._clear_series()
             return
-        rollout, *before = self._newest
-        now = [float(one.score(rollout.prompts, rollout.responses).mean()) for one in (scorer, held_out)]
-        self._shifts = (self._shifts[0] + before[0] - now[0], self._shifts[1] + before[1] - now[1])
-        self._newest = (rollout, now[0], now[1])
+        before = self._newest
+        means = [float(one.score(before.prompts, before.responses).mean()) for one in (scorer, held_out)]
+        now = replace(before, reward=means[0], held_out_reward=means[1])
+        self._shifts = (
+            self._shifts[0] + before.reward - now.reward,
+            self._shifts[1] + before.held_out_reward - now.held_out_reward,
+        )
+        self._newest = now
 
     def rolled_back(self, figures: dict[str, float]) -> None:
         """Drops everything about the discarded policy; `figures` are those of the restored one."""
@@ -107,7 +127,8 @@ class Monitor:
             held_out_rewards = [*self._held_out_rewards, row["held_out_reward"] + self._shifts[1]]
             self._rewards, self._held_out_rewards = alarms.since_best(rewards, held_out_rewards)
             held_out_gap = alarms.held_out_gap(self._rewards, self._held_out_rewards)
-            self._newest = (rollout, row["reward"], row["held_out_reward"])
+            texts = list(rollout.prompts), list(rollout.responses)
+            self._newest = _Rewarded(*texts, row["reward"], row["held_out_reward"])
         if self._judge is not None:
             row["gold"] = self._judge(rollout.prompts, rollout.responses)
         figures = {

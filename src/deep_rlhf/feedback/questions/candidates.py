@@ -22,25 +22,6 @@ class Candidate:
     responses: tuple[str, ...]
 
 
-class Prompts:
-    """Cycles through the prompts, each pass in another random order; `position` counts the prompts given so far."""
-
-    def __init__(self, prompts: Sequence[str], *, seed: int, position: int = 0) -> None:
-        self.prompts = list(prompts)
-        self.seed = seed
-        self.position = position
-
-    def next(self, count: int) -> list[str]:
-        """The next `count` prompts; never runs out."""
-        found = []
-        for position in range(self.position, self.position + count):
-            epoch, index = divmod(position, len(self.prompts))
-            order = random.Random(f"{self.seed}/{epoch}").sample(range(len(self.prompts)), len(self.prompts))
-            found.append(self.prompts[order[index]])
-        self.position += count
-        return found
-
-
 def sample_candidates(
     generate: Generate, prompts: Sequence[str], *, samples: int, responses: int = 2, seed: int
 ) -> list[list[Candidate]]:

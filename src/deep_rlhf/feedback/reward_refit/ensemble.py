@@ -279,6 +279,8 @@ class RewardFit:
                 features += found
             else:
                 left_out += 1
+        if not preferences:
+            raise DataError("None of the labels says which response is better: collect more labels.")
         if not features:
             raise DataError(
                 f"No pair is left to learn from: {left_out} have more than {config.max_length} tokens or no weight."

@@ -71,6 +71,11 @@ def all_preferences(labels: Iterable[Label]) -> list[Preference]:
     ]
 
 
+def training_labels(labels: Iterable[Label]) -> int:
+    """How many of the labels a reward model can learn from, as Store.label_count counts them."""
+    return sum(label.choice != "cant_tell" and label.comparison.why_selected in FOR_LABEL for label in labels)
+
+
 def training_preferences(labels: Iterable[Label]) -> tuple[list[Preference], dict[str, Label]]:
     """The preferences that the loop's reward model learns from, and the label of each by its id.
 

@@ -20,12 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deep_rlhf.errors import CheckpointError, ConfigError, UserError
 from deep_rlhf.feedback.annotators import reliability
 from deep_rlhf.feedback.monitoring.forecast import compare_selection, forecast_accuracy
-from deep_rlhf.feedback.records import Label
+from deep_rlhf.feedback.records import AnnotatorFigures, Label
 from deep_rlhf.feedback.reward_refit.ensemble import Fitted, RefitSettings, RewardFit, classifier_of
-from deep_rlhf.feedback.reward_refit.preferences import training_preferences
+from deep_rlhf.feedback.reward_refit.preferences import training_labels, training_preferences
 from deep_rlhf.feedback.state import AGREEMENT, ANNOTATORS, FORECAST, SELECTION
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.load import load_language_model, load_tokenizer
+from deep_rlhf.runtime.checkpoint import file_digest
 from deep_rlhf.runtime.run_directory import replace_folder, write_summary
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,10 @@ logger = logging.getLogger(__name__)
 JOB, VERSION, HELD_OUT, START_RESPONSES = "job.json", "version.json", "held_out", "start_responses.json"
 FAILURE = "failure.json"  # why the newest refit ended without a version, for the process that trains the policy
 KEPT = 3  # versions on the disk
+DIGESTS = "sha256"  # in version.json: of every other file
 RESUME_MAY_CHANGE = ("learning_rate", "batch_size", "label_noise")
 _NAME = re.compile(r"version-(\d+)")
+_DAMAGE = (OSError, ValueError, TypeError, LookupError)  # what reading a damaged file raises
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,7 @@ class Refitted:
     labels: int  # in the store when the refit began
     last_event: int  # id of the newest event in the store then
     figures: dict[str, float] = field(default_factory=dict)
+    findings: dict[str, Any] = field(default_factory=dict)  # what it shows, as values of the store by key
     path: Path = Path()
 
 
@@ -78,6 +82,8 @@ class Refits:
         self.job, self.folder, self.store = job, folder, store
         self._policy = policy or (lambda: (load_language_model(job.policy), load_tokenizer(job.policy)))
         self.newest = newest_version(folder)
+        if self.newest is not None:
+            self._store_findings(self.newest)  # a kill may have come before
         self._fit: RewardFit | None = None
         self._held_out: RewardFit | None = None
 
@@ -88,6 +94,11 @@ class Refits:
             return count >= self.job.initial_labels
         minimum = max(self.job.refit_after, math.ceil(self.job.refit_growth * self.newest.labels))
         return count - self.newest.labels >= minimum
+
+    def version_after(self, known: int) -> Refitted:
+        """The version after number `known`: the newest one, if a run that was killed has fitted it, or a new one."""
+        self.newest = newest_version(self.folder)
+        return self.newest if self.newest is not None and self.newest.number > known else self.run()
 
     def run(self) -> Refitted:
         """Fits and saves the next version, and stores what it shows about annotators, selection and more labels.
@@ -103,23 +114,34 @@ class Refits:
             raise
 
     def _run(self) -> Refitted:
-        event, count = self.store.last_event(), self.store.label_count()
-        labels = [label for label in self.store.labels() if label.event_id <= event]
+        labels = self.store.labels()  # one read, so that what is counted is what is learned from
+        event, count = max((label.event_id for label in labels), default=0), training_labels(labels)
         self._open()
         assert self._fit is not None
         preferences, source = training_preferences(labels)
         arguments: dict[str, Any] = {
-            "error_rates": {one.name: one.error_rate for one in ANNOTATORS.read(self.store) or []},
+            "error_rates": {one.name: one.error_rate for one in self._annotators()},
             "ranking_responses": {name: label.comparison.responses for name, label in source.items()},
             "normalise_on": start_responses(self.folder),
         }
         fitted = self._fit.fit(preferences, **arguments)
         held_out = self._held_out.fit(preferences, **arguments) if self._held_out else None
-        figures = _figures(fitted, held_out)
-        self.newest = self._write(Refitted(number=self._next_number(), labels=count, last_event=event, figures=figures))
         predicted = {source[name].comparison_id: p for name, p in fitted.predictions.items()}
-        self._store_figures(labels, predicted, count, pairs=len(preferences))
+        version = Refitted(
+            number=self._next_number(),
+            labels=count,
+            last_event=event,
+            figures=_figures(fitted, held_out),
+            findings=self._findings(labels, predicted, count, pairs=len(preferences)),
+        )
+        self.newest = self._write(version)
+        self._store_findings(self.newest)
         return self.newest
+
+    def _annotators(self) -> list[AnnotatorFigures]:
+        """The annotators' figures as of the newest version, or of an earlier run of this program."""
+        found = self.newest.findings.get(ANNOTATORS.key) if self.newest is not None else None
+        return (ANNOTATORS.decode(found) if found else ANNOTATORS.read(self.store)) or []
 
     def _open(self) -> None:
         """Loads both ensembles from the newest version, or adds new reward heads to the policy's trunk."""
@@ -155,7 +177,7 @@ class Refits:
             if self._held_out is not None:
                 self._held_out.save(folder / HELD_OUT)
             written = {name: value for name, value in asdict(version).items() if name != "path"}
-            write_summary(folder / VERSION, written)
+            write_summary(folder / VERSION, {**written, DIGESTS: _digests(folder)})
 
         try:
             replace_folder(path, write)
@@ -166,25 +188,58 @@ class Refits:
             shutil.rmtree(old, ignore_errors=True)
         return replace(version, path=path)
 
-    def _store_figures(self, labels: list[Label], predicted: Mapping[int, float], count: int, *, pairs: int) -> None:
-        """Stores annotator reliability, the comparison of active with random selection, and the forecast."""
+    def _findings(
+        self, labels: list[Label], predicted: Mapping[int, float], count: int, *, pairs: int
+    ) -> dict[str, Any]:
+        """Annotator reliability, the comparison of active with random selection, and the forecast, as JSON by key."""
         assert self._fit is not None
-        ANNOTATORS.write(self.store, reliability.figures(labels, predicted))
-        AGREEMENT.write(self.store, reliability.alpha(labels))
-        SELECTION.write(self.store, compare_selection(labels, predicted))
         labels_per_pair = count / pairs  # a ranking is one label and several pairs
         history = [(known * labels_per_pair, share, new) for known, share, new in self._fit.state.history]
-        FORECAST.write(self.store, forecast_accuracy(history, count))
+        agreement, forecast = reliability.alpha(labels), forecast_accuracy(history, count)
+        return {
+            ANNOTATORS.key: ANNOTATORS.encode(reliability.figures(labels, predicted)),
+            AGREEMENT.key: None if agreement is None else AGREEMENT.encode(agreement),
+            SELECTION.key: SELECTION.encode(compare_selection(labels, predicted)),
+            FORECAST.key: None if forecast is None else FORECAST.encode(forecast),
+        }
+
+    def _store_findings(self, version: Refitted) -> None:
+        for key, value in version.findings.items():
+            self.store.put(key, value)
 
 
 def newest_version(folder: Path) -> Refitted | None:
     """The newest version in a folder that can be read; None if there is none."""
-    for _, path in _versions(folder):
+    return version_until(folder, None)
+
+
+def version_until(folder: Path, number: int | None) -> Refitted | None:
+    """The newest version in a folder that can be read and is not newer than `number`; None if there is none."""
+    for found, path in _versions(folder):
+        if number is not None and found > number:
+            continue
         try:
-            return Refitted(**json.loads((path / VERSION).read_text(encoding="utf-8")), path=path)
-        except (OSError, ValueError, TypeError) as error:
+            return _read_version(path)
+        except _DAMAGE as error:
             logger.warning("Skipping the reward model in '%s': it cannot be read (%s).", path, error)
     return None
+
+
+def set_damaged_aside(folder: Path) -> None:
+    """Renames damaged versions that are newer than the newest complete one, so that nobody uses them; warns of each."""
+    for number, path in _versions(folder):
+        try:
+            digests = _read_json(path / VERSION).get(DIGESTS, {})  # missing in versions of earlier releases
+            _read_version(path)
+            problem = next((name for name, digest in digests.items() if file_digest(path / name) != digest), None)
+        except _DAMAGE as error:
+            problem = str(error)
+        if problem is None:
+            return
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        logger.warning("Version %d of the reward model is damaged (%s) and kept in '%s'.", number, problem, aside)
 
 
 def check_continuation(folder: Path, job: RefitJob) -> None:
@@ -210,7 +265,14 @@ def start_responses(folder: Path) -> list[tuple[str, str]] | None:
     path = folder / START_RESPONSES
     if not path.exists():
         return None
-    return [(prompt, response) for prompt, response in json.loads(path.read_text(encoding="utf-8"))["responses"]]
+    try:
+        found = [(prompt, response) for prompt, response in _read_json(path)["responses"]]
+        if not found or not all(isinstance(text, str) for pair in found for text in pair):
+            raise ValueError("it does not hold texts")
+        return found
+    except _DAMAGE as error:
+        logger.warning("'%s' is damaged (%s): the start policy's responses are sampled again.", path, error)
+        return None
 
 
 def write_start_responses(folder: Path, samples: list[tuple[str, str]]) -> None:
@@ -229,6 +291,26 @@ def _figures(fitted: Fitted, held_out: Fitted | None) -> dict[str, float]:
         "seconds": fitted.seconds + (held_out.seconds if held_out else 0.0),
     }
     return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
+
+
+def _read_version(path: Path) -> Refitted:
+    """Raises one of _DAMAGE if it cannot be read."""
+    values = _read_json(path / VERSION)
+    values.pop(DIGESTS, None)
+    return Refitted(**values, path=path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
+    return values
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The digests of all files in a folder by their relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): file_digest(path) for path in files}
 
 
 def _versions(folder: Path) -> list[tuple[int, Path]]:

@@ -1,11 +1,13 @@
 """The store: a façade whose methods each run one transaction of `trainer_api`, `question_queue` or `accounts`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from deep_rlhf.feedback.records import Alarm, Choice, Comparison, Label, Question, Row, Version
+from sqlalchemy import Connection
+
+from deep_rlhf.feedback.records import Alarm, Choice, Comparison, Label, Question, Reason, Row, Version
 from deep_rlhf.feedback.store import accounts, question_queue, replication, trainer_api
 from deep_rlhf.feedback.store.accounts import Role, User
 from deep_rlhf.feedback.store.engine import Database
@@ -66,12 +68,22 @@ class Store:
 
     # ---- the trainer's side
 
-    def add(self, comparisons: Sequence[Comparison]) -> list[int]:
-        """Adds questions; returns their ids in order.
+    def add(self, comparisons: Sequence[Comparison], *, values: Mapping[str, Any] | None = None) -> list[int]:
+        """Adds questions; returns their ids in order. `values` are written as by `put`, in the same transaction.
 
         Raises StoreError for a priority or overlap out of range, and for a repeat of an unknown comparison.
         """
-        return self._database.write(lambda db: trainer_api.add(db, comparisons, self._clock()))
+
+        def work(db: Connection) -> list[int]:
+            for key, value in (values or {}).items():
+                trainer_api.put(db, key, value)
+            return trainer_api.add(db, comparisons, self._clock())
+
+        return self._database.write(work)
+
+    def asked(self, reason: Reason) -> list[Comparison]:
+        """All questions that were ever asked for this reason, in order."""
+        return self._database.read(lambda db: trainer_api.asked(db, reason))
 
     def withdraw(self, *, older_than_policy: int) -> int:
         """Withdraws questions about older policies that nobody labelled or holds; returns how many."""
@@ -90,6 +102,10 @@ class Store:
         last = self.last_event() if until is None else until
         return self._database.read(lambda db: trainer_api.labels(db, after, last))
 
+    def undone(self, *, after: int, until: int) -> set[int]:
+        """The ids of the events that were undone by an event: `after` < id of the latter ≤ `until`."""
+        return self._database.read(lambda db: trainer_api.undone(db, after, until))
+
     def label_count(self) -> int:
         """How many labels a reward model can learn from: not "can't tell", gold, repeated or blind pairs."""
         return self._database.read(trainer_api.label_count)
@@ -106,9 +122,9 @@ class Store:
         """All versions of one kind, by number."""
         return self._database.read(lambda db: trainer_api.versions(db, kind))
 
-    def add_metrics(self, rows: Sequence[Row]) -> None:
-        """Adds rows of metrics, which are JSON objects. A number that is not finite becomes null."""
-        self._database.write(lambda db: trainer_api.add_metrics(db, rows))
+    def add_metrics(self, rows: Sequence[Row]) -> int:
+        """Adds rows of metrics, which are JSON objects; returns the newest id. A number not finite becomes null."""
+        return self._database.write(lambda db: trainer_api.add_metrics(db, rows))
 
     def metrics(self, *, after: int = 0) -> list[Row]:
         """Rows with id > `after`, each with its "id"."""
@@ -122,13 +138,21 @@ class Store:
         """The (prompt, response) pairs of every policy version."""
         return self._database.read(trainer_api.samples)
 
-    def add_alarm(self, alarm: Alarm) -> None:
-        """Adds an alarm."""
-        self._database.write(lambda db: trainer_api.add_alarm(db, alarm, self._clock()))
+    def add_alarm(self, alarm: Alarm) -> int:
+        """Adds an alarm and returns its id."""
+        return self._database.write(lambda db: trainer_api.add_alarm(db, alarm, self._clock()))
 
     def alarms(self) -> list[Alarm]:
         """All alarms, the oldest first."""
         return self._database.read(trainer_api.alarms)
+
+    def newest_ids(self) -> tuple[int, int]:
+        """The ids of the newest row of metrics and of the newest alarm; 0 before the first."""
+        return self._database.read(trainer_api.newest_ids)
+
+    def remove_after(self, *, metrics_id: int, alarm_id: int) -> None:
+        """Removes the rows of metrics and the alarms with larger ids: those of updates that a kill has undone."""
+        self._database.write(lambda db: trainer_api.remove_after(db, metrics_id, alarm_id))
 
     def put(self, key: str, value: Any) -> None:
         """Writes a JSON value under a key. `feedback.state` has a typed writer for each key."""

@@ -12,10 +12,11 @@ from typing import Any
 from sqlalchemy import Connection, delete, exists, func, insert, or_, select, update
 
 from deep_rlhf.errors import StoreError
-from deep_rlhf.feedback.records import FOR_LABEL, Alarm, Comparison, Label, Row, Version
+from deep_rlhf.feedback.records import FOR_LABEL, Alarm, Comparison, Label, Reason, Row, Version
 from deep_rlhf.feedback.store.engine import EVENTS_LOCK, METRICS_LOCK, lock
 from deep_rlhf.feedback.store.mapping import (
     asked_for,
+    comparison_of,
     comparison_values,
     effective_labels,
     is_decided,
@@ -75,6 +76,18 @@ def labels(db: Connection, after: int, until: int) -> list[Label]:
     return [label_of(row) for row in effective_labels(db, after, until)]
 
 
+def undone(db: Connection, after: int, until: int) -> set[int]:
+    """The ids of the labels and skips that were undone by an event: `after` < id of the event ≤ `until`."""
+    query = select(E.c.undoes).where(E.c.undoes.is_not(None), E.c.id > after, E.c.id <= until)
+    return set(db.execute(query).scalars())
+
+
+def asked(db: Connection, reason: Reason) -> list[Comparison]:
+    """All questions that were ever asked for this reason, in order."""
+    query = select(C).where(asked_for((reason,))).order_by(C.c.id)
+    return [comparison_of(row) for row in db.execute(query).mappings()]
+
+
 def label_count(db: Connection) -> int:
     """How many labels a reward model can learn from: decided, not undone, selected for training."""
     query = select(func.count(E.c.id)).join(C, C.c.id == E.c.comparison_id)
@@ -98,11 +111,12 @@ def versions(db: Connection, kind: str) -> list[Version]:
     return [Version(**row) for row in db.execute(query).mappings()]
 
 
-def add_metrics(db: Connection, rows: Sequence[Row]) -> None:
-    """Adds rows of metrics. Their ids become visible in order, like those of events."""
+def add_metrics(db: Connection, rows: Sequence[Row]) -> int:
+    """Adds rows of metrics and returns the newest id. Ids become visible in order, like those of events."""
     if rows:
         lock(db, METRICS_LOCK)
         db.execute(insert(METRICS), [{"row": row} for row in rows])
+    return newest_ids(db)[0]
 
 
 def metrics(db: Connection, after: int) -> list[Row]:
@@ -130,15 +144,28 @@ def samples(db: Connection) -> dict[int, list[tuple[str, str]]]:
     return found
 
 
-def add_alarm(db: Connection, alarm: Alarm, now: datetime) -> None:
-    """Adds an alarm."""
-    db.execute(insert(ALARMS).values({**asdict(alarm), "created": alarm.created or now}))
+def add_alarm(db: Connection, alarm: Alarm, now: datetime) -> int:
+    """Adds an alarm and returns its id."""
+    row = {**asdict(alarm), "created": alarm.created or now}
+    return db.execute(insert(ALARMS).values(row).returning(ALARMS.c.id)).scalar_one()
 
 
 def alarms(db: Connection) -> list[Alarm]:
     """All alarms, the oldest first."""
     columns = [column for column in ALARMS.c if column.name != "id"]
     return [Alarm(**row) for row in db.execute(select(*columns).order_by(ALARMS.c.id)).mappings()]
+
+
+def newest_ids(db: Connection) -> tuple[int, int]:
+    """The ids of the newest row of metrics and of the newest alarm; 0 before the first."""
+    newest = [db.execute(select(func.max(table.c.id))).scalar_one() or 0 for table in (METRICS, ALARMS)]
+    return newest[0], newest[1]
+
+
+def remove_after(db: Connection, metrics_id: int, alarm_id: int) -> None:
+    """Removes rows of metrics and alarms with larger ids."""
+    for table, number in ((METRICS, metrics_id), (ALARMS, alarm_id)):
+        db.execute(delete(table).where(table.c.id > number))
 
 
 def put(db: Connection, key: str, value: Any) -> None:
