@@ -1,5 +1,7 @@
 import gzip
 import json
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
+from facts import assert_names
 
+from deep_rlhf.data.prompts import load_prompts
 from deep_rlhf.data.sources import SourceRow, Tally, closest_first, read_rows, split_names
 from deep_rlhf.errors import ConfigError, DataError
 
@@ -146,6 +150,109 @@ def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet")
     rows, tally = read(tmp_path / "a.parquet", "skip")
     assert ([row.values for row in rows], tally.dropped) == ([{"prompt": "x"}], {"not UTF-8": 1})
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([0, 2**50], pyarrow.timestamp("s")),  # after the year 9999
+        pyarrow.array([0, 1], pyarrow.timestamp("s", tz="Mars/Olympus")),
+        pyarrow.array([0, 2**62], pyarrow.duration("s")),
+        pyarrow.array([0, 2**31 - 1], pyarrow.date32()),
+    ],
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_values_that_python_cannot_hold(tmp_path: Path, column: pyarrow.Array, saved: bool) -> None:
+    table = pyarrow.table({"prompt": ["a", "b"], "created": column})
+    path = tmp_path / ("rows" if saved else "rows.parquet")
+    if saved:
+        datasets.Dataset(table).save_to_disk(str(path))
+    else:
+        pyarrow.parquet.write_table(table, path)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    both = "Mars" in str(column.type)
+    assert_names(caught.value, path, "row 1" if both else "row 2", *([] if saved else ["'created'"]))
+    rows, tally = read(path, "skip")
+    assert len(rows) == (0 if both else 1)
+    assert tally.dropped["unreadable value"] == 2 - len(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("twice.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "n": 1, "prompt": "c"}\n', "line 2"),
+        ("deep.jsonl", b'{"prompt": [{"role": "user", "role": "system"}]}\n', "line 1"),
+        ("twice.json", b'[{"prompt": "a"},\n{"prompt": "b", "prompt": "b"}]', "line 2"),
+        ("twice.csv", b"prompt,n,prompt\na,1,b\n", "line 1"),
+    ],
+)
+def test_the_same_key_or_column_twice_is_refused(tmp_path: Path, name: str, content: bytes, place: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert_names(caught.value, path, place, "'role'" if name.startswith("deep") else "'prompt'")
+
+
+def test_a_parquet_file_with_the_same_column_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.parquet"
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"]), path)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert_names(caught.value, path, "'prompt'")
+
+
+@pytest.mark.parametrize(
+    ("depth", "suffix"), [(10**5, "jsonl"), (10**5, "json"), (900, "jsonl"), (900, "json")], ids=str
+)
+def test_lists_in_lists_in_lists(tmp_path: Path, depth: int, suffix: str) -> None:
+    path = tmp_path / f"deep.{suffix}"
+    row = '{"prompt": ' + "[" * depth + "]" * depth + "}"
+    path.write_text(f"[{row}]" if suffix == "json" else row)
+    with pytest.raises(DataError) as caught:
+        load_prompts(str(path), split="train")
+    assert_names(caught.value, path, "line 1")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_neither_file_nor_folder(tmp_path: Path, kind: str) -> None:
+    path = Path("/dev/null") if kind == "device" else tmp_path / "rows.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    for where in ({}, {"data_dir": "there"}):
+        with pytest.raises(DataError) as caught:
+            read(path, **where)
+        assert_names(caught.value, path, kind)
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + "/x.jsonl", "\0.jsonl", "./" + "a/" * 3000, "~nobody-here/x.csv"])
+def test_names_that_no_path_can_have(name: str) -> None:
+    with pytest.raises(DataError):
+        read(name)
+
+
+def test_a_message_holds_no_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "binary.csv"
+    path.write_bytes(b"x" * 10**6 + b"\nshort\n")
+    with pytest.raises(DataError) as caught:
+        load_prompts(str(path), split="train")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_saved_folder_that_is_damaged(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    whole = arrow.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"\0" * len(whole), whole[:8] + b"\xff" * (len(whole) - 8)):
+        arrow.unlink()
+        arrow.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            read(tmp_path / "saved")
+        assert_names(caught.value, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt"])

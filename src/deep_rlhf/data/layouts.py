@@ -251,5 +251,8 @@ def _label(values: dict[str, Any], column: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # a list in a list in a list …, or an integer of thousands of digits
+        return type(value).__name__
     return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"

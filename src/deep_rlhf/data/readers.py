@@ -10,11 +10,17 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from deep_rlhf.errors import DataError
+
+LONGEST = 300  # characters of a message of a library, and of a list of names
+
+# What pyarrow and datasets raise for a value that they can store and Python cannot hold (a date after the year 9999, an
+# unknown time zone), and for damaged files; ArrowException is added where pyarrow is imported.
+UNREADABLE = (OSError, ValueError, OverflowError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
 
 
 class BadRow(Exception):
@@ -55,7 +61,7 @@ def file_type(path: Path) -> str:
 def first_line(error: Exception) -> str:
     """Returns the first line of the message of an error, or of its cause."""
     lines = str(error.__cause__ or error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:LONGEST] if lines else type(error).__name__
 
 
 # ---- one reader for each file type
@@ -65,6 +71,25 @@ def _json_object(value: Any) -> dict[str, Any] | BadRow:
     if isinstance(value, dict):
         return value
     return BadRow("wrong type", f"expected a JSON object of columns, found {type(value).__name__}")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these keys. Raises ValueError if one is there twice: which of the values is meant is unknown."""
+    if doubled := first_repeated([key for key, _ in pairs]):
+        raise ValueError(f"an object has the key {doubled[0][:LONGEST]!r} twice")
+    return dict(pairs)
+
+
+def first_repeated(names: Sequence[str]) -> list[str]:
+    """The first name that occurs twice, in a list; an empty list if all differ."""
+    seen: set[str] = set()
+    return [name for name in names if name in seen or seen.add(name)][:1]  # type: ignore[func-returns-value]
+
+
+def _refuse_repeated(names: Sequence[str], where: str) -> None:
+    """Raises DataError if two columns have the same name."""
+    if doubled := first_repeated(names):
+        raise DataError(f"{where} has two columns '{doubled[0][:LONGEST]}': rename or remove one of them")
 
 
 def _bad_json(error: Exception) -> BadRow:
@@ -81,7 +106,7 @@ def _jsonl_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
             continue
         values: dict[str, Any] | BadRow
         try:
-            values = _json_object(json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8")))
+            values = _json_object(_DECODER.decode(raw.decode("utf-8-sig" if number == 1 else "utf-8")))
         except UnicodeDecodeError as error:
             values = _not_utf8(error)
         except (ValueError, RecursionError) as error:
@@ -101,7 +126,7 @@ def _json_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}, line {line}: {_not_utf8(error)}") from error
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    space = re.compile(r"\s*")
     at, line, counted = text.index("[") + 1, 1, 0
     while True:
         at = space.match(text, at).end()  # type: ignore[union-attr]
@@ -111,7 +136,7 @@ def _json_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
                 raise DataError(f"{path}, line {line}: expected nothing after the end of the JSON list")
             return
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, at = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", line)
             raise DataError(f"{path}, line {line}: {_bad_json(error)}") from error
@@ -145,8 +170,9 @@ def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
             continue
         if columns is None:
             columns = cells
+            _refuse_repeated(columns, f"{path}, line {line},")
         elif len(cells) != len(columns):
-            expected = f"expected {len(columns)} cells ({', '.join(columns)}), found {len(cells)}"
+            expected = f"expected {len(columns)} cells ({', '.join(columns)[:LONGEST]}), found {len(cells)}"
             yield f"line {line}", BadRow("wrong number of cells", expected)
         else:
             yield f"line {line}", dict(zip(columns, cells, strict=True))
@@ -160,15 +186,28 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
     if not raw:
         return
     try:
+        _refuse_repeated(pyarrow.parquet.read_schema(pyarrow.BufferReader(raw)).names, str(path))
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a parquet file: {first_line(error)}") from error
+        table.validate()
+        columns = dict(zip(table.column_names, table.columns, strict=True))
+    except (pyarrow.ArrowException, *UNREADABLE) as error:
+        raise DataError(f"{path} is not a parquet file that can be read: {first_line(error)}") from error
     for number in range(table.num_rows):
-        try:
-            row = {name: cells[number].as_py() for name, cells in zip(table.column_names, table.columns, strict=True)}
-            yield f"row {number + 1}", row
-        except UnicodeDecodeError as error:
-            yield f"row {number + 1}", _not_utf8(error)
+        values: dict[str, Any] = {}
+        problem: BadRow | None = None
+        for name, cells in columns.items():
+            try:
+                values[name] = cells[number].as_py()
+            except UnicodeDecodeError as error:
+                problem = _not_utf8(error)
+            except (pyarrow.ArrowException, *UNREADABLE) as error:
+                problem = unreadable(f"column '{name}'", error)
+        yield f"row {number + 1}", problem or values
+
+
+def unreadable(what: str, error: Exception) -> BadRow:
+    """A row with a value that Python cannot hold."""
+    return BadRow("unreadable value", f"{what} holds a value that cannot be read: {first_line(error)}")
 
 
 def _text_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
@@ -181,6 +220,8 @@ def _text_rows(path: Path, file: BinaryIO) -> Iterator[Item]:
         if text.strip():
             yield f"line {number}", {"text": text}
 
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 READERS: dict[str, Callable[[Path, BinaryIO], Iterator[Item]]] = {
     ".jsonl": _jsonl_rows,

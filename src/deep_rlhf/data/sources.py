@@ -10,7 +10,7 @@ from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Any
 
-from deep_rlhf.data.readers import READERS, BadRow, Item, file_type, first_line, read_table
+from deep_rlhf.data.readers import READERS, UNREADABLE, BadRow, Item, file_type, first_line, read_table, unreadable
 from deep_rlhf.errors import ConfigError, DataError
 from deep_rlhf.types import RowReport
 
@@ -55,6 +55,7 @@ class Tally:
 
 def closest_first(name: str, options: Iterable[str]) -> str:
     """Returns the options as one string, those most similar to `name` first."""
+    options = [option if len(option) <= 60 else f"{option[:60]}…" for option in options]
     ordered = sorted(options, key=lambda option: -SequenceMatcher(None, name.lower(), option.lower()).ratio())
     return ", ".join(ordered[:LISTED]) + (", …" if len(ordered) > LISTED else "") if ordered else "(none)"
 
@@ -129,7 +130,7 @@ def _local_path(name: str) -> Path | None:
         parent = path.parent
         held = (
             f"{'this folder' if parent == Path() else parent} holds: {closest_first(path.name, _names_in(parent))}"
-            if parent.is_dir()
+            if os.path.isdir(parent)
             else f"there is no {parent} either"
         )
         raise DataError(f"there is no file or folder '{name}'; {held}")
@@ -137,7 +138,10 @@ def _local_path(name: str) -> Path | None:
 
 
 def _names_in(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError:  # the names are only suggestions
+        return []
 
 
 def _local_splits(path: Path, config: str | None, data_dir: str | None) -> dict[str, list[Path]]:
@@ -150,6 +154,8 @@ def _local_splits(path: Path, config: str | None, data_dir: str | None) -> dict[
         if data_dir is not None:
             raise DataError(f"{path} is a file and has no sub-folder '{data_dir}'; leave data_dir out")
         return {"train": [path]}
+    if not path.is_dir():
+        raise DataError(f"{path} is a {_kind_of(path)}, not a file or folder: write its rows to a file, and give that")
     folder = path / data_dir if data_dir else path
     if not folder.is_dir() or not folder.resolve().is_relative_to(path.resolve()):
         folders = [entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_dir()]
@@ -159,6 +165,11 @@ def _local_splits(path: Path, config: str | None, data_dir: str | None) -> dict[
     if (folder / "state.json").exists():
         return {"train": [folder]}
     return _files_by_split(folder)
+
+
+def _kind_of(path: Path) -> str:
+    kinds = {"pipe": path.is_fifo(), "socket": path.is_socket()}
+    return next((kind for kind, holds in kinds.items() if holds), "device")
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
@@ -186,20 +197,39 @@ def _table_rows(path: Path) -> Iterator[Item]:
 
 def _saved_rows(path: Path) -> Iterator[Item]:
     import datasets
+    import pyarrow
 
     try:
-        data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        data = datasets.load_from_disk(str(path)).with_format(None)
+        length = len(data)
+    except (pyarrow.ArrowException, *UNREADABLE) as error:
         raise DataError(f"{path} is not a complete save_to_disk folder: {first_line(error)}") from error
-    yield from _dataset_rows(data)
+    yield from _dataset_rows(data, length)
 
 
-def _dataset_rows(data: Any) -> Iterator[Item]:
-    number = 0
-    for batch in data.with_format(None).iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield f"row {number}", dict(zip(batch, values, strict=True))
+def _dataset_rows(data: Any, length: int) -> Iterator[Item]:
+    """The rows of a data set, read a thousand at a time, and one at a time where one of them cannot be read."""
+    import pyarrow
+
+    for start in range(0, length, 1000):
+        rows = range(start, min(start + 1000, length))
+        try:
+            batch = data[rows.start : rows.stop]
+            values = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+        except (pyarrow.ArrowException, *UNREADABLE):
+            for row in rows:
+                yield f"row {row + 1}", _dataset_row(data, row)
+        else:
+            yield from ((f"row {row + 1}", value) for row, value in zip(rows, values, strict=True))
+
+
+def _dataset_row(data: Any, row: int) -> dict[str, Any] | BadRow:
+    import pyarrow
+
+    try:
+        return dict(data[row])
+    except (pyarrow.ArrowException, *UNREADABLE) as error:
+        return unreadable("it", error)
 
 
 # ---- the Hub
@@ -212,7 +242,7 @@ def _hub_rows(name: str, split: str, config: str | None, data_dir: str | None, n
         data = datasets.load_dataset(name, config, split=split, data_dir=data_dir, num_proc=num_proc)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(_explain(error, name, split, config, data_dir)) from error
-    yield from _dataset_rows(data)
+    yield from _dataset_rows(data.with_format(None), len(data))
 
 
 def _explain(error: Exception, name: str, split: str, config: str | None, data_dir: str | None) -> str:
