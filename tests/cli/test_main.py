@@ -157,6 +157,6 @@ def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch: pytest.Monkey
 
 def test_line_breaks_in_a_flag_stay_out_of_the_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli_main.run("label", ["--role=a\nb"])
+        cli_main.run("loop", ["--labeler=a\nb"])
     (line,) = capsys.readouterr().err.splitlines()
     assert_names(line, "a b")
