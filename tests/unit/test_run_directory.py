@@ -1,5 +1,6 @@
 """The folder of a run: one JSON object a line, and never half a file."""
 
+import errno
 import json
 import math
 import os
@@ -160,6 +161,20 @@ def test_summary_is_replaced_whole(tmp_path: Path) -> None:
     write_summary(path, {"seconds": 2})
     assert path.read_text(encoding="utf-8") == '{\n  "seconds": 2\n}\n'
     assert [file.name for file in path.parent.iterdir()] == ["summary.json"]
+
+
+def test_a_summary_that_the_disk_refuses_leaves_the_earlier_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_summary(tmp_path / "summary.json", {"seconds": 1})
+    monkeypatch.setattr("deep_rlhf.runtime.run_directory.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_summary(tmp_path / "summary.json", {"seconds": 2})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"seconds": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
