@@ -192,3 +192,42 @@ def test_after_a_failed_refit_the_next_one_continues_from_the_newest_version(tmp
 
 def _fails(*_: Any, **__: Any) -> None:
     raise NotFiniteError("the loss is nan")
+
+
+def test_a_label_that_is_counted_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A label arrives as soon as the refit has read anything."""
+    learned: list[Any] = []
+
+    def fit(preferences: list[Any], **_: Any) -> Any:
+        learned.extend(preferences)
+        numbers = dict.fromkeys(("train_loss", "oob_loss", "ratio", "weight_decay", "accuracy", "seconds"), 1.0)
+        return SimpleNamespace(**numbers, oob_accuracy=[1.0], predictions={})
+
+    with Store(tmp_path / "labels.db", seed=1) as store:
+        store.add([Comparison(prompt="p", responses=("x", f"y{i}")) for i in range(9)])
+
+        def answer() -> None:
+            (question,) = store.ask("ann")
+            store.add_label(question.id, "ann", token=str(question.id), choice="a")
+
+        plain = store._database.read
+
+        def read(work: Any) -> Any:
+            found = plain(work)
+            monkeypatch.setattr(store._database, "read", plain)
+            answer()
+            monkeypatch.setattr(store._database, "read", read)
+            return found
+
+        answer()
+        answer()
+        refits = Refits(JOB, tmp_path, store)
+        state = SimpleNamespace(history=[])
+        refits._fit = cast(RewardFit, SimpleNamespace(fit=fit, save=lambda folder: folder.mkdir(), state=state))
+        monkeypatch.setattr(store._database, "read", read)
+        version = refits.run()
+        monkeypatch.setattr(store._database, "read", plain)
+        events = {int(pair.id.split("-")[0]) for pair in learned}
+        assert version.labels == len(learned) == len([one for one in store.labels() if one.event_id in events])
+        assert version.last_event == max(events)
+        assert store.label_count() > version.labels
