@@ -4,20 +4,23 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from facts import assert_names
 from session_world import HONEST, SETTINGS, brevity, make_session, policy_folder
 
-from deep_rlhf.cli.loop_config import LoopConfig
-from deep_rlhf.errors import CheckpointError, DataError, StoreUnavailable, UserError
+from deep_rlhf.cli.loop_config import LoopConfig, run_folder_errors
+from deep_rlhf.errors import CheckpointError, DataError, ResourceError, StoreUnavailable, UserError
 from deep_rlhf.feedback.annotators.simulated import SimulatedLabeler
 from deep_rlhf.feedback.loop import session as session_module
 from deep_rlhf.feedback.loop.config import KEPT_SETTINGS, SessionConfig
 from deep_rlhf.feedback.loop.session import Session
+from deep_rlhf.feedback.reward_refit.supervisor import RefitProcess
 from deep_rlhf.feedback.reward_refit.versions import Refits, newest_version, start_responses
 from deep_rlhf.feedback.store import Store
+from deep_rlhf.runtime.run_directory import write_summary
 
 SHORT: dict[str, Any] = {"updates": 2, "batched_updates": 1, "initial_labels": 16, "labels": 24, "batch_size": 16}
 SHORT |= {"mini_batch_size": 16, "ppo_epochs": 1, "save_every": 1}
@@ -211,6 +214,28 @@ def test_damaged_start_responses_count_as_missing(
     (tmp_path / "start_responses.json").write_bytes(content)
     assert start_responses(tmp_path) is None
     assert str(tmp_path / "start_responses.json") in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"why": 1}', b"\xff"])
+def test_a_damaged_note_of_a_failed_refit_is_still_told(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "failure.json").write_bytes(content)
+    RefitProcess._tell_failure(cast(RefitProcess, SimpleNamespace(folder=tmp_path)), 3)
+    assert_names(caplog.text, str(tmp_path / "refits.log"), "Version 3")
+    assert not (tmp_path / "failure.json").exists()
+
+
+@pytest.mark.parametrize("name", ["job.json", "start_responses.json", "version.json"])
+def test_a_folder_in_the_place_of_a_file_is_told(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    assert start_responses(tmp_path) is None
+    with pytest.raises(ResourceError) as told, run_folder_errors():
+        write_summary(tmp_path / name, {})
+    assert_names(told.value, str(tmp_path / name))
+    with pytest.raises(ResourceError) as told, run_folder_errors():
+        (tmp_path / name).open("ab")
+    assert_names(told.value, str(tmp_path / name))
 
 
 def test_damaged_files_are_named_and_replaced_by_what_is_whole(

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from deep_rlhf.cli.flags import output_folder, parse_flags
-from deep_rlhf.cli.loop_config import GUARDED, LoopConfig, mean_taste, open_labeler, open_prompts
+from deep_rlhf.cli.loop_config import GUARDED, LoopConfig, mean_taste, open_labeler, open_prompts, run_folder_errors
 from deep_rlhf.cli.status_line import StatusLine
 from deep_rlhf.cli.synthetic_policy import cached_policy, cached_policy_folder
 from deep_rlhf.feedback.loop.checkpoints import exclusive_run
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(config.threads_each)
     folder = output_folder(config.output_dir)
-    with Store(config.store_address) as store, exclusive_run(folder, store), StatusLine(store):
+    with run_folder_errors(), Store(config.store_address) as store, exclusive_run(folder, store), StatusLine(store):
         if not is_guarded:  # `teach` has cleared it, and the button may have been pressed since
             STOP.write(store, None)
         labeler = open_labeler(config)

@@ -2,7 +2,8 @@
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 from deep_rlhf.data.chat import get_template
 from deep_rlhf.data.prompts import load_prompts
 from deep_rlhf.data.synthetic import generate_prompts, judge
-from deep_rlhf.errors import ConfigError
+from deep_rlhf.errors import ConfigError, ResourceError
 from deep_rlhf.feedback.annotators.base import Labeler, People
 from deep_rlhf.feedback.annotators.replay import Replay, read_votes
 from deep_rlhf.feedback.annotators.simulated import SimulatedLabeler, Utility
@@ -70,6 +71,23 @@ class LoopConfig(SessionConfig):
     def store_address(self) -> str:
         """The file or database address of the store."""
         return self.store or os.environ.get(STORE_VARIABLE) or str(Path(self.output_dir) / "labels.db")
+
+
+@contextmanager
+def run_folder_errors() -> Iterator[None]:
+    """Within this context a file of the run folder that cannot be read or written raises ResourceError with its name.
+
+    Such a file may be a folder of that name, a link to nowhere, or one without permission.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename2 or error.filename
+        if name is None:
+            raise
+        raise ResourceError(
+            f"'{name}' cannot be read or written ({error.strerror}): remove it, or give another --output_dir."
+        ) from error
 
 
 def open_prompts(config: LoopConfig, labeler: Labeler) -> tuple[list[str], list[str]]:

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
-from deep_rlhf.cli.loop_config import GUARDED, STORE_VARIABLE, LoopConfig
+from deep_rlhf.cli.loop_config import GUARDED, STORE_VARIABLE, LoopConfig, run_folder_errors
 from deep_rlhf.cli.status_line import StatusLine
 from deep_rlhf.errors import UserError
 from deep_rlhf.feedback.state import STOP
@@ -75,7 +75,9 @@ def _start_trainer(config: TeachConfig, folder: Path) -> subprocess.Popen[bytes]
     loop = LoopConfig(**{name: getattr(config, name) for name in LoopConfig.__dataclass_fields__})
     values: dict[str, Any] = {"store": None, "output_dir": str(folder)}
     settings = folder / SETTINGS
-    save_config(settings, LoopConfig(**{**vars(loop), **values}))
+    with run_folder_errors():
+        save_config(settings, LoopConfig(**{**vars(loop), **values}))
+        (folder / LOG).touch()
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "deep_rlhf.cli.main", "loop", f"--config={settings}"],

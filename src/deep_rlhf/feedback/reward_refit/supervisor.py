@@ -60,11 +60,13 @@ class RefitProcess:
     def _tell_failure(self, known: int) -> None:
         """Warns once of a refit that the process gave up, after which the reward model stays as it is."""
         path = self.folder / FAILURE
+        if not path.is_file():
+            return
         try:
             reason = json.loads(path.read_text(encoding="utf-8"))["reason"]
-            path.unlink()
-        except FileNotFoundError:
-            return
+        except (OSError, ValueError, LookupError, TypeError):  # damaged
+            reason = f"The reason is in '{self.folder / LOG}'."
+        path.unlink(missing_ok=True)
         stays = f"Version {known} of the reward model stays in use" if known else "There is no reward model yet"
         logger.warning("A refit ended without a version. %s %s; the next labels start another refit.", reason, stays)
 
