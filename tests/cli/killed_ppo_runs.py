@@ -123,6 +123,7 @@ RUNS = {
     "changed history": Run(PPO, scoring(7, kill), before_resume=change_history),
     "disk full": Run(PPO, lambda: limit_files(18, 50_000), ending=2),
     "hang": Run(PPO, lambda: hang_from(4), ending=2, flags=("--reward_timeout=2",)),
+    "exit": Run(PPO, scoring(5, lambda: os._exit(0)), ending=0),
     "interrupt": Run(PPO, scoring(5, interrupt), ending=130),
     "terminate": Run(PPO, scoring(5, terminate), ending=143),
     "interrupt twice": Run(PPO, scoring(5, interrupt_twice), ending=130),
