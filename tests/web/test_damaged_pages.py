@@ -90,7 +90,7 @@ def _check(client: Client, store: Store) -> None:
         assert_names(error, "is damaged")
 
 
-@pytest.mark.parametrize("cases", [15, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [15, pytest.param(200, marks=pytest.mark.slow)])
 def test_every_page_survives_bad_rows(cases: int, used: Client, store: Store, tmp_path: Path) -> None:
     path = tmp_path / "labels.db"
     with sqlite3.connect(path) as connection:
@@ -101,7 +101,6 @@ def test_every_page_survives_bad_rows(cases: int, used: Client, store: Store, tm
     columns = [(table.name, column.name) for table in METADATA.tables.values() for column in table.columns]
     for _ in range(cases):
         if _set(path, *rng.choice(columns), rng.choice(VALUES)):
-            store._database._found = None  # what was found in the case before
             _check(used, store)
         store._database.engine.dispose()
         for log in tmp_path.glob("labels.db-*"):

@@ -94,7 +94,7 @@ def _open_and_use(path: Path) -> None:
         _read_and_write(store)
 
 
-@pytest.mark.parametrize("cases", [40, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [25, pytest.param(400, marks=pytest.mark.slow)])
 def test_a_damaged_file_is_one_sentence(cases: int, good: bytes, tmp_path: Path) -> None:
     rng = random.Random(SEED)
     for _ in range(cases):
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_one_sentence(cases: int, good: bytes, tmp_path: Path)
         _check_refusal(partial(_open_and_use, path))
 
 
-@pytest.mark.parametrize("cases", [20, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [15, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_file_that_is_damaged_while_it_is_open_is_one_sentence(cases: int, good: bytes, tmp_path: Path) -> None:
     rng = random.Random(SEED)
     for _ in range(cases):

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from facts import assert_names
 from postgres import Server, name_of
+from store_parts import pair
 
 from deep_rlhf.cli import label
 from deep_rlhf.cli import store as store_command
-from deep_rlhf.errors import StoreError, UserError
+from deep_rlhf.errors import StoreError, StoreUnavailable, UserError
 from deep_rlhf.feedback.store import Store
 
 ALEMBIC = "CREATE TABLE alembic_version (version_num TEXT)"
@@ -208,3 +209,23 @@ def test_a_wrong_address_in_postgresql_names_the_cause(postgres: Server, labels:
         with pytest.raises(StoreError, match=cause) as error:
             COMMANDS["show"](wrong, labels)
         assert "\n" not in str(error.value)
+
+
+def test_rights_that_are_missing_in_postgresql_are_named(postgres: Server) -> None:
+    address = postgres.database()
+    postgres.execute("DROP ROLE IF EXISTS weak; CREATE ROLE weak LOGIN")
+    weak = address.replace("postgres@", "weak@")
+    with pytest.raises(StoreError, match="permission denied for schema public"):
+        Store(weak)
+    with Store(address) as store:
+        store.add([pair()])
+        postgres.execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO weak", database=name_of(address))
+        with Store(weak) as reader:
+            assert reader.waiting() == 1
+            with pytest.raises(StoreError, match="permission denied for table comparisons"):
+                reader.add([pair()])
+        postgres.execute(f"ALTER DATABASE {name_of(address)} SET default_transaction_read_only = on")
+        store._database.engine.dispose()
+        assert store.waiting() == 1
+        with pytest.raises(StoreUnavailable, match="is read-only"):
+            store.add([pair()])

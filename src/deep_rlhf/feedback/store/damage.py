@@ -29,7 +29,7 @@ PASSING: dict[int | str, str] = {
     sqlite3.SQLITE_IOERR: "cannot be read or written by the system",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened by the system",
     "53100": "cannot be written, because the server's disk is full",
-    "25006": "cannot be written, because the server is read-only",
+    "25006": "cannot be written, because it is read-only",
 }
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, "XX001", "XX002")
 FORBIDDEN = "42501"

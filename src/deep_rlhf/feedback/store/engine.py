@@ -49,7 +49,7 @@ ATTEMPTS = 5  # for a transaction that conflicts with another one: a deadlock, o
 LOCK = text("SELECT pg_advisory_xact_lock(:number)")
 # Advisory locks, beside one per person. The migration repeats the number of EVENTS_LOCK.
 MIGRATION_LOCK, EVENTS_LOCK, METRICS_LOCK = 7_310_001, 7_310_002, 7_310_003
-REMEMBERED = 10.0  # seconds for which a found damage is not looked for again
+QUICK, REMEMBERED = 1.0, 10.0  # if looking for damage takes longer than 1 s, it is believed for 10 times as long
 DEADLOCK, SERIALIZATION = "40P01", "40001"
 
 
@@ -71,7 +71,7 @@ class Database:
         self.name = display_name(self.url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._file: tuple[int, int] | None = None  # which file the path led to when it was opened
-        self._found: tuple[float, str | None] | None = None  # when damage was last looked for, and what was found
+        self._found: tuple[float, str | None] = (0.0, None)  # what damage was found, and until when that is believed
         try:
             with optional_packages("A store in PostgreSQL"):
                 self.engine = create_engine(self.url, hide_parameters=True, **self._options())
@@ -178,18 +178,25 @@ class Database:
         return StoreUnavailable(f"{self.name} {what}{f' ({reason})' if reason else ''}. {hint}", f"The store {what}.")
 
     def _damage(self) -> str | None:
-        """What is damaged, None if nothing is. Remembered for a while, because a page asks again every second."""
-        moment = time.monotonic()
-        if self._found is None or moment - self._found[0] > REMEMBERED:
-            try:
-                with self.engine.connect() as connection:
-                    self._found = moment, find_damage(connection)
-            except DBAPIError as error:  # SQLite reads the catalog of every file that is whole
-                is_damage = code_of(error) in DAMAGED or (self.is_sqlite and code_of(error) not in PASSING)
-                return self._reason(error) if is_damage else None
-            except UnicodeDecodeError:
-                return NOT_TEXT
+        """What is damaged, None if nothing is. Not looked for all the time, though a page asks again every second."""
+        start = time.monotonic()
+        if start > self._found[0]:
+            found = self._look_for_damage()
+            took = time.monotonic() - start
+            if took < QUICK:
+                return found
+            self._found = start + REMEMBERED * took, found
         return self._found[1]
+
+    def _look_for_damage(self) -> str | None:
+        try:
+            with self.engine.connect() as connection:
+                return find_damage(connection)
+        except DBAPIError as error:  # SQLite reads the catalog of every file that is whole
+            is_damage = code_of(error) in DAMAGED or (self.is_sqlite and code_of(error) not in PASSING)
+            return self._reason(error) if is_damage else None
+        except UnicodeDecodeError:
+            return NOT_TEXT
 
     def _options(self) -> dict[str, Any]:
         pool: dict[str, Any] = {"pool_size": 10, "max_overflow": 40, "pool_timeout": BUSY_SECONDS}
