@@ -4,6 +4,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import partial
+from itertools import compress
 from typing import Any
 
 from sqlalchemy import Boolean, Column, Connection, Table, cast, select
@@ -70,21 +71,22 @@ def damaged_row(connection: Connection, tables: Iterable[Table] = LABELS) -> str
 
 def _unreadable_row(connection: Connection, table: Table) -> str | None:
     checks = [_check(column, connection) for column in table.columns]
-    place = "the first row"
+    is_key = [column.primary_key for column in table.columns]
     rows = _raw_rows(connection, table)
+    row: tuple[Any, ...] | None = ()
     while True:
+        before = row
         try:
             row = next(rows, None)
         except sqlite3.Error as error:
+            place = f"the row after {_shown(compress(before, is_key))}" if before else "the first row"
             return f"table {table.name}, {place}: {error}"
         if row is None:
             return None
-        key = _shown(value for column, value in zip(table.columns, row, strict=True) if column.primary_key)
         for column, check, value in zip(table.columns, checks, row, strict=True):
             problem = check(value)
             if problem is not None:
-                return f"table {table.name}, row {key}: column {column.name} {problem}"
-        place = f"the row after {key}"
+                return f"table {table.name}, row {_shown(compress(row, is_key))}: column {column.name} {problem}"
 
 
 def _raw_rows(connection: Connection, table: Table) -> Iterator[tuple[Any, ...]]:
