@@ -128,10 +128,12 @@ def whole(folder: Path, command: str) -> str | None:
     """After success metrics and samples count every update once, and a policy is beside them."""
     metrics = folder / "metrics.jsonl"
     if command in ONLINE and metrics.is_file():
-        steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+        steps = [json.loads(line)["step"] for line in metrics.read_text().rstrip("\n").split("\n")]
         if steps != [*range(1, len(steps) + 1)]:
             return f"metrics.jsonl has the steps {steps}"
-        sampled = sorted({json.loads(line)["step"] for line in (folder / "samples.jsonl").read_text().splitlines()})
+        sampled = sorted(
+            {json.loads(line)["step"] for line in (folder / "samples.jsonl").read_text().rstrip("\n").split("\n")}
+        )
         if sampled != steps:
             return f"samples.jsonl has the steps {sampled} of {steps}"
         if json.loads((folder / "summary.json").read_text())["updates"] != len(steps):

@@ -127,7 +127,7 @@ def wrong(path: Path) -> Iterator[Fault]:
         elif path.suffix == ".json" and path.name != "state.json":
             strict(path.read_text(encoding="utf-8"))
         elif path.name in ("metrics.jsonl", "samples.jsonl"):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
                 strict(line)
     except Exception as error:  # whatever the file's reader says
         yield "wrong result", f"{path.name} cannot be read: {error}"
@@ -188,7 +188,7 @@ def _cause(text: str) -> str:
 
 def _stuck(text: str) -> str:
     """The places of the project in the stacks that a process wrote when it was over its time."""
-    stacks = text[text.rfind("Thread 0x") if "Thread 0x" in text else text.rfind("Stack (") :]
+    stacks = text[text.rfind("hread 0x") :]
     ours = re.findall(r'deep_rlhf/([\w/]+\.py)", line (\d+)', stacks)
     return " < ".join(f"{name}:{line}" for name, line in ours[:3]) or _last(text)
 

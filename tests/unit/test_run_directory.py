@@ -143,6 +143,13 @@ def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path: Path, name: str) 
     assert_names(told.value, tmp_path / name, "folder", "output_dir")
 
 
+def test_a_pipe_in_the_folder_of_a_run_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError) as told:
+        output_folder(tmp_path)
+    assert_names(told.value, tmp_path / "config.json", "pipe", "output_dir")
+
+
 @pytest.mark.parametrize("name", ["model", "checkpoints", "best"])
 def test_a_file_with_the_name_of_a_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")

@@ -29,7 +29,13 @@ FOLDERS = ("model", "best", "bad_batches", "checkpoints", "rewards", "versions",
 
 
 def check_names(folder: Path) -> None:
-    """Raises CheckpointError if a folder has the name of a file that a run writes, or the other way round."""
+    """Raises CheckpointError if a folder has the name of a file that a run writes, or the other way round.
+
+    Also for a pipe or a device, on which writing would wait for ever, or lose what is written.
+    """
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"'{path}' is a pipe or a device: remove it, or give another output_dir.")
     for name in FILES:
         if (folder / name).is_dir():
             raise CheckpointError(
