@@ -21,6 +21,7 @@ import pytest
 import torch
 from facts import assert_names
 
+from deep_rlhf.cli.console import lasting_output
 from deep_rlhf.errors import ConfigError, RewardError
 from deep_rlhf.models.function_scorer import FunctionScorer
 from deep_rlhf.models.reward import load_scorer
@@ -450,6 +451,14 @@ def test_a_function_that_closes_the_standard_output(monkeypatch: pytest.MonkeyPa
         return [1.0]
 
     assert_names(error_message(closes, rows=1), "f", "closed the standard output")
+
+
+def test_a_command_still_prints_after_a_function_that_closes_its_output(capsys: pytest.CaptureFixture[str]) -> None:
+    with lasting_output() as out:
+        scorer = FunctionScorer(lambda prompts, responses: [sys.stdout.close() or 1.0], "f")
+        assert scorer.score(["q"], ["r"]).item() == 1.0
+        out.write("done")
+    assert capsys.readouterr().out == "done"
 
 
 def test_a_function_that_removes_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,10 @@ class LastingStream:
         """As a stream's, but it raises nothing."""
         self._try(self._stream.flush)
 
+    def close(self) -> None:
+        """Flushes it, and leaves it open: the command still writes, whatever a user's function closes."""
+        self.flush()
+
     def check(self) -> None:
         """Raises ResourceError if something could not be written, though its reader wants more, unlike `head`."""
         self.flush()
