@@ -216,7 +216,10 @@ def test_the_same_template_causes_no_warning(folder, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "not valid JSON"), ('{"mean": [0.0, 1.0]}', "all 1 members")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "not valid JSON"), ('{"mean": [0.0, 1.0]}', "list of 1 finite"), ("{}", "mean"), ("[]", "object")],
+)
 def test_a_broken_card_is_refused(folder, text, words):
     (folder / "reward_model.json").write_text(text)
     with pytest.raises(ModelError, match=words):

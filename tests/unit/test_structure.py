@@ -15,7 +15,7 @@ MOST_MODULES = 13  # in a package, not counting those of its sub-packages
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 80
 # Exceptions, each with its own limit; a file or function listed here gives the reason in its docstring.
-LARGE_PACKAGES = {"deep_rlhf.cli": 16}  # one module per command
+LARGE_PACKAGES = {"deep_rlhf.cli": 16, "deep_rlhf.models": 14}  # one module per command; checks of models apart
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from deep_rlhf.algorithms.supervised.dpo import DPOConfig, DPOResult, train_dpo
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
 from deep_rlhf.cli.reward import RewardArguments, after_training, load_splits
-from deep_rlhf.models.saving import save_model
+from deep_rlhf.models.saving import save_model, saving
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
 from deep_rlhf.runtime.trackers import usable_trackers
 from deep_rlhf.types import RowReport
@@ -61,12 +61,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write(result: DPOResult, summary: dict[str, Any], arguments: DPOArguments, config: DPOConfig) -> RunDirectory:
-    """Writes the policy to `model/` and the resolved flags, the log and the summary beside it."""
+    """Writes the policy to `model/` and the resolved flags, the log and the summary beside it.
+
+    Raises ResourceError if the disk refuses a file.
+    """
     save_model(result.model, result.tokenizer, Path(config.output_dir) / "model")
-    run = RunDirectory(config.output_dir)
-    run.write_metrics(result.history)
-    save_config(run.path / "config.yaml", arguments, config)
-    write_summary(run.path / "summary.json", summary)
+    with saving("results", Path(config.output_dir)):
+        run = RunDirectory(config.output_dir)
+        run.write_metrics(result.history)
+        save_config(run.path / "config.yaml", arguments, config)
+        write_summary(run.path / "summary.json", summary)
     return run
 
 

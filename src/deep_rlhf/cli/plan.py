@@ -5,15 +5,13 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 
 from deep_rlhf.cli.flags import parse_flags
 from deep_rlhf.errors import ConfigError, ModelError, UserError
-from deep_rlhf.models.load import no_configuration
+from deep_rlhf.models.load import load_config
 from deep_rlhf.planning.memory_plan import GIB, GPUS, Machine, MemoryPlan, gpu_of, this_machine
 from deep_rlhf.runtime.memory import resident_peak
 
@@ -144,9 +142,9 @@ def _online_planner(command: str, machine: Machine) -> Planner:
     def plan(flags: Flags) -> MemoryPlan:
         (config,) = parse_flags(list(flags), config_class, prog=f"deep-rlhf plan {command}", description=__doc__)
         trusted = {"trust_remote_code": config.trust_remote_code}
-        policy = _configuration("model_name", config.model_name, **trusted)
+        policy = load_config(config.model_name, "configuration of --model_name", **trusted)
         is_function = config.reward_model.startswith("python:")
-        reward = None if is_function else _configuration("reward_model", config.reward_model, **trusted)
+        reward = None if is_function else load_config(config.reward_model, "configuration of --reward_model", **trusted)
         return _model_errors(config.model_name, lambda: plan_online(config, policy, reward, machine, baseline=baseline))
 
     return plan
@@ -163,7 +161,7 @@ def _reward_planner(machine: Machine) -> Planner:
             list(flags), RewardArguments, RewardConfig, prog="deep-rlhf plan reward", description=__doc__
         )
         name, trusted = arguments.model_name_or_path, {"trust_remote_code": arguments.trust_remote_code}
-        model = _configuration("model_name_or_path", name, **trusted)
+        model = load_config(name, "configuration of --model_name_or_path", **trusted)
         return _model_errors(name, lambda: plan_reward(config, model, machine, baseline=baseline, **trusted))
 
     return plan
@@ -173,16 +171,6 @@ def _baseline(module: str, machine: Machine) -> int:
     """The bytes of a process that has imported the command's module, as this one now has; on a GPU those of CUDA."""
     import_module(module)
     return CUDA_OVERHEAD if machine.is_gpu else resident_peak() + CPU_OVERHEAD
-
-
-def _configuration(flag: str, name: str, *, trust_remote_code: bool) -> Any:
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"--{flag}: '{name}' {no_configuration(error)}: give a folder or Hub name of the model that it will be, or"
-            " of the one that it is trained from."
-        ) from error
 
 
 def _model_errors(name: str, plan: Callable[[], MemoryPlan]) -> MemoryPlan:

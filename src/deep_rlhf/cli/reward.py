@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
 
 from deep_rlhf.algorithms.supervised.reward import RewardConfig, RewardResult, train_reward_model
 from deep_rlhf.cli.flags import output_folder, parse_flags, save_config
 from deep_rlhf.data.preferences import load_preferences
 from deep_rlhf.data.sources import split_names
-from deep_rlhf.errors import DataError, ResourceError
+from deep_rlhf.errors import DataError
+from deep_rlhf.models.saving import saving
 from deep_rlhf.runtime.run_directory import RunDirectory, write_summary
 from deep_rlhf.runtime.trackers import usable_trackers
 from deep_rlhf.settings import check_settings
@@ -125,17 +125,12 @@ def after_training(read: RowReport, trained: RowReport) -> RowReport:
 
 def write(result: RewardResult, summary: dict[str, Any], arguments: RewardArguments, config: RewardConfig) -> None:
     """Writes the model and, beside it, the resolved flags, the log and the summary."""
-    try:
-        result.model.save(config.output_dir)
+    result.model.save(config.output_dir)
+    with saving("results", Path(config.output_dir)):
         run = RunDirectory(config.output_dir)
         run.write_metrics(result.history)
         save_config(run.path / "config.yaml", arguments, config)
         write_summary(run.path / "summary.json", summary)
-    except (OSError, SafetensorError) as error:
-        raise ResourceError(
-            f"The reward model could not be written to {config.output_dir} ({error}): free disk space and run the same"
-            " command with --resume."
-        ) from error
 
 
 def table(summary: dict[str, Any], rows: dict[str, RowReport]) -> Table:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deep_rlhf.errors import ModelError, NotFiniteError
 from deep_rlhf.models.trunk import Trunk
+from deep_rlhf.models.validation import opening
 from deep_rlhf.runtime.finite import check_finite
 
 
@@ -17,20 +18,24 @@ from deep_rlhf.runtime.finite import check_finite
 def check_language_model(trunk: Trunk, head: Callable[[Tensor], Tensor]) -> None:
     """Raises ModelError unless `head` maps the trunk's hidden states [..., H] to the model's own logits [..., V].
 
-    A decoder-only model must be causal, too. Raises NotFiniteError for a weight that is NaN or infinite.
+    A decoder-only model must be causal, too. Raises NotFiniteError for a weight or logit that is NaN or infinite.
     """
     model, tolerance = trunk.language_model, _tolerance(trunk)
     check_finite(model, "The model cannot be used")
     ids, other_end = _two_texts(1, trunk.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
+    extra = {"decoder_input_ids": ids} if trunk.is_seq2seq else {}
+    with opening("language model", model.name_or_path or model.config.model_type):
+        logits = model(input_ids=ids, attention_mask=mask.long(), **extra).logits
+    if not bool(logits.isfinite().all()):
+        raise NotFiniteError(
+            f"The model '{model.name_or_path or model.config.model_type}' computes logits that are not finite: its"
+            " weights or its config.json are damaged, or its number format is too small for them."
+        )
     if trunk.is_seq2seq:
-        logits = model(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=ids).logits
         states = trunk.run_trunk(ids, mask, encoder_hidden_states=trunk.encode(ids, mask), use_cache=False)
     else:
-        logits = model(input_ids=ids, attention_mask=mask.long()).logits
         states = trunk.run_trunk(ids, mask, use_cache=False)
-        if logits.isnan().any():
-            raise NotFiniteError("The model cannot be used: its logits are nan, since some weights are too large.")
         other_logits = model(input_ids=other_end, attention_mask=mask.long()).logits
         if not torch.allclose(other_logits[:, 0], logits[:, 0], atol=tolerance, rtol=tolerance):
             raise ModelError(

@@ -1,31 +1,72 @@
 """Opens tokenizers and models by Hub name or folder."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from deep_rlhf.errors import ModelError
+from deep_rlhf.models.adapters import merged
+from deep_rlhf.models.files import (
+    ADAPTER,
+    CONFIG,
+    check_model_files,
+    check_safetensors,
+    check_tokenizer_files,
+    model_folder,
+    read_object,
+)
 from deep_rlhf.models.quantisation import four_bit_config, keep_trainable
-from deep_rlhf.runtime.finite import check_finite
+from deep_rlhf.models.validation import (
+    check_config,
+    check_finite,
+    check_generation,
+    check_keys,
+    check_shapes,
+    check_size,
+    check_tokenizer,
+    opening,
+)
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a Hub name or folder. Raises ModelError if it cannot be opened."""
-    return _opened("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+    """The fast tokenizer of a Hub name or folder. Raises ModelError if it cannot be opened or is damaged."""
+    folder = model_folder(name)
+    if folder is not None:
+        check_tokenizer_files(folder)
+        if (folder / CONFIG).exists():
+            load_config(name, trust_remote_code=trust_remote_code)  # which the tokenizer's class depends on
+    with opening("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    check_tokenizer(tokenizer, name)
+    return tokenizer
+
+
+def load_config(
+    name: str, what: str = f"{CONFIG} of", *, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedConfig:
+    """The configuration of a Hub name or folder. Raises ModelError if it cannot be opened or describes no model."""
+    folder = model_folder(name)
+    if folder is not None:
+        read_object(folder / CONFIG)
+    with opening(what, name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    check_config(config, name)
+    return config
 
 
 def load_language_model(
@@ -33,36 +74,29 @@ def load_language_model(
 ) -> PreTrainedModel:
     """A language model in float32 on the CPU, without dropout.
 
-    Raises ModelError if it cannot be opened, and NotFiniteError if a weight is NaN or infinite. `in_4bit` quantises
-    its linear layers, on the GPU if there is one; embeddings, norms and head stay float32. Without bitsandbytes it
-    raises ResourceError.
+    `in_4bit` quantises its linear layers, on the GPU if there is one; embeddings, norms and head stay float32. Without
+    bitsandbytes it raises ResourceError. Adapters in a folder are merged into the model that they were trained on.
     """
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     what = "encoder-decoder" if seq2seq else "decoder-only language model"
-    options = _options(trust_remote_code) | {"output_loading_info": True}
-    if in_4bit:
-        options["quantization_config"] = four_bit_config()
-    model, loaded = _opened(what, name, lambda: auto.from_pretrained(name, **options))
-    if loaded["missing_keys"]:
-        raise ModelError(
-            f"'{name}' lacks weights of the {what}, such as {min(loaded['missing_keys'])}. Give a language model like"
-            " gpt2 (or t5-small with use_seq2seq)."
-        )
+    options = {"quantization_config": four_bit_config()} if in_4bit else {}
+    model = _opened(auto, what, name, trust_remote_code=trust_remote_code, options=options)
+    check_generation(model, name)
     keep_trainable(model)
-    check_finite(model, f"'{name}' cannot be used")
     return disable_dropout(model)
 
 
 def load_sequence_classifier(name: str, *, num_labels: int, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A classifier with `num_labels` scalar heads, float32 on the CPU.
-
-    Raises ModelError if it cannot be opened, and NotFiniteError if a weight is NaN or infinite.
-    """
-    options = _options(trust_remote_code) | {"num_labels": num_labels, "problem_type": "regression"}
+    """A classifier with `num_labels` scalar heads, float32 on the CPU. Raises ModelError if it cannot be opened."""
+    settings = {"num_labels": num_labels, "problem_type": "regression"}
     auto = AutoModelForSequenceClassification
-    model = _opened("reward model", name, lambda: auto.from_pretrained(name, **options))
-    check_finite(model, f"'{name}' cannot be used")
-    return model
+    return _opened(auto, "reward model", name, trust_remote_code=trust_remote_code, settings=settings)
+
+
+def has_reward_head(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint contains a reward head; else opening a language model makes a random one."""
+    names = config.architectures if isinstance(config.architectures, list | tuple) else [config.architectures]
+    return any(str(name).endswith("ForSequenceClassification") for name in names)
 
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -76,37 +110,58 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _first_sentence(error: Exception) -> str:
-    """The first line of an error's message, with the list that it introduces if it ends with a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    end = 1
-    while lines[0].endswith(":") and end < len(lines) and not lines[end - 1].endswith("."):
-        end += 1
-    return " ".join(lines[:end]).rstrip(".:") + "."
+def _opened(
+    auto: Any,
+    what: str,
+    name: str,
+    *,
+    trust_remote_code: bool,
+    settings: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """The checked model that the transformers class `auto` opens; `settings` change its configuration."""
+    folder = model_folder(name)
+    stored = check_model_files(folder) if folder is not None else {}
+    if folder is not None and (folder / ADAPTER).exists():
+        return _with_adapters_merged(auto, what, folder, trust_remote_code=trust_remote_code, settings=settings)
+    config = load_config(name, trust_remote_code=trust_remote_code, **(settings or {}))
+    has_head = what != "reward model" or has_reward_head(config)
+    skeleton = None
+    if folder is not None and not hasattr(config, "quantization_config"):
+        skeleton = _skeleton(auto, what, name, config, trust_remote_code=trust_remote_code)
+        check_size(skeleton, stored, folder)
+    arguments = {"trust_remote_code": trust_remote_code, "dtype": torch.float32, "use_safetensors": True}
+    arguments |= {"output_loading_info": True, **(settings or {}), **(options or {})}
+    with opening(what, name):
+        try:
+            model, loaded = auto.from_pretrained(name, **arguments)
+        except RuntimeError:
+            if skeleton is not None and folder is not None:
+                check_shapes(skeleton, stored, folder)
+            raise
+    check_keys(model, loaded, name, may_lack=not has_head)
+    check_finite(model, name)
+    return model
 
 
-def no_configuration(error: Exception) -> str:
-    """Why a model's configuration cannot be read, as a phrase to follow its name."""
-    if isinstance(error.__cause__, LocalEntryNotFoundError):
-        return "cannot be opened (no such folder, not in the cache, and the Hugging Face Hub cannot be reached)"
-    return "has no readable config.json"
+def _skeleton(auto: Any, what: str, name: str, config: Any, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model that a configuration describes, without memory for its weights."""
+    with opening(what, name), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
-def _options(trust_remote_code: bool) -> dict[str, object]:
-    return {"trust_remote_code": trust_remote_code, "dtype": torch.float32, "use_safetensors": True}
+def _with_adapters_merged(
+    auto: Any, what: str, folder: Path, *, trust_remote_code: bool, settings: dict[str, Any] | None
+) -> PreTrainedModel:
+    from peft import PeftModel, get_peft_model_state_dict
 
-
-def _opened(what: str, name: str, load: Callable[[], T]) -> T:
-    if name.startswith((".", "/", "~")) and not Path(name).exists():
-        raise ModelError(
-            f"There is no folder '{name}' to open the {what} from: give a folder written by save_pretrained."
-        )
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = _first_sentence(error)
-        if reason.startswith("Unrecognized configuration class"):
-            reason = "its architecture is of another kind."
-        raise ModelError(
-            f"Cannot open the {what} '{name}': {reason} Give a folder written by save_pretrained, or a Hub name."
-        ) from error
+    base = read_object(folder / ADAPTER)["base_model_name_or_path"]
+    model = _opened(auto, what, base, trust_remote_code=trust_remote_code, settings=settings)
+    with opening(f"adapters for '{base}' in", str(folder)):
+        adapted = PeftModel.from_pretrained(model, folder)
+        needed = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapted).items()}
+    found = check_safetensors(folder / "adapter_model.safetensors")
+    if needed != {name: tensor.shape for name, tensor in found.items()}:
+        raise ModelError(f"The adapters in '{folder}' were not made for the model '{base}', which they name.")
+    check_finite(adapted, str(folder))
+    return merged(adapted)

@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from deep_rlhf.accel.cpu.kernels import use_fast_kernels
 from deep_rlhf.data.chat import TEMPLATES, get_template
 from deep_rlhf.errors import ModelError, RewardError
+from deep_rlhf.models.files import read_object
 from deep_rlhf.models.function_scorer import TIMEOUT, FunctionScorer, import_function
-from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer, no_configuration
-from deep_rlhf.models.saving import save_model
+from deep_rlhf.models.load import (
+    disable_dropout,
+    has_reward_head,
+    load_config,
+    load_sequence_classifier,
+    load_tokenizer,
+)
+from deep_rlhf.models.saving import check_saved, write_folder
+from deep_rlhf.models.validation import check_rewards, check_vocabulary
 from deep_rlhf.runtime.finite import check_finite
 from deep_rlhf.runtime.memory import token_budget_batches
 from deep_rlhf.types import Scorer
@@ -89,12 +98,13 @@ class RewardModel:
         return scores
 
     def save(self, folder: str | Path) -> None:
-        """Writes weights (safetensors), tokenizer and `reward_model.json` into `folder`.
+        """Writes weights (safetensors), tokenizer and `reward_model.json` into `folder`, when all are complete.
 
-        Raises NotFiniteError, and writes nothing, if a weight, or the scores' mean or deviation, is not finite.
+        Raises NotFiniteError if a weight, or the scores' mean or deviation, is not finite, ResourceError if the files
+        cannot be written, and ModelError if a saved weight differs; an earlier model there stays as it was.
         """
         check_finite({"mean": self.mean, "std": self.std}.items(), f"The reward model is not saved in '{folder}'")
-        save_model(self.model, self.tokenizer, folder)
+        check_finite(self.model, f"The reward model is not saved in '{folder}'")
         card = {
             "template": self.template,
             "template_fingerprint": TEMPLATES[self.template].fingerprint() if self.template else None,
@@ -103,7 +113,14 @@ class RewardModel:
             "std": self.std.tolist(),
             "metrics": self.metrics,
         }
-        (Path(folder) / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+        def write(temporary: Path) -> None:
+            self.model.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+            check_saved(self.model, temporary)
+            (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+        write_folder("reward model", folder, write)
 
     @classmethod
     def load(cls, name: str | Path, *, trust_remote_code: bool = False) -> "RewardModel":
@@ -113,8 +130,8 @@ class RewardModel:
         `reward_model.json`, which would show that they are members of an ensemble.
         """
         name = str(name)
+        config = load_config(name, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        config = _config(name, trust_remote_code)
         if not has_reward_head(config):
             raise ModelError(f"'{name}' has no reward head: train one with reward_modeling.py and give that folder.")
         card = _read_card(name)
@@ -124,8 +141,10 @@ class RewardModel:
                 " that is the reward with --reward_model=python:module:function."
             )
         model = load_sequence_classifier(name, num_labels=config.num_labels, trust_remote_code=trust_remote_code)
-        settings = _settings(card, name, config.num_labels) if card else {}
-        return cls(disable_dropout(model), tokenizer, **settings)
+        settings = {} if card is None else _settings(card, name, config.num_labels)
+        reward_model = cls(disable_dropout(model), tokenizer, **settings)
+        check_rewards(reward_model.model, reward_model.tokenizer, name)
+        return reward_model
 
 
 def load_scorer(spec: str, *, trust_remote_code: bool = False, timeout: float = TIMEOUT) -> Scorer:
@@ -198,7 +217,11 @@ def pad(sequences: Sequence[Tensor], pad_token_id: int) -> dict[str, Tensor]:
 
 
 def ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives both a padding token other than EOS: a decoder's score is that of the last token that is not padding."""
+    """Gives both a padding token other than EOS: a decoder's score is that of the last token that is not padding.
+
+    Raises ModelError if the tokenizer has other ids that the model does not have.
+    """
+    check_vocabulary(model, tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
@@ -210,11 +233,6 @@ def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ma
     """The context length of model and tokenizer in tokens, at most `max_length`."""
     limits = (max_length, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
     return min(limit for limit in limits if limit)
-
-
-def has_reward_head(config: PretrainedConfig) -> bool:
-    """Whether a checkpoint contains a reward head; else opening a language model makes a random one."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
 def reward_head(model: Any) -> nn.Linear:
@@ -236,31 +254,34 @@ def init_reward_head(model: PreTrainedModel) -> None:
     model.config.architectures = [type(model).__name__]  # so that has_reward_head holds
 
 
-def _config(name: str, trust_remote_code: bool) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{name}' {no_configuration(error)}: give a folder from reward_modeling.py.") from error
-
-
 def _read_card(name: str) -> dict[str, Any] | None:
+    if os.path.lexists(Path(name) / CARD):
+        return read_object(Path(name) / CARD)
     try:
-        path = cached_file(name, CARD)
+        path = None if Path(name).is_dir() else cached_file(name, CARD)
     except OSError:
         return None
-    try:
-        card = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{CARD} of '{name}' is not valid JSON ({error}): train the reward model again.") from None
-    return card if isinstance(card, dict) else {}
+    return read_object(Path(path)) if path else None
 
 
 def _settings(card: dict[str, Any], name: str, members: int) -> dict[str, Any]:
     """The arguments of RewardModel from its card."""
-    mean, std = (torch.tensor(card.get(key, []), dtype=torch.float32) for key in ("mean", "std"))
-    if len(mean) != members or len(std) != members:
-        raise ModelError(f"{CARD} of '{name}' must contain `mean` and `std` of all {members} members: train it again.")
-    template = card.get("template")
+    for key in ("mean", "std"):
+        value = card.get(key)
+        if not (isinstance(value, list) and len(value) == members and all(_is_finite(number) for number in value)):
+            raise _bad_card(name, f"`{key}` must be a list of {members} finite numbers, one per member", value)
+    if min(card["std"]) <= 0:
+        raise _bad_card(name, "`std` must be positive", card["std"])
+    template, max_length, metrics = (card.get(key) for key in ("template", "max_length", "metrics"))
+    if template is not None and not isinstance(template, str):
+        raise _bad_card(name, "`template` must be the name of one, or null", template)
+    if "template" not in card:
+        raise _bad_card(name, "`template` is missing", None)
+    is_length = isinstance(max_length, int) and not isinstance(max_length, bool) and max_length >= 1
+    if max_length is not None and not is_length:
+        raise _bad_card(name, "`max_length` must be a whole number of at least 1, or null", max_length)
+    if metrics is not None and not isinstance(metrics, dict):
+        raise _bad_card(name, "`metrics` must be an object", metrics)
     if template is not None and template not in TEMPLATES:
         logger.warning(
             "'%s' was trained with the unknown template '%s': prompt and response are concatenated.", name, template
@@ -268,5 +289,14 @@ def _settings(card: dict[str, Any], name: str, members: int) -> dict[str, Any]:
         template = None
     elif template is not None and TEMPLATES[template].fingerprint() != card.get("template_fingerprint"):
         logger.warning("'%s' was trained with another version of the template '%s': train it again.", name, template)
-    settings = {key: card.get(key) for key in ("max_length", "metrics")}
-    return settings | {"template": template, "mean": mean, "std": std}
+    mean, std = (torch.tensor(card[key], dtype=torch.float32) for key in ("mean", "std"))
+    return {"template": template, "max_length": max_length, "metrics": metrics, "mean": mean, "std": std}
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value of JSON is a number that float32 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38
+
+
+def _bad_card(name: str, what: str, value: Any) -> ModelError:
+    return ModelError(f"{CARD} of '{name}': {what}, not {value!r}: train the reward model again.")

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deep_rlhf.errors import ConfigError
+from deep_rlhf.models.validation import opening
 from deep_rlhf.runtime.memory import usable_memory
 from deep_rlhf.runtime.optimisers.adamw import OptimizerName
 from deep_rlhf.runtime.precision import Precision, compute_dtype, hidden_width, multiplies_bf16
@@ -117,8 +118,11 @@ def optimizer_bytes(parameters: Iterable[nn.Parameter], name: OptimizerName = "a
 
 
 def meta_model(auto: Any, config: Any, **options: Any) -> Any:
-    """The float32 model that the transformers class `auto` makes from a configuration, on the meta device."""
-    with torch.device("meta"):
+    """The float32 model that the transformers class `auto` makes from a configuration, on the meta device.
+
+    Raises ModelError if there is none.
+    """
+    with opening("model", config.name_or_path), torch.device("meta"):
         return auto.from_config(config, dtype=torch.float32, **options)
 
 

@@ -1,22 +1,20 @@
-"""Builds the parts of an online run from its settings: processes, policy, reference and reward; saves the policy."""
+"""Builds the parts of an online run from its settings: processes, policy, reference and reward."""
 
 import copy
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deep_rlhf.algorithms.online.config import OnlineConfig
-from deep_rlhf.errors import ConfigError, ModelError, ResourceError
+from deep_rlhf.errors import ConfigError, ModelError
 from deep_rlhf.models.adapters import add_lora
 from deep_rlhf.models.load import load_language_model, load_tokenizer
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.models.quantisation import compute_four_bit_in, is_four_bit
 from deep_rlhf.models.reward import RewardModel, as_scorer
-from deep_rlhf.models.saving import save_model
+from deep_rlhf.models.validation import check_generation, check_vocabulary
 from deep_rlhf.runtime.precision import cast_weights, compute_dtype, frozen_copy, hidden_width, multiplies_bf16
 from deep_rlhf.runtime.processes import Runtime
 from deep_rlhf.runtime.trackers import LOOP_TRACKERS, usable_trackers
@@ -51,7 +49,8 @@ def model_and_tokenizer(
     """Loads model and tokenizer where they are given by name.
 
     The model defaults to `config.model_name`, the tokenizer to the model's. Raises ModelError if the tokenizer is
-    unknown or a file cannot be opened, ConfigError if `load_in_4bit` comes too late for a model object.
+    unknown or not the model's, or a file cannot be opened, and ConfigError if `load_in_4bit` comes too late for a model
+    object.
     """
     model = config.model_name if model is None else model
     if tokenizer is None:
@@ -69,6 +68,9 @@ def model_and_tokenizer(
         )
     elif config.load_in_4bit and not is_four_bit(model):
         raise ConfigError("load_in_4bit quantises a model while it is loaded: give its name, or load it in 4 bits.")
+    opened: Any = model
+    check_generation(opened, opened.name_or_path or opened.config.model_type)
+    check_vocabulary(opened, tokenizer)
     return model, tokenizer
 
 
@@ -115,26 +117,6 @@ def open_scorer(reward: Any, device: torch.device, config: OnlineConfig) -> Scor
             reward = copy.copy(reward)
             reward.model = frozen_copy(reward.model, dtype, device)
     return reward
-
-
-def save_policy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, trust_remote_code: bool
-) -> None:
-    """Writes a plain transformers folder, opens it again and compares the weights.
-
-    Raises NotFiniteError for a weight that is not finite, ResourceError if the folder cannot be written, ModelError if
-    the saved weights differ.
-    """
-    try:
-        save_model(model, tokenizer, folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ResourceError(f"The policy could not be written to '{folder}': {reason}.") from error
-    seq2seq = model.config.is_encoder_decoder
-    reopened = load_language_model(str(folder), seq2seq=seq2seq, trust_remote_code=trust_remote_code).state_dict()
-    for name, weight in model.state_dict().items():
-        if not torch.equal(reopened[name], weight.cpu().to(reopened[name].dtype)):
-            raise ModelError(f"The policy saved in '{folder}' differs from the trained one in '{name}': save it again.")
 
 
 def _frozen_placement(

@@ -30,6 +30,7 @@ from deep_rlhf.algorithms.online.state import copied, load_tensors, trainable_te
 from deep_rlhf.errors import CheckpointError, NotFiniteError, RewardError
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.models.reward import member_scores
+from deep_rlhf.models.saving import save_model
 from deep_rlhf.ops.kl import adapted_kl_coef
 from deep_rlhf.rollout.collect import collect, complete, needs_states, prompt_batch
 from deep_rlhf.rollout.engine import Engine
@@ -257,10 +258,12 @@ class OnlineTrainer:
         return generate_text(self._policy, self.tokenizer, list(prompts), **options)
 
     def save(self, folder: str | Path) -> None:
-        """Writes policy and tokenizer as a plain transformers folder, opens it again and compares the weights."""
+        """Writes policy and tokenizer as a plain transformers folder, and compares the saved weights with the policy's.
+
+        Raises ResourceError if they cannot be written; an earlier model in `folder` stays as it was.
+        """
         if self.runtime.is_main:
-            trusted = self.config.trust_remote_code
-            build.save_policy(self.policy, self.tokenizer, folder, trust_remote_code=trusted)
+            save_model(self.policy, self.tokenizer, folder)
 
     def checkpoint(self) -> None:
         """Writes `<output_dir>/checkpoints/step-<updates done>`; does nothing without an output_dir.

@@ -26,6 +26,7 @@ from deep_rlhf.models.adapters import add_lora
 from deep_rlhf.models.load import load_language_model, load_tokenizer
 from deep_rlhf.models.policy import Policy
 from deep_rlhf.models.reward import longest_input
+from deep_rlhf.models.validation import check_vocabulary, require_eos
 from deep_rlhf.ops.preference import dpo_loss
 from deep_rlhf.settings import setting
 from deep_rlhf.types import Preference, RowReport
@@ -158,8 +159,10 @@ def train_dpo(
     if tokenizer is None or isinstance(tokenizer, str):
         name = tokenizer or (model if isinstance(model, str) else model.config.name_or_path)
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    require_eos(tokenizer)
     if isinstance(model, str):
         model = load_language_model(model, seq2seq=config.use_seq2seq, trust_remote_code=trust_remote_code)
+    check_vocabulary(model, tokenizer)
     max_length = longest_input(model, tokenizer, config.max_length)
     train, train_rows = pair_features(train_preferences, tokenizer, config.template, max_length)
     held_out, eval_rows = pair_features(eval_preferences, tokenizer, config.template, max_length)

@@ -24,17 +24,17 @@ from deep_rlhf.algorithms.supervised.reward_trainer import (
 )
 from deep_rlhf.errors import DataError, ModelError
 from deep_rlhf.models.adapters import add_lora, merged
-from deep_rlhf.models.load import disable_dropout, load_sequence_classifier, load_tokenizer
+from deep_rlhf.models.load import disable_dropout, has_reward_head, load_sequence_classifier, load_tokenizer
 from deep_rlhf.models.pairs import common_prefix
 from deep_rlhf.models.reward import (
     RewardModel,
     ensure_pad_token,
-    has_reward_head,
     init_reward_head,
     longest_input,
     render,
     tokenize,
 )
+from deep_rlhf.models.validation import check_rewards
 from deep_rlhf.ops.preference import bootstrap_weights
 from deep_rlhf.types import Preference, RowReport
 
@@ -195,6 +195,7 @@ def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config:
         disable_dropout(model)
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False  # texts are never continued
+    check_rewards(model, tokenizer, model.name_or_path or model.config.model_type)
     if not has_reward_head(model.config):
         init_reward_head(model)
     return tokenizer.pad_token_id

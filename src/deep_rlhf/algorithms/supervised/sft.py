@@ -18,6 +18,7 @@ from deep_rlhf.algorithms.supervised.checkpoints import fingerprint
 from deep_rlhf.algorithms.supervised.config import SupervisedConfig
 from deep_rlhf.algorithms.supervised.loop import SupervisedTrainer
 from deep_rlhf.errors import ConfigError, DataError
+from deep_rlhf.models.validation import check_vocabulary, require_eos
 from deep_rlhf.settings import setting
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ def train_sft(
     that it raises ends the training. Raises DataError if no example fits, and CheckpointError and NotFiniteError as
     `SupervisedTrainer.train` does.
     """
+    require_eos(tokenizer)
+    check_vocabulary(model, tokenizer)
     given = [row for row in _tokenized(tokenizer, examples) if row["labels"].ne(IGNORED).any()]
     rows = [row for row in given if len(row["input_ids"]) <= config.max_length]
     if not rows:

@@ -46,8 +46,8 @@ from deep_rlhf.feedback.reward_refit.bootstrap import (
     texts_of,
 )
 from deep_rlhf.feedback.reward_refit.regularisation import L2SPCallback, adapted_weight_decay, anchor_weights
-from deep_rlhf.models.load import disable_dropout
-from deep_rlhf.models.reward import RewardModel, has_reward_head, init_reward_head, render
+from deep_rlhf.models.load import disable_dropout, has_reward_head
+from deep_rlhf.models.reward import RewardModel, init_reward_head, render
 from deep_rlhf.ops.queries import preferred_probability
 from deep_rlhf.settings import check_settings, setting
 from deep_rlhf.types import Preference
