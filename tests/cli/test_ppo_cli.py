@@ -97,7 +97,7 @@ def test_prompts_that_are_too_long_are_counted(cli: Callable, tmp_path: Path) ->
         (["--temprature=1"], "Did you mean --temperature?"),
         (["--kl_penalty=k9"], "--kl_penalty: invalid choice: 'k9'"),
         (["--model_name=./nowhere"], "'./nowhere'"),
-        (["--model_name="], "Cannot open"),
+        (["--model_name="], "name of a model is empty"),
         (["--model_name=Anthropic/hh-rlhf"], "'Anthropic/hh-rlhf'"),
         (["--model_name=distilbert/distilbert-base-uncased"], "'distilbert/distilbert-base-uncased'"),
         (["--model_name=gpt2", "--use_seq2seq=True"], "'gpt2'"),

@@ -183,7 +183,10 @@ WEIGHT_FILES: dict[str, tuple[Damage, list[str]]] = {
     "fewer layers": (fields("config.json", n_layer=1), ["config.json", "transformer.h.1.attn.c_attn.weight"]),
     "more layers": (fields("config.json", n_layer=3), ["transformer.h.2.attn.c_attn.bias", "lacks"]),
     "activation": (fields("config.json", activation_function="foo"), ["activation_function", "foo"]),
-    "quantised": (fields("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), ["GPTQ"]),
+    "quantised": (
+        fields("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        ["quantised", "gptq"],
+    ),
     "padding": (fields("config.json", pad_token_id=5000), ["config.json", "pad_token_id", "5000"]),
     "tokenizer no JSON": (content("tokenizer.json", b"{"), ["tokenizer.json", "JSON"]),
     "tokenizer empty": (content("tokenizer.json", b""), ["tokenizer.json", "empty"]),

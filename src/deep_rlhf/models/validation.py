@@ -252,6 +252,9 @@ def _reason(error: Exception, name: str) -> str:
     if isinstance(error.__cause__, LocalEntryNotFoundError):
         return "no such folder, not in the cache, and the Hugging Face Hub cannot be reached."
     reason = first_sentence(error)
+    if isinstance(error, ImportError):
+        method = (_config(name).get("quantization_config") or {}).get("quant_method")
+        return f"its weights are quantised with {method}, and {reason}" if method else f"a package is missing: {reason}"
     if reason.startswith("Unrecognized configuration class"):
         return "its architecture is of another kind."
     kind = type(error).__name__
@@ -264,11 +267,16 @@ def _reason(error: Exception, name: str) -> str:
 def _unknown_value(error: KeyError, name: str) -> str:
     """Names the field of config.json whose value is the key that a library does not know."""
     key = error.args[0] if error.args else ""
-    try:
-        config = json.loads((Path(name) / CONFIG).read_text(encoding="utf-8"))
-        fields = [field for field, value in config.items() if value == key]
-    except (OSError, ValueError, AttributeError):
-        fields = []
+    fields = [field for field, value in _config(name).items() if value == key]
     if fields:
         return f"{CONFIG} sets {fields[0]} to {key!r}, which transformers does not know."
     return f"{key!r} is unknown to the library."
+
+
+def _config(name: str) -> dict[str, Any]:
+    """What config.json of a folder says; empty if it cannot be read."""
+    try:
+        config = json.loads((Path(name) / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
