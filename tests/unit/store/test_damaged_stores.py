@@ -238,6 +238,15 @@ def test_another_bad_row_is_named_when_it_is_read_and_labelling_goes_on(
         store.add_label(question.id, "bert", token="bert", choice="a")
 
 
+def test_the_largest_row_number_is_not_called_a_full_disk(good: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    path.write_bytes(good)
+    _set(path, "metrics", "id", str(2**63 - 1))
+    with Store(path) as store, pytest.raises(StoreDamaged) as error:
+        store.add_metrics([{"step": 9}])
+    assert_names(error.value, "table metrics", f"row {2**63 - 1}", "column id")
+
+
 def test_parts_of_a_label_that_do_not_fit_are_named(good: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.db"
     for column, value in (("choice", "NULL"), ("ranks", "'[1, 2]'"), ("shown_order", "'[0, 0]'"), ("seconds", "-1")):

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import compress
 from typing import Any
 
-from sqlalchemy import Boolean, Column, Connection, Table, cast, select
+from sqlalchemy import BigInteger, Boolean, Column, Connection, Table, cast, select
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.types import Text, TypeDecorator
 
@@ -34,6 +34,7 @@ PASSING: dict[int | str, str] = {
 }
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, "XX001", "XX002")
 FORBIDDEN = "42501"
+LARGEST_ROW = 2**62
 LONGEST_KEY = 60  # characters of a key that a message shows
 NOT_TEXT = "its file holds bytes that are not text"
 
@@ -121,6 +122,8 @@ def _check(column: Column[Any], connection: Connection) -> Callable[[Any], str |
         convert = partial(kind.process_result_value, dialect=dialect)
     elif isinstance(kind, Boolean):
         convert = _boolean
+    elif isinstance(kind, BigInteger):
+        convert = _row_number
 
     def problem(value: Any) -> str | None:
         if value is None:
@@ -139,6 +142,12 @@ def _check(column: Column[Any], connection: Connection) -> Callable[[Any], str |
         return None
 
     return problem
+
+
+def _row_number(value: Any) -> None:
+    """Behind the largest number SQLite has none for a new row, and says that its disk is full."""
+    if not (isinstance(value, int) and value < LARGEST_ROW):
+        raise BadValue("is not the number of a row")
 
 
 def _boolean(value: Any) -> None:

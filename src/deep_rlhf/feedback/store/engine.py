@@ -155,7 +155,7 @@ class Database:
     def _fault(self, error: Exception) -> Exception:
         """The exception that says what is the matter; `error` itself if it is a mistake of this program."""
         code = code_of(error)
-        if code in PASSING:
+        if code in PASSING and not (code == sqlite3.SQLITE_FULL and self._damage()):
             waited = f" for more than {BUSY_SECONDS:.0f} seconds" if code == sqlite3.SQLITE_BUSY else ""
             return self._unavailable(PASSING[code] + waited, self._reason(error))
         if code == FORBIDDEN:
