@@ -195,12 +195,18 @@ def folder_instead(path: Path) -> None:
     path.mkdir()
 
 
+def pipe_instead(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a flipped bit": lambda path: path.write_bytes(path.read_bytes()[:-40] + b"\x7f" + path.read_bytes()[-39:]),
     "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
     "empty": lambda path: os.truncate(path, 0),
     "missing": Path.unlink,
     "a folder": folder_instead,
+    "a pipe": pipe_instead,
     "not a checkpoint's": lambda path: path.write_text("{}"),
 }
 
@@ -226,6 +232,8 @@ def test_damage_of_any_file_is_named_and_the_newest_whole_checkpoint_is_taken(
         read_checkpoint(tmp_path / "step-2")
     if file == "history.jsonl" and damage not in ("a flipped bit", "cut"):  # step 1 has lost its rows, too
         assert read is None
+        remove_checkpoints(tmp_path)
+        assert names(tmp_path) == []
         return
     assert read is not None
     assert (read.step, read.history.rows) == (1, [{"step": 1}])

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deep_rlhf.errors import CheckpointError
-from deep_rlhf.runtime.history import HISTORY, History
+from deep_rlhf.runtime.history import HISTORY, History, refuse_pipes
 
 if TYPE_CHECKING:
     from deep_rlhf.runtime.processes import Runtime
@@ -177,8 +177,7 @@ def remove_checkpoints(folder: Path) -> None:
 
     The oldest goes first and the history last, so that a kill in between leaves the newest one whole.
     """
-    _remove([path for _, path in _checkpoints(folder)[::-1]] + list(folder.glob(".step-*.tmp")))
-    (folder / HISTORY).unlink(missing_ok=True)
+    _remove([*(path for _, path in _checkpoints(folder)[::-1]), *folder.glob(".step-*.tmp"), *folder.glob(HISTORY)])
 
 
 def changed_flags(saved: Mapping[str, Any], now: Mapping[str, Any], *, free: Collection[str]) -> str:
@@ -308,6 +307,8 @@ def _sealed(content: Mapping[str, Any]) -> bytes:
 
 def _read_content(path: Path) -> dict[str, Any]:
     """The content of state.json. Raises one of _DAMAGE if it is not as it was written."""
+    for name in (TREE, TENSORS):
+        refuse_pipes(path / name)
     written = (path / TREE).read_bytes()
     head = _HEAD.match(written)
     text = written[head.end() : -1] if head else b""

@@ -64,6 +64,7 @@ class History:
     @classmethod
     def read(cls, folder: Path, mark: Mapping[str, Any]) -> Self:
         """The rows up to what `save` returned. Raises ValueError or OSError if they are not all as they were."""
+        refuse_pipes(folder / HISTORY)
         with (folder / HISTORY).open("rb") as file:
             content = file.read(mark["bytes"])
         history = cls()
@@ -75,6 +76,12 @@ class History:
         history._lines = content.splitlines(keepends=True)
         history._saved, history._bytes = len(history._lines), len(content)
         return history
+
+
+def refuse_pipes(path: Path) -> None:
+    """Raises ValueError for what is neither a file nor a folder: reading a pipe would never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path.name} is not a file")
 
 
 def _plain(value: Any) -> Any:
