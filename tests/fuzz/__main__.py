@@ -52,10 +52,10 @@ def main() -> None:
     sys.exit(bool(found))
 
 
-def search(root: Path, seed: int, cases: int, jobs: int, result: Path) -> None:
-    """Runs cases of every kind, and writes what they found to `result`, as a JSON list of texts."""
+def search(root: Path, seed: int, cases: int, kinds: frozenset[str], jobs: int, result: Path) -> None:
+    """Runs cases of these kinds, and writes what they found to `result`, as a JSON list of texts."""
     root.mkdir()
-    found = run(root.resolve(), names_of(seed, cases, frozenset(KINDS)), jobs)
+    found = run(root.resolve(), names_of(seed, cases, kinds), jobs)
     result.write_text(json.dumps([str(finding) for finding in found]))
 
 
