@@ -204,3 +204,9 @@ def test_every_recipe_is_understood() -> None:
     arguments, config = reward("--config", str(PROJECT / "configs" / "reward_hh.yaml"), "--report_to=none")
     assert arguments.dataset_name == "Anthropic/hh-rlhf"
     assert config.learning_rate == 1.41e-5
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="UTF-8"):
+        output_folder(f"{tmp_path}/\udcff")
+    assert list(tmp_path.iterdir()) == []

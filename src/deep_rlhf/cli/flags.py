@@ -111,6 +111,10 @@ def output_folder(name: str | Path) -> Path:
     """Creates the folder of a run's results. Raises CheckpointError if they cannot be written there."""
     folder = Path(name)
     try:
+        str(name).encode()
+    except UnicodeEncodeError as error:  # safetensors and tokenizers cannot write there
+        raise CheckpointError(f"Cannot write to --output_dir {str(name)!r}: the path is not UTF-8.") from error
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
