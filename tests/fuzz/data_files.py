@@ -98,7 +98,7 @@ def make(shop: Workshop) -> Case:
         path = path.rename(other)
         what.append(f"called {other.name}")
     given = path.name
-    if rng.random() < 0.1 and path.exists():
+    if rng.random() < 0.1 and path.exists() and path.name != "data":
         (shop.folder / "data").mkdir(exist_ok=True)
         path.rename(shop.folder / "data" / f"train{''.join(path.suffixes)}")
         given = "data"

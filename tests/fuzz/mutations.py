@@ -1,5 +1,6 @@
 """Damage to files and folders, chosen by a random generator; each function says what it did."""
 
+import copy
 import json
 import os
 import random
@@ -198,15 +199,19 @@ def change_json(rng: random.Random, value: Any) -> str:
     if how == "swapped" and isinstance(holder[last], int | float) and not isinstance(holder[last], bool):
         holder[last] = holder[last] * rng.choice((-1, 2, 1000, 10**12)) + rng.choice((0, 1))
         return f"{name} = {holder[last]}"
-    holder[last] = rng.choice(VALUES)
+    holder[last] = copy.deepcopy(rng.choice(VALUES))  # which a later change may change
     return f"{name} = {json.dumps(holder[last])[:40]}"
 
 
 def damage_json(rng: random.Random, path: Path) -> str:
     """Changes one to three places of a JSON file, or of one line of a .jsonl file; returns how."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text("utf-8")]
+    text = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
+    lines = text.split("\n") if path.suffix == ".jsonl" else [text]
     at = rng.randrange(len(lines))
-    value = json.loads(lines[at])
+    try:
+        value = json.loads(lines[at])
+    except ValueError:  # it is damaged already
+        return damage(rng, path)[0]
     if rng.random() < 0.1 and isinstance(value, dict) and value:
         key = rng.choice([*value])
         twice = json.dumps(value)[:-1] + f", {json.dumps(key)}: {json.dumps(rng.choice(VALUES))}}}"
