@@ -71,7 +71,7 @@ def words(case: Case, code: int, out: str, err: str) -> Iterator[Fault]:
             yield "error of several lines", f"{len(lines)} lines begin with 'error: '; the last line: {_last(err)}"
         elif lines[0].strip() == "error:" or SINGLE.search(lines[0]):
             yield "error that is no sentence", lines[0][:SHOWN]
-        elif len(lines[0]) > 10_000:
+        elif len(lines[0]) > 20_000:
             yield "error of many words", lines[0][:SHOWN]
 
 

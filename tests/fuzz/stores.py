@@ -81,7 +81,8 @@ def make(shop: Workshop) -> Case:
     else:
         argv = ["teach", f"--store={path.name}", "--port=0", "--model=policy", OUT]
         options |= {"interrupt": 5.0, "seconds": 90}
-    return Case(argv, f"{command}: {what}", ("out", *writes), **options)
+    # "nowhere" is where a dangling link leads.
+    return Case(argv, f"{command}: {what}", ("out", "nowhere", *writes), **options)
 
 
 def foreign(rng: random.Random, shop: Workshop) -> tuple[Path, str, bool]:

@@ -1,6 +1,7 @@
 """A model folder that is damaged in any way is one sentence, which names the file and the cause, and never a result."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -242,6 +243,20 @@ def test_a_damaged_policy_is_refused(case: str, models: Path, tmp_path: Path) ->
     shutil.copytree(models / "policy", tmp_path / "model")
     damage(tmp_path / "model")
     assert_names(sentence(open_as_policy, tmp_path / "model"), *facts)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pipe_in_place_of_a_file_is_named_and_not_waited_for(name: str, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "policy", tmp_path / "model")
+    (tmp_path / "model" / name).unlink()
+    os.mkfifo(tmp_path / "model" / name)
+    assert_names(sentence(open_as_policy, tmp_path / "model"), name, "pipe")
+
+
+def test_half_a_surrogate_pair_is_refused_before_the_tokenizer_must_be_saved(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "policy", tmp_path / "model")
+    fields("tokenizer_config.json", backend="\ud800")(tmp_path / "model")
+    assert_names(sentence(open_as_policy, tmp_path / "model"), "tokenizer_config.json", "surrogates")
 
 
 @pytest.mark.parametrize("case", [*WEIGHT_FILES, *REWARD])

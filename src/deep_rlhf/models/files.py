@@ -101,6 +101,7 @@ def check_model_files(folder: Path) -> dict[str, Stored]:
 
 def check_safetensors(path: Path) -> dict[str, Stored]:
     """The tensors in a safetensors file. Raises ModelError if it is missing, cut off or damaged."""
+    _check_is_file(path)
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -130,8 +131,11 @@ def check_safetensors(path: Path) -> dict[str, Stored]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ModelError if the file is missing, unreadable or something else."""
+    text = _text(path, _read(path))
     try:
-        value = json.loads(_text(path, _read(path)))
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be saved again
     except ValueError as error:
         raise ModelError(f"'{path}' is not valid JSON ({error}): copy or write it again.") from error
     except RecursionError as error:
@@ -168,7 +172,14 @@ def _check_shards(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
+def _check_is_file(path: Path) -> None:
+    """Raises ModelError for a pipe or a device, on which reading would wait for ever."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ModelError(f"'{path}' is a pipe or a device: put the file of the model there.")
+
+
 def _read(path: Path) -> bytes:
+    _check_is_file(path)
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
