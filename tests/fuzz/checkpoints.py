@@ -65,6 +65,8 @@ def break_one(rng: random.Random, folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     checkpoints = [path for path in files if "checkpoints" in path.parts]
     how = rng.random()
+    if not files:
+        return "nothing is left"
     if how < 0.35 and checkpoints:
         path = rng.choice(checkpoints)
         if path.suffix == ".json" and rng.random() < 0.6:

@@ -25,6 +25,7 @@ from deep_rlhf.errors import CheckpointError
 from deep_rlhf.runtime import checkpoint
 from deep_rlhf.runtime.checkpoint import (
     changed_flags,
+    file_digest,
     latest_checkpoint,
     latest_on_all,
     newest_step,
@@ -473,3 +474,9 @@ def test_the_tree_is_json_with_the_digests_of_the_tensors_and_of_itself(tmp_path
     assert content["sha256"] == checkpoint.file_digest(path / "state.safetensors")
     assert content["state"] == {"dict": [["a", {"tensor": "0"}], ["b", {"tuple": [1]}]]}
     assert names(path) == ["state.json", "state.safetensors"]
+
+
+def test_the_digest_of_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is not a file"):
+        file_digest(tmp_path / "pipe")

@@ -223,7 +223,8 @@ def sync(path: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal. Raises ValueError for a pipe or a device."""
+    refuse_pipes(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

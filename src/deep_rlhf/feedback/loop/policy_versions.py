@@ -17,6 +17,7 @@ from deep_rlhf.errors import CheckpointError
 from deep_rlhf.feedback.monitoring.win_rate import won_by_newer
 from deep_rlhf.feedback.records import Label
 from deep_rlhf.runtime.checkpoint import latest_checkpoint, save_checkpoint
+from deep_rlhf.runtime.history import refuse_pipes
 from deep_rlhf.runtime.run_directory import write_summary
 from deep_rlhf.types import Scorer
 
@@ -143,6 +144,7 @@ class PolicyVersions:
             if not path.name.isdigit() or not (path / RESPONSES).exists():
                 continue
             try:
+                refuse_pipes(path / RESPONSES)
                 content = json.loads((path / RESPONSES).read_text(encoding="utf-8"))
                 if len(content["responses"]) != len(self.judged) or not isinstance(content["figures"], dict):
                     raise ValueError("it does not hold the responses and figures of a version")

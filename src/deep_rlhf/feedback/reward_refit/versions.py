@@ -27,6 +27,7 @@ from deep_rlhf.feedback.state import AGREEMENT, ANNOTATORS, FORECAST, SELECTION
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.models.load import load_language_model, load_tokenizer
 from deep_rlhf.runtime.checkpoint import file_digest
+from deep_rlhf.runtime.history import refuse_pipes
 from deep_rlhf.runtime.run_directory import replace_folder, write_summary
 
 logger = logging.getLogger(__name__)
@@ -301,6 +302,7 @@ def _read_version(path: Path) -> Refitted:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    refuse_pipes(path)
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
