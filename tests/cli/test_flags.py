@@ -206,7 +206,23 @@ def test_every_recipe_is_understood() -> None:
     assert config.learning_rate == 1.41e-5
 
 
-def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="UTF-8"):
-        output_folder(f"{tmp_path}/\udcff")
+@pytest.mark.parametrize("value", ["a\udcff", "\ud800", "a\0b"])
+def test_a_value_that_is_not_utf8_names_its_flag(value: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        ppo(f"--query_dataset={value}")
+    assert_names(error.value, "--query_dataset", "UTF-8", repr(value))
+    with pytest.raises(ConfigError) as error:
+        parsed("--names", "b", value)
+    assert_names(error.value, "--names", "UTF-8", repr(value))
+    (tmp_path / "run.yaml").write_text(f'output_dir: "{ascii(value)[1:-1]}"\n')
+    with pytest.raises(ConfigError) as error:
+        reward(f"--config={tmp_path / 'run.yaml'}")
+    assert_names(error.value, "output_dir", "run.yaml")
+
+
+def test_an_output_folder_is_no_url_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="s3://bucket/run"):
+        output_folder("s3://bucket/run")
     assert list(tmp_path.iterdir()) == []
+    assert output_folder("run") == tmp_path / "run"

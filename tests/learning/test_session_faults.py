@@ -12,13 +12,13 @@ from facts import assert_names
 from session_world import HONEST, SETTINGS, brevity, make_session, policy_folder
 
 from deep_rlhf.cli.loop_config import LoopConfig, run_folder_errors
-from deep_rlhf.errors import CheckpointError, DataError, ResourceError, StoreUnavailable, UserError
+from deep_rlhf.errors import CheckpointError, DataError, NotFiniteError, ResourceError, StoreUnavailable, UserError
 from deep_rlhf.feedback.annotators.simulated import SimulatedLabeler
 from deep_rlhf.feedback.loop import session as session_module
 from deep_rlhf.feedback.loop.config import KEPT_SETTINGS, SessionConfig
 from deep_rlhf.feedback.loop.session import Session
 from deep_rlhf.feedback.reward_refit.supervisor import RefitProcess
-from deep_rlhf.feedback.reward_refit.versions import Refits, newest_version, start_responses
+from deep_rlhf.feedback.reward_refit.versions import Refits, Refitted, newest_version, start_responses
 from deep_rlhf.feedback.store import Store
 from deep_rlhf.runtime.run_directory import write_summary
 
@@ -191,6 +191,41 @@ def test_other_prompts_are_refused(policy: str, folder: Path, monkeypatch: pytes
 
 
 # ---- with damaged files
+
+
+def test_another_store_is_refused(policy: str, folder: Path) -> None:
+    with Store(folder / "other.db", seed=1) as store, pytest.raises(CheckpointError) as told:
+        again(policy, folder, store)
+    assert_names(told.value, "other.db", str(folder), "--store", "--output_dir")
+
+
+# ---- a refit that fails
+
+
+def test_a_batched_loop_goes_on_with_the_reward_model_before_a_refit_that_is_not_finite(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = Refits.version_after
+
+    def not_finite_at_first(failing: int, refits: Refits, known: int) -> Refitted:
+        if known == failing:
+            raise NotFiniteError("The loss is nan.")
+        return plain(refits, known)
+
+    with Store(tmp_path / "store.db", seed=1) as store:
+        monkeypatch.setattr(Refits, "version_after", lambda refits, known: not_finite_at_first(1, refits, known))
+        assert make_session(policy, tmp_path / "run", store, **SHORT).run() == "done"
+        assert [row["reward_version"] for row in store.metrics()] == [1, 1]
+        assert [version.number for version in store.versions("reward")] == [1]
+    assert_names(caplog.text, "version 1", "nan")
+    with Store(tmp_path / "first.db", seed=1) as store:
+        monkeypatch.setattr(Refits, "version_after", lambda refits, known: not_finite_at_first(0, refits, known))
+        with pytest.raises(NotFiniteError):
+            make_session(policy, tmp_path / "first", store, **SHORT).run()
+        assert store.metrics() == []
+
+
+# ---- damaged files
 
 
 def cut(path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 from datasets import Dataset
+from facts import assert_names
 from grids import slow_but
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,7 @@ from deep_rlhf.compat.trl import (
     respond_to_batch,
     set_seed,
 )
-from deep_rlhf.errors import ConfigError, RewardError
+from deep_rlhf.errors import ConfigError, ModelError, RewardError
 from deep_rlhf.models.critic import Critic
 from deep_rlhf.models.policy import Policy, Reference
 from deep_rlhf.rollout.collect import collect
@@ -241,6 +242,32 @@ def test_a_head_that_trl_saved_among_the_weights_is_found(
     assert torch.equal(reopened.v_head.summary.weight, model.v_head.summary.weight)
 
 
+@pytest.mark.parametrize(
+    ("damage", "facts"),
+    [
+        ({"n_layer": 1}, ("layers", "transformer.h.1.attn.c_attn.weight")),
+        ({"n_layer": 3}, ("lacks", "transformer.h.2.attn.c_attn.bias")),
+        ({"n_embd": "32"}, ("n_embd",)),
+        ({"model_type": 5}, ("config.json", "model_type")),
+        (b"cut", ("model.safetensors", "cut off")),
+        (b"", ("model.safetensors", "empty")),
+    ],
+    ids=str,
+)
+def test_a_damaged_model_is_one_sentence(
+    damage: Any, facts: tuple[str, ...], make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    AutoModelForCausalLMWithValueHead(make_model("gpt2")).save_pretrained(tmp_path)
+    if isinstance(damage, bytes):
+        (tmp_path / "model.safetensors").write_bytes(damage)
+    else:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(ModelError) as error:
+        AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path))
+    assert_names(error.value, *facts)
+
+
 def test_pickled_weights_and_other_objects_are_refused(
     make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,7 +275,7 @@ def test_pickled_weights_and_other_objects_are_refused(
     weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ModelError, match="pickle"):
         AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="Only safetensors"):
         AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path), use_safetensors=False)

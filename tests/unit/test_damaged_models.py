@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from deep_rlhf.algorithms.online.build import model_and_tokenizer, open_policy
 from deep_rlhf.algorithms.ppo import PPOConfig
+from deep_rlhf.cli import plan
 from deep_rlhf.errors import ModelError, NotFiniteError, ResourceError
 from deep_rlhf.models.adapters import add_lora
 from deep_rlhf.models.load import load_language_model, load_tokenizer
@@ -265,6 +266,20 @@ def test_a_damaged_reward_model_is_refused(case: str, models: Path, tmp_path: Pa
     shutil.copytree(models / "reward", tmp_path / "model")
     damage(tmp_path / "model")
     assert_names(sentence(RewardModel.load, tmp_path / "model"), *facts)
+
+
+@pytest.mark.parametrize("case", [*WEIGHT_FILES, *POLICY])
+def test_a_plan_for_a_damaged_model_is_a_plan_or_one_sentence(case: str, models: Path, tmp_path: Path) -> None:
+    """A plan reads nothing but config.json, so it need not see what is wrong elsewhere."""
+    damage, facts = (WEIGHT_FILES | POLICY)[case]
+    shutil.copytree(models / "policy", tmp_path / "model")
+    damage(tmp_path / "model")
+    try:
+        plan.main(["ppo", f"--model_name={tmp_path / 'model'}", "--reward_model=python:rewards:length"])
+    except ModelError as error:
+        assert_names(error, *facts)
+    else:
+        assert facts[0] != "config.json" or "files" in facts
 
 
 @pytest.mark.parametrize("name", ["", " ", "/nowhere", "a\0b", "x" * 5000, "\udcff"])

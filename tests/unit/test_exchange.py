@@ -369,6 +369,8 @@ def test_impossible_exports_and_imports_are_refused(store: Store, tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         export_labels(store, tmp_path / "file" / "labels.jsonl")
+    with pytest.raises(UserError, match="URL"):
+        export_labels(store, "http://host/labels")
     for name in ("x\0.jsonl", "x" * 300 + ".jsonl"):
         with pytest.raises(UserError, match="cannot be written"):
             export_labels(store, tmp_path / name)

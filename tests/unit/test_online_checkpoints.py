@@ -1,5 +1,7 @@
 """Runs of PPO that are stopped, damaged, extended or replaced, from Python: they end as undisturbed ones do."""
 
+import dataclasses
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -134,3 +136,21 @@ def test_a_failure_on_the_main_process_is_raised_on_all(monkeypatch: pytest.Monk
     monkeypatch.setattr(runtime, "gather", lambda value: [CheckpointError("there"), value])
     with pytest.raises(CheckpointError, match="there"):
         runtime.on_main(fail)
+
+
+def test_a_callback_that_changes_the_working_directory_moves_no_checkpoint(
+    make: Callable[..., PPOTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainer = make(2, folder=".")
+    trainer = PPOTrainer(
+        dataclasses.replace(trainer.config, output_dir="run"),
+        model=trainer.policy,
+        tokenizer=trainer.tokenizer,
+        prompts=["red cat", "big dog"],
+        reward=length,
+    )
+    trainer.train(on_update=lambda metrics: os.chdir(tmp_path / "elsewhere"))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert (tmp_path / "run" / "checkpoints").is_dir()

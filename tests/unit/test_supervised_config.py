@@ -49,6 +49,7 @@ def test_a_number_that_cannot_be_meant_names_its_flag(kind: type[SupervisedConfi
         ({"save_strategy": "nope"}, ("nope",)),
         ({"save_total_limit": 0}, ("save_total_limit", "at least 1")),
         ({"accelerator_config": "nowhere.json"}, ("nowhere.json",)),
+        ({"fsdp_config": {"min_num_params": 1}}, ("fsdp_config", "not supported")),
     ],
     ids=str,
 )

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, config = parse_flags(
         argv, DPOArguments, DPOConfig, prog="deep-rlhf dpo", description=__doc__.split("\n")[0]
     )
-    output_folder(config.output_dir)
+    folder = output_folder(config.output_dir)
     is_main = config.process_index == 0
     console = Console(quiet=not is_main)
     train, train_rows, held_out, test_rows = load_splits(arguments, config.template)
@@ -55,19 +55,21 @@ def main(argv: list[str] | None = None) -> None:
         "model_name_or_path": arguments.model_name_or_path,
         "dataset_name": arguments.dataset_name,
     }
-    run = write(result, summary, arguments, config)
+    run = write(result, summary, arguments, config, folder)
     console.print(table(summary, rows))
     console.print(f"Policy: {run.path / 'model'}", highlight=False, markup=False, soft_wrap=True)
 
 
-def write(result: DPOResult, summary: dict[str, Any], arguments: DPOArguments, config: DPOConfig) -> RunDirectory:
-    """Writes the policy to `model/` and the resolved flags, the log and the summary beside it.
+def write(
+    result: DPOResult, summary: dict[str, Any], arguments: DPOArguments, config: DPOConfig, folder: Path
+) -> RunDirectory:
+    """Writes the policy to `<folder>/model` and the resolved flags, the log and the summary beside it.
 
     Raises ResourceError if the disk refuses a file.
     """
-    save_model(result.model, result.tokenizer, Path(config.output_dir) / "model")
-    with saving("results", Path(config.output_dir)):
-        run = RunDirectory(config.output_dir)
+    save_model(result.model, result.tokenizer, folder / "model")
+    with saving("results", folder):
+        run = RunDirectory(folder)
         run.write_metrics(result.history)
         save_config(run.path / "config.yaml", arguments, config)
         write_summary(run.path / "summary.json", summary)

@@ -104,16 +104,18 @@ def parse_flags(argv: list[str] | None, *dataclass_types: Any, prog: str, descri
         hint = f"Did you mean --{close[0]}?" if close else "Run with --help to see every flag."
         raise ConfigError(f"Unknown argument {name}. {hint}")
     values = vars(namespace)
+    _check_encoding(values)
     return tuple(_built(kind, values) for kind in dataclass_types)
 
 
 def output_folder(name: str | Path) -> Path:
-    """Creates the folder of a run's results. Raises CheckpointError if they cannot be written there."""
+    """Creates the folder of a run's results and returns its absolute path, which a later `os.chdir` does not change.
+
+    Raises ConfigError for a URL, and CheckpointError if the results cannot be written there.
+    """
+    if "://" in str(name):
+        raise ConfigError(f"--output_dir '{name}' is a URL: give a folder.")
     folder = Path(name)
-    try:
-        str(name).encode()
-    except UnicodeEncodeError as error:  # safetensors and tokenizers cannot write there
-        raise CheckpointError(f"Cannot write to --output_dir {str(name)!r}: the path is not UTF-8.") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -121,7 +123,7 @@ def output_folder(name: str | Path) -> Path:
     except OSError as error:
         raise CheckpointError(f"Cannot write to --output_dir '{folder}': {error.strerror}.") from error
     check_names(folder)
-    return folder
+    return folder.absolute()
 
 
 def save_config(path: Path, *configs: Any) -> None:
@@ -147,6 +149,18 @@ def print_config(*configs: Any) -> None:
             if field.init and value != default:
                 table.add_row(field.name, escape(str(value)))
     Console().print("Settings that differ from the defaults:", table if table.row_count else "none", sep="\n")
+
+
+def _check_encoding(values: dict[str, Any]) -> None:
+    """Raises ConfigError for bytes that are not UTF-8, and for NUL: libraries cannot read or write such a path."""
+    for name, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                is_text = not isinstance(text, str) or b"\0" not in text.encode()
+            except UnicodeEncodeError:
+                is_text = False
+            if not is_text:
+                raise ConfigError(f"--{name} {text!r} is not UTF-8 text: rename it, or give another value.")
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -198,7 +212,7 @@ def _flags_of_file(parser: _Parser, argv: list[str]) -> list[str]:
     values = _read_yaml(Path(path), list(parser.flags))
     try:
         flags = _as_flags(values, lists={name for name, action in parser.flags.items() if action.nargs in ("+", "*")})
-        parser.parse_args(flags)
+        _check_encoding(vars(parser.parse_args(flags)))
     except ConfigError as error:
         raise ConfigError(f"In '{path}': {error}") from None
     return flags

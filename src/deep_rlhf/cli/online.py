@@ -37,8 +37,8 @@ def main(command: str, argv: list[str] | None = None) -> None:
     prog = "ppo.py" if command == "ppo" else f"deep-rlhf {command}"
     (config,) = parse_flags(argv, config_class, prog=prog, description=COMMANDS[command])
     start = time.perf_counter()
-    output_dir = output_folder(config.output_dir or f"outputs/{config.exp_name}")
-    config = dataclasses.replace(config, output_dir=str(output_dir))
+    config = dataclasses.replace(config, output_dir=config.output_dir or f"outputs/{config.exp_name}")
+    output_dir = output_folder(str(config.output_dir))
     scorer = load_scorer(config.reward_model, trust_remote_code=config.trust_remote_code, timeout=config.reward_timeout)
     template = _template(config, scorer)
     prompts, rows = load_prompts(

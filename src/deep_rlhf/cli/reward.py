@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, config = parse_flags(
         argv, RewardArguments, RewardConfig, prog="reward_modeling.py", description=__doc__.split("\n")[0]
     )
-    output_folder(config.output_dir)
+    folder = output_folder(config.output_dir)
     is_main = config.process_index == 0
     console = Console(quiet=not is_main)
     train, train_rows, held_out, test_rows = load_splits(arguments, config.template)
@@ -83,9 +83,9 @@ def main(argv: list[str] | None = None) -> None:
         "model_name_or_path": arguments.model_name_or_path,
         "dataset_name": arguments.dataset_name,
     }
-    write(result, summary, arguments, config)
+    write(result, summary, arguments, config, folder)
     console.print(table(summary, rows))
-    console.print(f"Reward model: {config.output_dir}", highlight=False)
+    console.print(f"Reward model: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def load_splits(
@@ -123,11 +123,13 @@ def after_training(read: RowReport, trained: RowReport) -> RowReport:
     return RowReport(read.read, trained.kept, read.dropped | trained.dropped)
 
 
-def write(result: RewardResult, summary: dict[str, Any], arguments: RewardArguments, config: RewardConfig) -> None:
-    """Writes the model and, beside it, the resolved flags, the log and the summary."""
-    result.model.save(config.output_dir)
-    with saving("results", Path(config.output_dir)):
-        run = RunDirectory(config.output_dir)
+def write(
+    result: RewardResult, summary: dict[str, Any], arguments: RewardArguments, config: RewardConfig, folder: Path
+) -> None:
+    """Writes the model to `folder` and, beside it, the resolved flags, the log and the summary."""
+    result.model.save(folder)
+    with saving("results", folder):
+        run = RunDirectory(folder)
         run.write_metrics(result.history)
         save_config(run.path / "config.yaml", arguments, config)
         write_summary(run.path / "summary.json", summary)

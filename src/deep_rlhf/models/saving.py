@@ -94,6 +94,8 @@ def write_folder(what: str, folder: str | Path, write: Callable[[Path], None]) -
                 if path.name not in written:
                     path.unlink()
             for name in sorted(written):
+                if (folder / name).is_dir():  # peft writes one for each further set of adapters
+                    shutil.rmtree(folder / name)
                 (temporary / name).replace(folder / name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

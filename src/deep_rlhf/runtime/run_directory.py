@@ -21,7 +21,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         """Creates the folder. Raises CheckpointError as `check_names`."""
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.path.mkdir(parents=True, exist_ok=True)
         check_names(self.path)
 

@@ -229,3 +229,17 @@ def test_rights_that_are_missing_in_postgresql_are_named(postgres: Server) -> No
         assert store.waiting() == 1
         with pytest.raises(StoreUnavailable, match="is read-only"):
             store.add([pair()])
+
+
+def test_a_store_stays_the_same_file_after_a_change_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with Store("labels.db") as store:
+        store.add([pair("p")])
+        os.chdir(tmp_path / "elsewhere")
+        assert store.waiting() == 1
+        store.add([pair("q")])
+        assert store.waiting() == 2
+    assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -27,7 +27,8 @@ class OnlineCheckpoints:
 
     def __init__(self, config: OnlineConfig, runtime: Runtime, identity: dict[str, Any], *, updates: int) -> None:
         """`identity`: see `run_identity`; `updates`: of the whole run."""
-        self.folder = Path(config.output_dir) / "checkpoints" if config.output_dir is not None else None
+        folder = config.output_dir
+        self.folder = Path(folder).absolute() / "checkpoints" if folder is not None else None
         self.newest: Path | None = None  # that this run resumed from or wrote
         self.history = History()  # one row per update: its metrics and samples
         self._config, self._runtime, self._identity, self._updates = config, runtime, identity, updates

@@ -71,6 +71,7 @@ class OnlineTrainer:
         """
         set_seed(config.seed)
         self.config = config
+        self._folder = Path(config.output_dir or f"outputs/{config.exp_name}").absolute()  # a callback may chdir
         self.runtime: Runtime = build.open_runtime(config)
         model, self.tokenizer = build.model_and_tokenizer(model, tokenizer, config)
         self._policy: Policy = build.open_policy(model, self.runtime.device, config)
@@ -333,7 +334,7 @@ class OnlineTrainer:
         self._bad_in_a_row += 1
         logger.warning("Update %d ends at its first number that is not finite: %s.", update + 1, reason)
         if self.config.output_dir is not None and self.runtime.is_main:
-            path = Path(self.config.output_dir) / "bad_batches" / f"step-{update + 1}.json"
+            path = self._folder / "bad_batches" / f"step-{update + 1}.json"
             set_aside(path, rollout, step=update + 1, reason=reason)
         if self._bad_in_a_row >= min(self.config.max_bad_batches, self.updates):
             newest = self._checkpoints.newest
@@ -349,7 +350,6 @@ class OnlineTrainer:
         if not options or (update + 1) % self.config.compare_steps or score <= self._best_score:
             return
         self._best_score = score
-        folder = Path(self.config.output_dir or f"outputs/{self.config.exp_name}") / "best"
-        self.save(folder)
+        self.save(self._folder / "best")
         if self.runtime.is_main:
-            push_folder(folder, **options)
+            push_folder(self._folder / "best", **options)

@@ -85,7 +85,7 @@ class RunCheckpoints:
 
     def __init__(self, trainer: Resumable) -> None:
         self.trainer = trainer
-        self.folder = Path(trainer.config.output_dir) / "checkpoints"
+        self.folder = Path(trainer.config.output_dir).absolute() / "checkpoints"
         self._best: Path | None = None
         self._resumed = False
         self._saved_step = -1

@@ -18,7 +18,7 @@ from deep_rlhf.settings import LARGEST_SEED, check_settings, seed_setting, setti
 # fmt: off
 UNSUPPORTED = (
     "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "debug",
-    "deepspeed", "enable_jit_checkpoint", "fp16", "fp16_full_eval", "fsdp", "group_by_length",
+    "deepspeed", "enable_jit_checkpoint", "fp16", "fp16_full_eval", "fsdp", "fsdp_config", "group_by_length",
     "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "ignore_data_skip",
     "include_for_metrics", "include_num_input_tokens_seen",
     "label_names", "label_smoothing_factor", "liger_kernel_config", "neftune_noise_alpha", "optim_target_modules",

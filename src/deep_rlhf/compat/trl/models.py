@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils import cached_file
 
+from deep_rlhf.models.files import ADAPTER, check_model_files, model_folder
+from deep_rlhf.models.saving import write_folder
+from deep_rlhf.models.validation import check_keys, opening
 from deep_rlhf.runtime.finite import check_finite
 from deep_rlhf.runtime.hub import push_folder
 
@@ -85,8 +88,8 @@ class PreTrainedModelWrapper(nn.Module):
         """A model by name or folder (safetensors only), or around a model object; `peft_config` adds adapters.
 
         Takes `is_trainable` for a folder of adapters, `v_head_init_strategy`, `v_head_initializer_range`; other
-        arguments are transformers'. A head saved beside the model is restored. Raises what transformers raises, and
-        ValueError.
+        arguments are transformers'. A head saved beside the model is restored. Raises ModelError for a model that
+        cannot be opened, and ValueError for arguments.
         """
         head_options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("v_head_", "summary_"))}
         if kwargs.pop("reward_adapter", None) is not None:
@@ -100,7 +103,8 @@ class PreTrainedModelWrapper(nn.Module):
             model = get_peft_model(model, peft_config)
         wrapper = cls(model, **head_options)
         if isinstance(name, str):
-            saved = _saved_head(name, {key: kwargs[key] for key in _WHERE if key in kwargs})
+            with opening("value head", name):
+                saved = _saved_head(name, {key: kwargs[key] for key in _WHERE if key in kwargs})
             if saved:
                 wrapper.v_head.load_state_dict(saved)
         return wrapper
@@ -112,13 +116,29 @@ class PreTrainedModelWrapper(nn.Module):
         if not options["use_safetensors"]:
             raise ValueError("Only safetensors weights are opened: leave use_safetensors out.")
         where = {key: options[key] for key in _WHERE if key in options}
-        if _file(name, "adapter_config.json", where) is None:
-            return cls.transformers_parent_class.from_pretrained(name, *arguments, **options)
+        with opening("model", name):
+            has_adapters = _file(name, ADAPTER, where) is not None
+        if not has_adapters:
+            return cls._language_model(name, arguments, options)
         from peft import PeftConfig, PeftModel
 
-        base = PeftConfig.from_pretrained(name, **where).base_model_name_or_path
-        model = cls.transformers_parent_class.from_pretrained(base, *arguments, **options)
-        return PeftModel.from_pretrained(model, name, is_trainable=trainable, **where)
+        with opening("adapters", name):
+            base = PeftConfig.from_pretrained(name, **where).base_model_name_or_path
+        model = cls._language_model(base, arguments, options)
+        with opening("adapters", name):
+            return PeftModel.from_pretrained(model, name, is_trainable=trainable, **where)
+
+    @classmethod
+    def _language_model(cls, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> PreTrainedModel:
+        if (folder := model_folder(name)) is not None:
+            check_model_files(folder / options.get("subfolder", ""))
+        with opening("model", name):
+            model, loaded = cls.transformers_parent_class.from_pretrained(
+                name, *arguments, output_loading_info=True, **options
+            )
+        loaded["unexpected_keys"] = {key for key in loaded["unexpected_keys"] if not key.startswith(_HEAD)}
+        check_keys(model, loaded, name, may_lack=False)
+        return model
 
     def forward(
         self,
@@ -157,12 +177,17 @@ class PreTrainedModelWrapper(nn.Module):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes a plain transformers folder (or peft's, for adapters), and the value head in a separate file.
 
-        Raises NotFiniteError, and writes nothing, if a weight is NaN or infinite.
+        Raises NotFiniteError if a weight is NaN or infinite, and ResourceError if a file cannot be written; an earlier
+        model in the folder then stays as it was.
         """
         check_finite(self, f"The model is not saved in '{save_directory}'")
-        self.pretrained_model.save_pretrained(save_directory, **kwargs)
         head = {_HEAD + name: tensor.detach().cpu().clone() for name, tensor in self.v_head.state_dict().items()}
-        save_file(head, Path(save_directory) / HEAD_FILE)
+
+        def write(folder: Path) -> None:
+            self.pretrained_model.save_pretrained(folder, **kwargs)
+            save_file(head, folder / HEAD_FILE)
+
+        write_folder("model", save_directory, write)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
         """Uploads the folder of `save_pretrained`; options as in `runtime.hub.push_folder`."""

@@ -39,6 +39,8 @@ def export_labels(store: Store, target: str | Path, *, everything: bool = False)
     complete file must be read with --on_bad_rows=skip for training. An existing file is replaced atomically. Raises
     StoreError if there are no labels, and ConfigError or DataError if nothing can be written there.
     """
+    if "://" in str(target):
+        raise ConfigError(f"Labels cannot be exported to '{target}': give the name of a file, not a URL.")
     path = Path(target)
     left_out: Counter[str] = Counter()
     labels: list[PortableLabel] = []

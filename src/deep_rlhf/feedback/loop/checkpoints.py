@@ -58,6 +58,11 @@ class SessionCheckpoints:
             set_aside_damaged_checkpoints(self._folder)
         if found is not None and found.state.get("policy") != policy:
             raise CheckpointError(f"'{folder}' holds the run of another policy: give another --output_dir.")
+        if found is not None and known is None:
+            raise CheckpointError(
+                f"{store!r} knows nothing of the run in '{folder}', which has its labels in another store: give that"
+                " --store, or another --output_dir."
+            )
         START_POLICY.write(store, policy)
         self._found = found.state if found is not None else None
 

@@ -94,7 +94,7 @@ class Session:
 
         Raises CheckpointError if the folder or the store belong to another run, and what PPOTrainer raises.
         """
-        self.config, self.store, self.output_dir = config, store, Path(output_dir)
+        self.config, self.store, self.output_dir = config, store, Path(output_dir).absolute()
         self.trainer = make_trainer(config, model, tokenizer, prompts)
         self.rewards = self.output_dir / "rewards"
         self.refit_job = refit_job(config, model, weight_count(self.trainer.policy))

@@ -70,6 +70,8 @@ class Database:
         self._must_exist, self._read_only = must_exist or read_only, read_only
         self.name = display_name(self.url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        if self.is_sqlite:  # later connections open the same file after an os.chdir
+            self.url = self.url.set(database=os.path.abspath(str(self.url.database)))
         self._file: tuple[int, int] | None = None  # which file the path led to when it was opened
         self._found: tuple[float, str | None] = (0.0, None)  # what damage was found, and until when that is believed
         try:

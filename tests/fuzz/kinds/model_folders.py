@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fuzz.case import Case, Workshop
-from fuzz.flags import base_command
-from fuzz.mutations import LFS, damage, damage_json
+from fuzz.kinds.flags import base_command
+from fuzz.kinds.mutations import LFS, damage, damage_json
 from fuzz.world import FUNCTION, OUT, PAIRS, SAMPLING
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

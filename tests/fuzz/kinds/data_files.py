@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 
 from fuzz.case import Case, Workshop
-from fuzz.flags import base_command
-from fuzz.mutations import VALUES, damage, damage_json
+from fuzz.kinds.flags import base_command
+from fuzz.kinds.mutations import VALUES, damage, damage_json
 from fuzz.world import OUT
 
 Rows = list[dict[str, Any]]

@@ -26,7 +26,7 @@ def make_case(seed: int, number: int, folder: Path, world: Path) -> Case:
     """The case of a seed and a number, in a new folder."""
     kind, rng = draw(seed, number)
     folder.mkdir(parents=True)
-    make: Callable[[Workshop], Case] = import_module(f"fuzz.{kind}").make
+    make: Callable[[Workshop], Case] = import_module(f"fuzz.kinds.{kind}").make
     return make(Workshop(rng, folder, world))
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fuzz.case import Case, Workshop
-from fuzz.flags import base_command
+from fuzz.kinds.flags import base_command
 from fuzz.world import FUNCTION, OUT
 
 # What a function does instead of returning numbers, and whether the run must then be refused.

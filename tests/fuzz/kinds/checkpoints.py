@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from fuzz.case import Case, Workshop
-from fuzz.mutations import damage, damage_json
+from fuzz.kinds.mutations import damage, damage_json
 from fuzz.world import DPO, LOOP, ONLINE, REWARD, SAVED
 
 PPO = [*ONLINE["ppo"], "--save_freq=1"]

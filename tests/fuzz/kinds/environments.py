@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 
 from fuzz.case import Case, Workshop
-from fuzz.flags import base_command
+from fuzz.kinds.flags import base_command
 from fuzz.world import FUNCTION, OUT, SAMPLING
 
 COMMANDS = (

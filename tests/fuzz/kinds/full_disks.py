@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 from fuzz.case import Case, Workshop
-from fuzz.flags import base_command
+from fuzz.kinds.flags import base_command
 from fuzz.world import DPO, LOOP, ONLINE, OUT, REWARD, SAVED
 
 
@@ -74,6 +74,6 @@ def make(shop: Workshop) -> Case:
 
 def usable(folder: Path, argv: list[str]) -> str | None:
     """What an import or export wrote is complete."""
-    from fuzz.data_files import exported_again
+    from fuzz.kinds.data_files import exported_again
 
     return exported_again(folder) if argv[1:3] == ["import", "new.db"] else None

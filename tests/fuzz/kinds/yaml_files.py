@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from fuzz.case import Case, Workshop
-from fuzz.flags import base_command, is_long, types_of, value_for
-from fuzz.mutations import VALUES, damage
+from fuzz.kinds.flags import base_command, is_long, types_of, value_for
+from fuzz.kinds.mutations import VALUES, damage
 from fuzz.world import OUT
 
 # Texts that YAML reads as something else than they look like, or cannot read.

@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet
 
 from fuzz.case import Case, Workshop
-from fuzz.data_files import exported_again
-from fuzz.mutations import VALUES, damage, damage_json
+from fuzz.kinds.data_files import exported_again
+from fuzz.kinds.mutations import VALUES, damage, damage_json
 
 TARGETS = (
     "x.jsonl",

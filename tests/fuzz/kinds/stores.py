@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz.case import Case, Workshop
-from fuzz.mutations import damage
+from fuzz.kinds.mutations import damage
 from fuzz.world import LOOP, OUT
 
 ROW_VALUES: list[Any] = [  # of every type
