@@ -225,6 +225,17 @@ def test_a_batched_loop_goes_on_with_the_reward_model_before_a_refit_that_is_not
         assert store.metrics() == []
 
 
+def test_bad_batches_are_counted_on_after_a_restart(policy: str, folder: Path) -> None:
+    with Store(folder / "store.db", seed=1) as store:
+        first = again(policy, folder, store)
+        first.begin()
+        first.trainer.bad_batches, first.trainer.bad_in_a_row = 3, 2
+        first._checkpoint()
+        second = again(policy, folder, store)
+        second.begin()
+        assert (second.trainer.bad_batches, second.trainer.bad_in_a_row) == (3, 2)
+
+
 # ---- damaged files
 
 

@@ -100,7 +100,7 @@ class OnlineTrainer:
         self.last_rollout: Rollout | None = None
         self._shaping = ScoreShaping(config)
         self._best_score = -float("inf")
-        self._bad_batches = self._bad_in_a_row = 0
+        self.bad_batches = self.bad_in_a_row = 0  # batches that could not be learned from
         self._signal = 0  # that asked for a stop
         self._identity = run_identity(
             config,
@@ -157,7 +157,7 @@ class OnlineTrainer:
                 self._end_update(metrics, on_update)
                 number = max(self.runtime.gather(self._signal))
                 # no checkpoint between bad batches, so that the newest one is from before they began
-                due = (update + 1) % self.config.save_freq == 0 and not self._bad_in_a_row
+                due = (update + 1) % self.config.save_freq == 0 and not self.bad_in_a_row
                 if number or due or update + 1 == self.updates:
                     self.checkpoint()
                 if number:
@@ -180,7 +180,7 @@ class OnlineTrainer:
         if failure is None:
             self.runtime.log(metrics, len(self.history))
             return
-        if self.runtime.processes == 1 and not self._bad_in_a_row:  # the others do not know of the failure
+        if self.runtime.processes == 1 and not self.bad_in_a_row:  # the others do not know of the failure
             try:
                 self.checkpoint()
             except CheckpointError as error:  # it must not hide the failure
@@ -206,11 +206,11 @@ class OnlineTrainer:
             self._shaping.moments = moments
             self._set_aside(rollout, update, str(error))
         else:
-            self._bad_in_a_row = 0
+            self.bad_in_a_row = 0
             if self.config.adapts_kl_coef(update):
                 self._adapt_kl_coef(float(torch.where(rollout.response_mask, rollout.kl, 0.0).sum(1).mean()))
         seconds = time.perf_counter() - start
-        metrics["bad_batches"] = float(self._bad_batches)
+        metrics["bad_batches"] = float(self.bad_batches)
         metrics["tokens_per_second"] = float(rollout.response_mask.sum()) / seconds
         metrics["sampling_share_of_time"] = (collected - start) / seconds
         metrics["memory_gb"] = self.runtime.peak_memory_gb()
@@ -279,7 +279,7 @@ class OnlineTrainer:
         state = {
             **self._trained_state(),
             "best_score": self._best_score,
-            "bad_batches": (self._bad_batches, self._bad_in_a_row),
+            "bad_batches": (self.bad_batches, self.bad_in_a_row),
             "random": random,
         }
         self._checkpoints.save(len(self.history), state)
@@ -318,7 +318,7 @@ class OnlineTrainer:
     def _load(self, state: dict[str, Any]) -> None:
         self.restore(state)
         self._best_score = state["best_score"]
-        self._bad_batches, self._bad_in_a_row = state["bad_batches"]
+        self.bad_batches, self.bad_in_a_row = state["bad_batches"]
         self.history = [row["metrics"] for row in self.logged]
         set_random_states(state["random"][self.runtime.rank % len(state["random"])])
 
@@ -330,17 +330,17 @@ class OnlineTrainer:
 
     def _set_aside(self, rollout: Rollout, update: int, reason: str) -> None:
         """Counts a bad batch and writes it to a file. Raises RewardError after too many in a row."""
-        self._bad_batches += 1
-        self._bad_in_a_row += 1
+        self.bad_batches += 1
+        self.bad_in_a_row += 1
         logger.warning("Update %d ends at its first number that is not finite: %s.", update + 1, reason)
         if self.config.output_dir is not None and self.runtime.is_main:
             path = self._folder / "bad_batches" / f"step-{update + 1}.json"
             set_aside(path, rollout, step=update + 1, reason=reason)
-        if self._bad_in_a_row >= min(self.config.max_bad_batches, self.updates):
+        if self.bad_in_a_row >= min(self.config.max_bad_batches, self.updates):
             newest = self._checkpoints.newest
             good = f"add --resume to continue from '{newest}', the last good checkpoint" if newest else "start again"
             raise RewardError(
-                f"{self._bad_in_a_row} batches in a row could not be learned from, the last because {reason}: correct"
+                f"{self.bad_in_a_row} batches in a row could not be learned from, the last because {reason}: correct"
                 f" the reward and {good}, or start again with a lower learning rate."
             )
 

@@ -201,8 +201,7 @@ class Session:
         except NotFiniteError as error:
             if self._scorer is None:
                 raise
-            number = self.progress.reward_version
-            logger.warning("A refit failed: version %d of the reward model stays in use. %s", number, error)
+            logger.warning("A refit failed: version %d of the reward stays. %s", self.progress.reward_version, error)
             return
         self._adopt(refitted)
 
@@ -237,6 +236,7 @@ class Session:
     def _restore(self, found: dict[str, Any]) -> None:
         """Continues from a checkpoint, with what may have changed in the settings since."""
         self.trainer.restore(found["trainer"])
+        self.trainer.bad_batches, self.trainer.bad_in_a_row = found.get("bad_batches", (0, 0))
         self._apply_settings()
         self.monitor.state = found["monitor"]
         self.link.restore(found.get("outbox"), policy=self.progress.policy_version)
@@ -384,6 +384,7 @@ class Session:
             self.progress.step,
             {
                 "trainer": self.trainer.snapshot(),
+                "bad_batches": (self.trainer.bad_batches, self.trainer.bad_in_a_row),
                 "progress": dataclasses.asdict(self.progress),
                 "monitor": self.monitor.state,
                 "outbox": self.link.outbox.state,
