@@ -95,7 +95,7 @@ def plan_online(
     training = _training(models, prompt, response, config, on_gpu)
     phases.append(Phase("training", held | {"gradients": gradients} | training))
     if not on_gpu:
-        phases.append(Phase("saving", held | {"policy, read again": _saving(policy)}))
+        phases.append(Phase("saving", held | {"policy, as written": _saving(policy)}))
     return MemoryPlan(tuple(phases))
 
 
@@ -146,10 +146,10 @@ def _policy_bytes(policy: Policy, config: OnlineConfig) -> int:
 
 
 def _saving(policy: Policy) -> int:
-    """The bytes of saving: the plain model is read again as float32, and adapters are merged into a copy first."""
+    """The bytes of saving: safetensors copies all weights, and adapters are merged into a copy of the policy first."""
     weights = sum(weight.numel() for weight in policy.language_model.parameters())
     size = policy.language_model.get_input_embeddings().weight.element_size()
-    return 4 * weights + (size * weights if size < 4 else 0) + (bytes_of([policy]) if policy.is_adapted else 0)
+    return size * weights + (bytes_of([policy]) if policy.is_adapted else 0)
 
 
 def _frozen_layers(policy: Policy) -> list[Any]:
