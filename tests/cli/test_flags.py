@@ -206,14 +206,14 @@ def test_every_recipe_is_understood() -> None:
     assert config.learning_rate == 1.41e-5
 
 
-@pytest.mark.parametrize("value", ["a\udcff", "\ud800", "a\0b"])
-def test_a_value_that_is_not_utf8_names_its_flag(value: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "problem"), [("a\udcff", "UTF-8"), ("\ud800", "UTF-8"), ("a\0b", "null")])
+def test_a_value_that_is_not_utf8_names_its_flag(value: str, problem: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         ppo(f"--query_dataset={value}")
-    assert_names(error.value, "--query_dataset", "UTF-8", repr(value))
+    assert_names(error.value, "--query_dataset", problem, repr(value))
     with pytest.raises(ConfigError) as error:
         parsed("--names", "b", value)
-    assert_names(error.value, "--names", "UTF-8", repr(value))
+    assert_names(error.value, "--names", problem, repr(value))
     (tmp_path / "run.yaml").write_text(f'output_dir: "{ascii(value)[1:-1]}"\n')
     with pytest.raises(ConfigError) as error:
         reward(f"--config={tmp_path / 'run.yaml'}")

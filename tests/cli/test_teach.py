@@ -77,8 +77,8 @@ def waited(condition: Callable[[], Any], process: subprocess.Popen[bytes], folde
 def test_teach_says_what_to_do_and_how_to_continue(workplace: Path) -> None:
     words = " ".join(said(workplace).split())
     assert "compare responses" in words
-    assert "deep-rlhf teach --config=run/config.yaml" in words
-    assert "The policy: run/model" in words
+    assert f"deep-rlhf teach --config={workplace / 'run' / 'config.yaml'}" in words
+    assert f"The policy: {workplace / 'run' / 'model'}" in words
     assert words.endswith("stopped")
     assert "Traceback" not in words
 

@@ -231,7 +231,8 @@ def test_a_stopped_run_names_the_last_good_checkpoint_and_goes_on_with_a_mended_
 
 
 def test_weights_that_overflow_end_the_run(make: Callable[..., OnlineTrainer], tmp_path: Path) -> None:
-    trainer = make(learning_rate=1e30, max_bad_batches=2, output_dir=str(tmp_path), save_freq=1)
+    trainer = make(learning_rate=1e3, max_bad_batches=2, output_dir=str(tmp_path), save_freq=1)
+    trainer.learner.optimisation.set_learning_rate(1e30)  # type: ignore[attr-defined]
     with pytest.raises(RewardError, match=r"\b2 batches in a row\b.* lower learning rate\.$"):
         trainer.train()
     assert len(trainer.history) < 4

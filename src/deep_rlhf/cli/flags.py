@@ -155,12 +155,14 @@ def _check_encoding(values: dict[str, Any]) -> None:
     """Raises ConfigError for bytes that are not UTF-8, and for NUL: libraries cannot read or write such a path."""
     for name, value in values.items():
         for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str):
+                continue
             try:
-                is_text = not isinstance(text, str) or b"\0" not in text.encode()
+                problem = "has a null character" if b"\0" in text.encode() else ""
             except UnicodeEncodeError:
-                is_text = False
-            if not is_text:
-                raise ConfigError(f"--{name} {text!r} is not UTF-8 text: rename it, or give another value.")
+                problem = "is not UTF-8 text"
+            if problem:
+                raise ConfigError(f"--{name} {text!r} {problem}: rename it, or give another value.")
 
 
 def _mapping(text: str) -> dict[str, Any]:

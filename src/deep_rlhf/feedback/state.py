@@ -123,7 +123,7 @@ def _to_json(value: Any) -> Any:
         return value.isoformat(timespec="seconds")
     if is_dataclass(value) and not isinstance(value, type):
         return {_key(one): _to_json(getattr(value, one.name)) for one in fields(value)}
-    return value
+    return [_to_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _from_json(kind: Any, value: Any) -> Any:

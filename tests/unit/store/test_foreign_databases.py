@@ -150,7 +150,7 @@ def test_a_path_that_is_no_store_is_one_sentence(kind: str, command: str, labels
     make(tmp_path / "x.db")
     name = {"a file in a file": "y/x.db", "a long name": "x" * 300, "no name": "x\0.db"}.get(kind, "x.db")
     before = _state(tmp_path) if kind in ("a text", "an empty file") else None
-    with pytest.raises(StoreError) as error:
+    with pytest.raises(UserError) as error:
         COMMANDS[command](str(tmp_path / name), labels)
     assert_names(error.value, *facts)
     assert "\n" not in str(error.value)
