@@ -29,8 +29,17 @@ RENAMED = {
 }
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader, which keeps the last of two values for a key, with an error instead."""
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with an error of YAML's own for a key that is there twice, and for a value that is not of its tag."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """As SafeLoader's. Raises ConstructorError for what its constructors fail on, such as `!!bool perhaps`."""
+        try:
+            return super().construct_object(node, deep)
+        except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
+            value = f"'{node.value[:60]}'" if isinstance(node, yaml.ScalarNode) else "this"
+            problem = f"{value} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As SafeLoader's. Raises ConstructorError for a key that is there twice."""
@@ -245,7 +254,7 @@ def _as_flags(values: dict[str, Any], *, lists: set[str]) -> list[str]:
 
 def _read_yaml(path: Path, known: list[str]) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"There is no configuration file '{path}'.") from None
     except yaml.MarkedYAMLError as error:
