@@ -168,6 +168,8 @@ WEIGHT_FILES: dict[str, tuple[Damage, list[str]]] = {
     "index no JSON": (sharded(content(INDEX, b"{")), [INDEX, "JSON"]),
     "index empty": (sharded(fields(INDEX, weight_map={})), [INDEX, "weight_map"]),
     "index elsewhere": (sharded(fields(INDEX, weight_map={"a": "/etc/passwd"})), [INDEX, "/etc/passwd"]),
+    "index too long": (sharded(fields(INDEX, weight_map={"a": "x" * 300})), ["too long"]),
+    "index null": (sharded(fields(INDEX, weight_map={"a": "x\0"})), ["null"]),
     "index wrong": (sharded(fields(INDEX, weight_map={"a": "model-1.safetensors"})), ["model-1.safetensors", "'a'"]),
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
     "config empty": (content("config.json", b""), ["config.json", "empty"]),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -173,8 +174,12 @@ def _check_shards(folder: Path) -> dict[str, Stored]:
 
 
 def _check_is_file(path: Path) -> None:
-    """Raises ModelError for a pipe or a device, on which reading would wait for ever."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    """Raises ModelError for a pipe or a device, on which reading would wait for ever, and for an impossible name."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{path}' cannot be read: {_why(error)}.") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ModelError(f"'{path}' is a pipe or a device: put the file of the model there.")
 
 
