@@ -124,7 +124,7 @@ def test_messages_about_a_ranking(visit: Visit, add: Add) -> None:
 
 @pytest.mark.browser
 def test_messages_while_the_server_is_away_or_the_login_is_over(visit: Visit, store: Store, add: Add) -> None:
-    add(4)
+    add(2)  # both are labelled below: a page without a question asks for one at each event
     page = visit("anna", may_fail=True)
     page.route("**/answer", lambda route: route.abort("connectionreset"))
     page.keyboard.press("ArrowUp")

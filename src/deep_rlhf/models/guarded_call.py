@@ -45,15 +45,23 @@ def call_guarded(seconds: float, call: Callable[[], T]) -> T:
     gradients = torch.is_grad_enabled()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
 
+    ending, is_over = threading.Lock(), False
+
     def run() -> None:
+        nonlocal is_over
         threads = torch.get_num_threads()
         try:
-            with torch.set_grad_enabled(gradients), torch.cuda.device(device):
-                returned.append(call())
-        except BaseException as error:  # also SystemExit, KeyboardInterrupt and GeneratorExit
-            raised.append(error)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+            try:
+                with torch.set_grad_enabled(gradients), torch.cuda.device(device):
+                    returned.append(call())
+            except BaseException as error:  # also SystemExit, KeyboardInterrupt and GeneratorExit
+                raised.append(error)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            with ending:
+                is_over = True
+        except SystemExit:  # of `_stop`, just as the call ended
+            pass
 
     thread = threading.Thread(target=run, daemon=True)  # which does not keep the program from ending
     with _process_settings_kept():
@@ -63,7 +71,9 @@ def call_guarded(seconds: float, call: Callable[[], T]) -> T:
             raise CallFailed(f"cannot be called: {describe(error)}") from error
         thread.join(min(seconds, threading.TIMEOUT_MAX))
         if not raised and not returned:
-            _stop(thread)
+            with ending:  # a thread that ends by itself holds locks of `threading`, which it would never release
+                if not is_over:
+                    _stop(thread)
             raise CallFailed(f"did not return within {seconds:g} s")
     if raised:
         cause = raised[0]

@@ -371,6 +371,7 @@ def classifier_of(policy: PreTrainedModel, members: int) -> PreTrainedModel:
     config = copy.deepcopy(policy.config)
     config.id2label = {member: f"member {member}" for member in range(members)}
     config.label2id = {name: member for member, name in config.id2label.items()}
+    config.problem_type = "regression"  # as that of a model that is opened again
     classifier = AutoModelForSequenceClassification.from_config(config)
     trunk = getattr(classifier, classifier.base_model_prefix)
     trunk.load_state_dict(getattr(policy, policy.base_model_prefix).state_dict())
