@@ -274,7 +274,7 @@ def test_a_damaged_reward_model_is_refused(case: str, models: Path, tmp_path: Pa
     assert_names(sentence(RewardModel.load, tmp_path / "model"), *facts)
 
 
-@pytest.mark.parametrize("case", [*WEIGHT_FILES, *POLICY])
+@pytest.mark.parametrize("case", sorted({*WEIGHT_FILES, *POLICY} - {"large kind"}))  # which can be planned, slowly
 def test_a_plan_for_a_damaged_model_is_a_plan_or_one_sentence(case: str, models: Path, tmp_path: Path) -> None:
     """A plan reads nothing but config.json, and of that what is about sizes."""
     damage, _ = (WEIGHT_FILES | POLICY)[case]
