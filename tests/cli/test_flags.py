@@ -96,6 +96,8 @@ def test_gradient_checkpointing_is_understood_without_a_warning() -> None:
         (["--size=1.5"], "--size: invalid int value: '1.5'"),
         (["--loud=perhaps"], "--loud: Truthy value expected"),
         (["--size"], "--size: expected one argument"),
+        (["--size=--"], "--size needs a value"),
+        (["--limit=--"], "--limit needs a value"),
         (["--config"], "--config: expected one argument"),
         (["--config=nowhere.yaml"], "There is no configuration file 'nowhere.yaml'."),
         (["--config="], "--config needs the name of a YAML file"),

@@ -113,6 +113,9 @@ def parse_flags(argv: list[str] | None, *dataclass_types: Any, prog: str, descri
         hint = f"Did you mean --{close[0]}?" if close else "Run with --help to see every flag."
         raise ConfigError(f"Unknown argument {name}. {hint}")
     values = vars(namespace)
+    for name, action in parser.flags.items():
+        if isinstance(values[name], list) and action.nargs not in ("+", "*"):  # argparse makes [] of --flag=--
+            raise ConfigError(f"--{name} needs a value, not '--'.")
     _check_encoding(values)
     return tuple(_built(kind, values) for kind in dataclass_types)
 
