@@ -6,7 +6,7 @@ import random
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from fuzz.case import Case, Workshop
 from fuzz.kinds.mutations import damage, damage_json
@@ -143,7 +143,10 @@ def whole(folder: Path, command: str) -> str | None:
     for path in folder.glob("**/model*.safetensors"):
         if "earlier_run" in path.parts:  # moved as it was
             continue
-        with safe_open(path, framework="pt") as tensors:
-            if not tensors.keys():
-                return f"{path.name} is empty"
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                if not tensors.keys():
+                    return f"{path.name} is empty"
+        except (SafetensorError, OSError) as error:
+            return f"{path.relative_to(folder)} cannot be read: {error}"
     return None
