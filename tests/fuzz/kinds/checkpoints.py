@@ -141,7 +141,7 @@ def whole(folder: Path, command: str) -> str | None:
         if json.loads((folder / "summary.json").read_text())["updates"] != len(steps):
             return f"summary.json counts other updates than the {len(steps)} of metrics.jsonl"
     for path in folder.glob("**/model*.safetensors"):
-        if "earlier_run" in path.parts:  # moved as it was
+        if any(part == "earlier_run" or "damaged" in part for part in path.parts):  # moved as it was
             continue
         try:
             with safe_open(path, framework="pt") as tensors:
