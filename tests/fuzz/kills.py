@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deep_rlhf.runtime.signals import Stopped
 from fuzz.case import Case
 from fuzz.runner import Child, command, start, warm_up
 from fuzz.world import DPO, LOOP, ONLINE, REWARD, SAVED, write_inputs
@@ -60,7 +61,10 @@ def sft(folder: Path, resume: bool) -> None:
         use_cpu=True,
         resume=resume,
     )
-    train_sft(config, model, tokenizer, [("", pair["chosen"]) for pair in pairs])
+    try:
+        train_sft(config, model, tokenizer, [("", pair["chosen"]) for pair in pairs])
+    except Stopped as stop:
+        sys.exit(128 + stop.number)  # as the commands do
     model.save_pretrained(folder / "model")
 
 

@@ -191,6 +191,16 @@ def folder(tokenizer, tmp_path):
     return tmp_path
 
 
+def test_a_saved_tokenizer_does_not_remember_how_the_last_text_was_cut(tokenizer, tmp_path):
+    model = RewardModel(classifier("GPT2"), tokenizer, max_length=5)
+    model.score(["the cat sees a very old dog"], [" and a bird"])  # is truncated
+    model.save(tmp_path / "first")
+    assert json.loads((tmp_path / "first" / "tokenizer.json").read_text())["truncation"] is None
+    RewardModel.load(tmp_path / "first").save(tmp_path / "second")
+    assert "max_length" not in json.loads((tmp_path / "second" / "tokenizer_config.json").read_text())
+    assert (tmp_path / "first" / "tokenizer.json").read_text() == (tmp_path / "second" / "tokenizer.json").read_text()
+
+
 def test_any_classifier_with_one_label_is_a_reward_model(folder):
     (folder / "reward_model.json").unlink()
     model = RewardModel.load(folder)

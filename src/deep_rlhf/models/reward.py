@@ -33,7 +33,7 @@ from deep_rlhf.models.load import (
     load_sequence_classifier,
     load_tokenizer,
 )
-from deep_rlhf.models.saving import check_saved, write_folder
+from deep_rlhf.models.saving import check_saved, save_tokenizer, write_folder
 from deep_rlhf.models.validation import check_rewards, check_vocabulary
 from deep_rlhf.runtime.finite import check_finite
 from deep_rlhf.runtime.memory import token_budget_batches
@@ -116,7 +116,7 @@ class RewardModel:
 
         def write(temporary: Path) -> None:
             self.model.save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
+            save_tokenizer(self.tokenizer, temporary)
             check_saved(self.model, temporary)
             (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 

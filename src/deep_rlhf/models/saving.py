@@ -33,10 +33,19 @@ def save_model(
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary, safe_serialization=True)
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
         check_saved(model, temporary)
 
     write_folder(what, folder, write)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a tokenizer without the truncation and padding of its last call, which fast ones keep and would save."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.save_pretrained(folder)
 
 
 def check_saved(model: PreTrainedModel, folder: Path) -> None:
